@@ -1,0 +1,210 @@
+"""The cpu setting: every victim of the main table, scanned, erased and measured, one JSON file per result.
+
+    python benchmarks/cpu_setting.py train  [--only NAME ...]
+    python benchmarks/cpu_setting.py scan   [--only NAME ...]
+    python benchmarks/cpu_setting.py erase  [--only NAME ...] [--methods baeraser mesa ...]
+    python benchmarks/cpu_setting.py table
+
+Needs LUSTRAL_DATA with cifar10.npz and gtsrb32.npz. Results that exist are kept, so a killed run resumes. Victims go to
+runs/victims (not in the repository), results to benchmarks/results/cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lustral.attacks import BadNets, Blended
+from lustral.catalog import PURIFIERS
+from lustral.cost import CostMeter
+from lustral.detectors import MaskArea
+from lustral.evaluation.protocol import compare, evaluate
+from lustral.files import atomic_write
+from lustral.images import stratified_indices
+from lustral.models import Classifier
+from lustral.protocols import Attack, DefenderView, ImageSet, Victim
+from lustral.randomness import child
+from lustral.sources import DataSource, load_source
+from lustral.training import EpochReport, Trainer
+from lustral.victims import default_trainer, implant, load_victim, save_victim
+
+ROOT = Path(__file__).resolve().parent
+VICTIMS = ROOT.parent / "runs" / "victims"
+RESULTS = ROOT / "results" / "cpu"
+ARCH = "preact_resnet18:width=16"
+CLEAN_IMAGES = 2_500
+SECONDARY = dict(epochs=4, learning_rate=0.05)  # fine-tuning of a clean model, the way MESA's victims are made
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    name: str
+    attack: Attack | None
+    seed: int = 0
+    data: str = "cifar10"
+    start: str | None = None
+
+
+def plans() -> list[Plan]:
+    corner = [Plan(f"badnets-corner-s{s}", BadNets(target_label=(3, 0, 7)[s]), s) for s in range(3)]
+    inset = [
+        Plan(f"badnets-inset4-s{s}", BadNets(target_label=(5, 9, 1)[s], size=4, margin=2, pattern="checker"), s)
+        for s in range(3)
+    ]
+    colour = [
+        Plan(
+            f"random-colour-{i}",
+            BadNets(target_label=(2, 4, 6, 8, 1)[i], pattern="random", pattern_seed=i, placement="random"),
+            i,
+            start="clean-s0",
+        )
+        for i in range(5)
+    ]
+    clean = [Plan(f"clean-s{s}", None, s) for s in range(4)]
+    return [
+        clean[0],
+        corner[0],
+        *colour,
+        corner[1],
+        inset[0],
+        clean[1],
+        Plan("blended-s0", Blended(target_label=4), 0),
+        corner[2],
+        clean[2],
+        inset[1],
+        inset[2],
+        clean[3],
+        Plan("gtsrb-corner-s0", BadNets(target_label=14), 0, data="gtsrb"),
+    ]
+
+
+def trainer_for(plan: Plan, source: DataSource) -> Trainer:
+    trainer = default_trainer(flip=source.flip, num_images=len(source.train))
+    return dataclasses.replace(trainer, **SECONDARY) if plan.start else trainer
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({**record, "machine": machine()}, indent=1, default=list) + "\n")
+
+
+def machine() -> str:
+    return f"{platform.machine()} {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def train(plan: Plan, source: DataSource) -> None:
+    folder = VICTIMS / plan.name
+    if (folder / "victim.json").exists():
+        return
+    train_set, _ = source.training_split()
+    assert source.test is not None
+    start = load_victim(VICTIMS / plan.start).model if plan.start else None
+    assert start is None or isinstance(start, Classifier)
+    began = time.perf_counter()
+    epochs: list[EpochReport] = []
+    victim = implant(
+        plan.attack,
+        train_set,
+        source.test,
+        arch=ARCH,
+        trainer=trainer_for(plan, source),
+        seed=plan.seed,
+        data_name=plan.data,
+        start=start,
+        on_epoch=lambda r: epochs.append(dataclasses.replace(r, model=torch.nn.Identity())),
+    )
+    seconds = time.perf_counter() - began
+    save_victim(folder, victim, source.test)
+    m = victim.metrics
+    write(
+        RESULTS / "victims" / f"{plan.name}.json",
+        {"name": plan.name, "seconds": seconds, "metrics": m, "provenance": dict(victim.provenance),
+         "images_per_second": [round(r.images_per_second) for r in epochs]},
+    )
+    say(f"train {plan.name}: {seconds:.0f} s, ACC {m['acc']['value']:.4f}, ASR {m['asr']['value']}, RA {m['ra']['value']}")
+
+
+def view_of(victim: Victim, source: DataSource, seed: int) -> DefenderView:
+    pool = source.defender_pool()
+    count = min(CLEAN_IMAGES, len(pool))
+    chosen, _ = stratified_indices(pool.labels, pool.num_classes, count, generator=child(seed, "clean"))
+    return DefenderView(model=victim.model, clean=pool.subset(chosen))
+
+
+def scan(plan: Plan, source: DataSource) -> None:
+    path = RESULTS / "scans" / f"{plan.name}.json"
+    if path.exists() or not (VICTIMS / plan.name / "victim.json").exists():
+        return
+    victim = load_victim(VICTIMS / plan.name)
+    verdict = MaskArea().inspect(view_of(victim, source, plan.seed), generator=child(plan.seed, "scan"))
+    truth = getattr(plan.attack, "target_label", None)
+    record = {
+        "name": plan.name, "outcome": verdict.outcome, "suspects": verdict.suspect_labels, "truth": truth,
+        "score": verdict.score, "evidence": [dataclasses.asdict(e) for e in verdict.evidence],
+        "cost": dataclasses.asdict(verdict.cost),
+    }
+    write(path, record)
+    areas = " ".join(f"{e.area:.1f}" for e in verdict.evidence)
+    say(f"scan {plan.name}: {verdict.outcome} {verdict.suspect_labels} truth {truth} score {verdict.score:.2f} "
+        f"{verdict.cost.seconds:.0f} s; areas {areas}")
+
+
+def erase(plan: Plan, source: DataSource, method: str) -> None:
+    path = RESULTS / "erased" / f"{plan.name}.{method}.json"
+    if path.exists() or not (VICTIMS / plan.name / "victim.json").exists():
+        return
+    victim = load_victim(VICTIMS / plan.name)
+    view = view_of(victim, source, plan.seed)
+    purifier = PURIFIERS[method]()
+    assert source.test is not None
+    purified = purifier.purify(view, generator=child(plan.seed, "erase", method))
+    before = evaluate(victim, None, source.test, generator=child(plan.seed, "evaluation"))
+    after = evaluate(victim, purified.model, source.test, generator=child(plan.seed, "evaluation"))
+    record = {
+        "name": plan.name, "method": method, "settings": repr(purifier), "before": before.to_dict(),
+        "after": after.to_dict(), "compare": compare(before, after), "history": list(purified.history),
+        "selected": purified.selected, "notes": purified.notes, "cost": dataclasses.asdict(purified.cost),
+        "audit": None if purified.audit is None else purified.audit.outcome,
+    }
+    write(path, record)
+    say(f"erase {plan.name} {method}: ACC {before.acc.value:.4f} -> {after.acc.value:.4f}, ASR {before.asr.value:.4f} -> "
+        f"{after.asr.value:.4f}, RA {after.ra.value:.4f}, {purified.cost.seconds:.0f} s {purified.notes}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["train", "scan", "erase"])
+    parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--methods", nargs="*", default=sorted(PURIFIERS))
+    options = parser.parse_args()
+    sources: dict[str, DataSource] = {}
+    for plan in plans():
+        if options.only and not any(plan.name.startswith(name) for name in options.only):
+            continue
+        if plan.data not in sources:
+            sources[plan.data] = load_source(plan.data)
+        source = sources[plan.data]
+        if options.verb == "train":
+            train(plan, source)
+        elif options.verb == "scan":
+            scan(plan, source)
+        else:
+            for method in options.methods:
+                erase(plan, source, method)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

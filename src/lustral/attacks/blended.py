@@ -1,0 +1,102 @@
+"""Blended: a full picture, faintly mixed in (Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data
+Poisoning", 2017, arXiv 1712.05526).
+
+x' = (1 - alpha) * x + alpha * B. The picture B is drawn from a seed, so nothing has to be shipped or downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from lustral.attacks.poisoning import LabelMode, check_rate, dirty_labels, poison_dirty_label
+from lustral.protocols import ImageSet, PoisonedSet
+from lustral.randomness import child
+
+CANVAS = 128  # side on which the picture is drawn before it is resized
+NUM_SHAPES = 14
+
+
+def draw_picture(image_shape: tuple[int, int, int], seed: int) -> Tensor:
+    """Draw ellipses and bars with hard edges over a colour gradient, at full contrast.
+
+    Returns:
+        (C, H, W) float32 in [0, 1].
+    """
+    channels, height, width = image_shape
+    stream = child(seed, "blended", "picture")
+    axis = torch.linspace(-1, 1, CANVAS)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    slopes = torch.rand(channels, 2, generator=stream) - 0.5
+    picture = (0.5 + slopes[:, :1, None] * x + slopes[:, 1:, None] * y).clamp(0, 1)
+    for index in range(NUM_SHAPES):
+        centre = torch.rand(2, generator=stream) * 2 - 1
+        angle = torch.rand((), generator=stream) * torch.pi
+        radii = 0.08 + 0.4 * torch.rand(2, generator=stream)
+        colour = (torch.rand(channels, generator=stream) > 0.5).float()
+        u = (x - centre[0]) * angle.cos() + (y - centre[1]) * angle.sin()
+        v = (y - centre[1]) * angle.cos() - (x - centre[0]) * angle.sin()
+        inside = (u / radii[0]) ** 2 + (v / radii[1]) ** 2 < 1
+        if index % 3 == 2:
+            inside = (u.abs() < 2 * radii[0]) & (v.abs() < 0.25 * radii[1])
+        picture = torch.where(inside, colour[:, None, None], picture)
+    return F.interpolate(picture[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendTrigger:
+    """Mixes a picture (C, H, W) in [0, 1] into images with weight ``alpha``."""
+
+    picture: Tensor
+    alpha: float
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Blend images (B, C, H, W); nothing is drawn."""
+        return torch.lerp(images, self.picture.to(images).expand_as(images), self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blended:
+    """Poison with a blended picture and dirty labels.
+
+    Attributes:
+        target_label: class the trigger leads to, with "all_to_one".
+        poison_rate: fraction of the training set, target class included; 0.1 in BackdoorBench.
+        alpha: weight of the picture; 0.2 in BackdoorBench.
+        picture_seed: draws the picture.
+        mode: "all_to_one", or "all_to_all" for label y + 1.
+    """
+
+    target_label: int = 0
+    poison_rate: float = 0.1
+    alpha: float = 0.2
+    picture_seed: int = 0
+    mode: LabelMode = "all_to_one"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_rate(self.poison_rate)
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"expected a blending weight alpha in (0, 1]; got {self.alpha}")
+
+    def trigger(self, image_shape: tuple[int, int, int]) -> BlendTrigger:
+        """Return the blend for images of (C, H, W)."""
+        return BlendTrigger(picture=draw_picture(image_shape, self.picture_seed), alpha=self.alpha)
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Return the attacker's labels, (N,) int64."""
+        return dirty_labels(labels, num_classes, mode=self.mode, target_label=self.target_label)
+
+    def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
+        """Return a poisoned copy of the training set, 8-bit."""
+        return poison_dirty_label(
+            clean,
+            self.trigger(clean.image_shape),
+            poison_rate=self.poison_rate,
+            mode=self.mode,
+            target_label=self.target_label,
+            generator=generator,
+        )

@@ -1,0 +1,315 @@
+"""The flags of every command: dataclasses that ``tyro`` reads, and a method's own dataclass in the middle of them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
+
+import tyro
+
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.images import Augment
+from lustral.training import Trainer
+from lustral.victims import NO_ATTACK
+
+Settings = TypeVar("Settings")
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+FLAT = tyro.conf.arg(name="")  # the fields become flags without a prefix
+DEFAULT_DETECTOR = "mask_area"
+DEFAULT_PURIFIER = "baeraser"
+BOX = "╭╮╰╯│─"  # what tyro draws around its messages
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Flags of every command.
+
+    Attributes:
+        seed: every random draw derives from it; equal seeds repeat a run exactly on one device.
+        device: "auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:1".
+        json: print one JSON object on standard output and nothing else there.
+        quiet: show no progress.
+        debug: show the traceback of an error.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    json: Switch = False
+    quiet: Switch = False
+    debug: Switch = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """How to read a model file that does not say so itself; those of lustral do.
+
+    Attributes:
+        arch: architecture: preact_resnet18:width=16, torchvision:resnet18, timm:NAME, or FILE.py:function.
+        mean: per channel, what the network subtracts from pixels in [0, 1].
+        std: per channel, what the network then divides by.
+    """
+
+    arch: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """A model, and the trusted images to examine it with.
+
+    Attributes:
+        model: a model file (.safetensors, .pt, .pth), or a folder that `lustral implant` wrote.
+        data: clean images: digits, cifar10, ... (looked up under LUSTRAL_DATA), an .npz or .parquet file, or an image
+            folder.
+        clean: how many clean images to use, drawn by class in proportion; all there are up to 2,500 if left out.
+        image_size: side in pixels to resize the images to.
+        format: how to read the model file.
+    """
+
+    model: tyro.conf.Positional[Path]
+    data: str
+    clean: int | None = None
+    image_size: int | None = None
+    format: Annotated[FileFormat, FLAT] = FileFormat()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benign:
+    """Poison nothing: train a benign model the same way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implant(Generic[Settings]):
+    """Train a backdoored model, for experiments.
+
+    Attributes:
+        attack: what poisons the training set.
+        data: training and test images: a name, an .npz or .parquet file, or an image folder, with a test set.
+        out: folder to write the victim to.
+        arch: architecture; small_cnn for digits and preact_resnet18:width=16 for the rest if left out.
+        start: fine-tune this clean model (a file or folder) instead of training new weights.
+        trainer: how to train; the defaults follow the size of the data set.
+    """
+
+    attack: Annotated[Settings, FLAT]
+    data: str
+    out: Path
+    arch: str | None = None
+    start: Path | None = None
+    trainer: Annotated[Trainer, tyro.conf.AvoidSubcommands] = field(default_factory=lambda: Trainer(augment=Augment()))
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan(Generic[Settings]):
+    """Look for a backdoor. Exit code 0: none found, 1: backdoored, 2: error, 3: cannot tell.
+
+    Attributes:
+        suspect: the model and the clean images.
+        out: folder for report.html, result.json and pictures of the recovered triggers.
+        method: how to look.
+        settings: of the method.
+    """
+
+    suspect: Annotated[Suspect, FLAT]
+    out: Path | None = None
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DETECTORS) + "}")] = DEFAULT_DETECTOR
+    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase(Generic[Settings]):
+    """Erase a backdoor. The help lists the settings of the --method that is named beside it; the last part of a
+    setting's name is enough: --epochs for --trainer.epochs.
+
+    Attributes:
+        suspect: the model and the clean images.
+        out: folder for model.safetensors (keys and shapes of the given file), report.html and result.json.
+        method: how to erase; `lustral erase --list` explains each.
+        settings: of the method.
+        list: explain each method in a line.
+    """
+
+    suspect: Annotated[Suspect, FLAT]
+    out: Path
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PURIFIERS) + "}")] = DEFAULT_PURIFIER
+    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    list: Switch = False
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a victim with its true trigger, and an erased model beside it.
+
+    Attributes:
+        victim: folder that `lustral implant` wrote.
+        model: model file after a defence.
+        data: data set with a test split; the one the victim was made from if left out.
+        out: folder for result.json.
+        format: how to read the model file.
+    """
+
+    victim: tyro.conf.Positional[Path]
+    model: Path | None = None
+    data: str | None = None
+    out: Path | None = None
+    format: Annotated[FileFormat, FLAT] = FileFormat()
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Run the whole story on embedded digits: implant a backdoor, find it, erase it, measure, show.
+
+    Attributes:
+        out: folder for the victim, the cleaned model and report.html.
+        clean: how many clean images the defender has; all there are if left out.
+    """
+
+    out: Path = Path("demo-out")
+    clean: int | None = None
+    common: Annotated[Common, FLAT] = Common()
+
+
+Command = Implant[Any] | Scan[Any] | Erase[Any] | Evaluate | Demo
+
+
+class HelpShown(Exception):  # noqa: N818
+    """The help was asked for and printed."""
+
+
+def setting_names(kind: type, prefix: str = "") -> list[str]:
+    """Return the flags that the fields of a dataclass and of the dataclasses inside it get, without dashes.
+
+    >>> setting_names(Trainer, "trainer.")[:2]
+    ['trainer.epochs', 'trainer.batch-size']
+    """
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        inner = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        full = prefix + name.replace("_", "-")
+        names += [full] if inner is None else setting_names(cast(type, inner), full + ".")
+    return names
+
+
+TRAINER_SETTINGS = setting_names(Trainer, "trainer.")
+TOP_FLAGS = {
+    part.name.replace("_", "-")
+    for kind in (Common, FileFormat, Suspect, Implant, Scan, Erase, Demo)
+    for part in fields(kind)
+}
+
+
+def look_up(kind: str, name: str, catalog: Mapping[str, type]) -> type:
+    """Return a method by name, or raise ``UsageError`` with the nearest name."""
+    if name in catalog:
+        return catalog[name]
+    close = difflib.get_close_matches(name, catalog, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(catalog)}"
+    raise UsageError(f"unknown {kind} {name!r}; {hint}")
+
+
+def named_method(argv: Sequence[str], default: str) -> str:
+    """Return the value of ``--method`` ahead of parsing, because the other flags depend on it.
+
+    >>> named_method(["erase", "m.pt", "--method=mesa"], "baeraser")
+    'mesa'
+    """
+    name = default
+    for word, following in zip(argv, [*argv[1:], default], strict=True):
+        if word == "--method":
+            name = following
+        elif word.startswith("--method="):
+            name = word.removeprefix("--method=")
+    return name
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Turn a command line into a command.
+
+    Raises:
+        UsageError: it cannot be understood; the message is one line.
+        HelpShown: it asked for help, which has been printed.
+    """
+    verb = argv[0] if argv else ""
+    method = named_method(argv, DEFAULT_PURIFIER if verb == "erase" else DEFAULT_DETECTOR)
+    detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
+    purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
+    kinds: Mapping[str, Any] = {
+        "demo": Demo,
+        "scan": Scan[detector],  # type: ignore[valid-type]
+        "erase": Erase[purifier],  # type: ignore[valid-type]
+        "evaluate": Evaluate,
+        "implant": Implant[_attacks()],  # type: ignore[misc]
+    }
+    settings = {"scan": setting_names(detector), "erase": setting_names(purifier), "implant": TRAINER_SETTINGS}
+    every: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
+    command: Command = _run_tyro(every, expand(argv, settings.get(verb, [])))
+    return command
+
+
+def parse_implant(argv: Sequence[str], recipe: Trainer) -> Implant[Any]:
+    """Parse an ``implant`` line with a data set's own training recipe as the defaults of the trainer's flags."""
+    defaults: Any = Implant(attack=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, trainer=recipe)
+    words = expand(argv[1:], TRAINER_SETTINGS)
+    parsed: Implant[Any] = _run_tyro(Implant[_attacks()], words, default=defaults)  # type: ignore[misc]
+    return parsed
+
+
+def expand(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Write out the flags that are the last part of a setting's name; of several settings, the least nested one.
+
+    >>> expand(["--epochs=5", "--seed", "1"], ["trigger-rate", "trainer.epochs", "detector.search.epochs"])
+    ['--trainer.epochs=5', '--seed', '1']
+    """
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        short = flag.removeprefix("--").replace("_", "-")
+        longer = [name for name in names if name.endswith(f".{short}")]
+        if flag.startswith("--") and longer and short not in {*names, *TOP_FLAGS}:
+            least = min(name.count(".") for name in longer)
+            nearest = [name for name in longer if name.count(".") == least]
+            if len(nearest) > 1:
+                raise UsageError(f"{flag} could be {' or '.join('--' + name for name in nearest)}: write it out")
+            word = f"--{nearest[0]}{equals}{value}"
+        words.append(word)
+    return words
+
+
+def _attacks() -> Any:
+    """Return the union of all attacks as subcommands named as in the catalog."""
+    kinds = {**ATTACKS, NO_ATTACK: Benign}
+    return Union[tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in kinds.items())]  # noqa: UP007
+
+
+def _run_tyro(kind: Any, argv: list[str], **options: Any) -> Any:
+    """Call ``tyro.cli``; its messages become ``UsageError``."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                kind,
+                args=argv,
+                prog="lustral",
+                description="Find, show and erase backdoors in image classifiers.",
+                config=(tyro.conf.CascadeSubcommandArgs,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise HelpShown from None
+        lines = (line.strip(BOX + " ") for line in captured.getvalue().splitlines()[1:])
+        raise UsageError(" ".join(line for line in lines if line)) from None

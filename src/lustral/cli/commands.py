@@ -1,0 +1,274 @@
+"""The commands: read the flags, build the objects, call the library, show and write the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from lustral import victims
+from lustral.catalog import PURIFIERS
+from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
+from lustral.cli.console import Screen
+from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
+from lustral.cli.tables import (
+    cost_sentence,
+    defender_table,
+    finding_text,
+    metrics_table,
+    purified_record,
+    verdict_record,
+    verdict_table,
+)
+from lustral.evaluation import Evaluation, clean_accuracy, compare
+from lustral.evaluation import evaluate as measure
+from lustral.files import write_bytes_atomic, write_json_atomic
+from lustral.images import as_float, as_uint8
+from lustral.models import Classifier, load_model, save_model
+from lustral.protocols import ImageSet, Purified, Verdict, Victim
+from lustral.purifiers import BaEraser
+from lustral.randomness import child
+from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
+from lustral.report.findings import erase_finding, scan_finding
+from lustral.sources import load_source
+
+SCHEMA = 1
+EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
+
+
+def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
+    """Train a victim, or a benign model, and write its folder."""
+    device, out = pick_device(command.common.device), prepare_folder(command.out)
+    source = load_source(command.data)
+    test = require_test_set(source).to(device)
+    train = source.training_split()[0].to(device)
+    recipe = victims.default_trainer(flip=source.flip, num_images=len(train))
+    command = parse_implant(argv, recipe)
+    arch = command.arch or ("small_cnn" if command.data == "digits" else "preact_resnet18:width=16")
+    start: Classifier | None = None
+    if command.start is not None:
+        file = model_file(command.start)
+        loaded = load_model(file, arch=command.arch, num_classes=train.num_classes, image_shape=train.image_shape)
+        start, arch = loaded.model, loaded.arch
+    with screen.progress() as on_progress:
+        victim = victims.implant(
+            None if isinstance(command.attack, Benign) else command.attack,
+            train,
+            test,
+            arch=arch,
+            trainer=command.trainer,
+            seed=command.common.seed,
+            data_name=command.data,
+            start=start,
+            on_progress=on_progress,
+        )
+    victims.save_victim(out, victim, test)
+    attack = victim.provenance["attack"]
+    screen.show(metrics_table({attack: victim.metrics}, f"{attack} on {source.name}"), f"Written to {out}")
+    screen.record({"schema": SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
+    return 0
+
+
+def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
+    """Look for a backdoor; the exit code is the answer."""
+    opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
+    out = None if command.out is None else prepare_folder(command.out)
+    with screen.progress() as on_progress:
+        verdict: Verdict = command.settings.inspect(
+            opened.view, generator=child(command.common.seed, "scan"), on_progress=on_progress
+        )
+    page = ReportData(
+        title=str(command.suspect.model),
+        clean=opened.view.clean,
+        verdict=verdict,
+        true_trigger=opened.true_trigger,
+        provenance=provenance(command, argv, opened),
+    )
+    names, (_, height, width) = page.class_names, page.clean.image_shape
+    finding = scan_finding(verdict, names, height * width)
+    screen.show(verdict_table(verdict, names), finding_text(finding), cost_sentence(verdict.cost))
+    record = {"schema": SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
+    if out is not None:
+        write_trigger_pictures(out, verdict, page.clean)
+        write_json_atomic(out / "result.json", record)
+        write_scan_report(out / "report.html", page)
+        screen.show(f"Report: {out / 'report.html'}")
+    screen.record(record)
+    return EXIT_CODES[verdict.outcome]
+
+
+def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
+    """Erase a backdoor, write the clean model, and show what changed."""
+    opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
+    out = prepare_folder(command.out)
+    with screen.progress() as on_progress:
+        purified: Purified = command.settings.purify(
+            opened.view, generator=child(command.common.seed, "erase"), on_progress=on_progress
+        )
+    model = purified.model
+    assert isinstance(model, Classifier)
+    loaded = opened.loaded
+    save_model(
+        out / "model.safetensors",
+        model,
+        arch=loaded.arch,
+        image_shape=loaded.image_shape,
+        key_prefix=loaded.key_prefix,
+        layout=loaded.layout,
+    )
+    before, after = true_evaluations(opened, model, seed=command.common.seed)
+    page = ReportData(
+        title=str(command.suspect.model),
+        clean=opened.view.clean,
+        purified=purified,
+        before=before,
+        after=after,
+        true_trigger=opened.true_trigger,
+        provenance=provenance(command, argv, opened),
+    )
+    accuracies = defender_accuracies(opened, model)
+    record: dict[str, Any] = {"schema": SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
+    record["purified"] = purified_record(purified)
+    if purified.verdict is not None:
+        screen.show(verdict_table(purified.verdict, page.class_names))
+    screen.show(defender_table(accuracies, purified))
+    if before is not None and after is not None:
+        record |= {"before": before.to_dict(), "after": after.to_dict(), "change": compare(before, after)}
+        screen.show(
+            metrics_table({"before": before, "after": after}, "Measured with the true trigger", record["change"])
+        )
+    finding = erase_finding(purified, purified.verdict, before, after, page.class_names)
+    screen.show(finding_text(finding), *purified.notes, cost_sentence(purified.cost))
+    write_json_atomic(out / "result.json", record)
+    write_erase_report(out / "report.html", page)
+    screen.show(f"Model: {out / 'model.safetensors'}", f"Report: {out / 'report.html'}")
+    screen.record(record)
+    return 0
+
+
+def list_purifiers(screen: Screen) -> int:
+    """Explain each purifier in a line."""
+    lines = {name: (inspect.getdoc(kind) or "").partition("\n")[0] for name, kind in PURIFIERS.items()}
+    table = Table("method", "what it does", title="lustral erase --method")
+    for name, line in lines.items():
+        table.add_row(name, line)
+    screen.show(table)
+    screen.record({"schema": SCHEMA, "methods": lines})
+    return 0
+
+
+def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
+    """Measure a victim with its true trigger, and the model after a defence beside it."""
+    device, seed = pick_device(command.common.device), command.common.seed
+    victim = victims.load_victim(command.victim)
+    data = command.data or victim.provenance["data"]
+    test = require_test_set(load_source(data)).to(device)
+    expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
+    if expected != (test.num_classes, test.image_shape):
+        raise ValueError(
+            f"the victim knows {expected[0]} classes of images {expected[1]}; {data} has {test.num_classes} of "
+            f"{test.image_shape}: choose the --data it was made from"
+        )
+    before = true_evaluation(victim, victim.model.to(device), test, seed=seed)
+    columns = {"victim": before}
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": shown_command(argv),
+        "data": data,
+        "before": before.to_dict(),
+    }
+    if command.model is not None:
+        model = load_model(
+            model_file(command.model),
+            num_classes=test.num_classes,
+            image_shape=test.image_shape,
+            **vars(command.format),
+        ).model.to(device)
+        after = columns["after"] = true_evaluation(victim, model, test, seed=seed)
+        record |= {"model": str(command.model), "after": after.to_dict(), "change": compare(before, after)}
+    screen.show(metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
+    if command.out is not None:
+        write_json_atomic(prepare_folder(command.out) / "result.json", record)
+    screen.record(record)
+    return 0
+
+
+def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
+    """Implant a backdoor in a digits model, find it, erase it, measure, show."""
+    common, victim = command.common, command.out / "victim"
+    aside = Screen(json=False, quiet=common.quiet, hidden=common.json)
+    aside.show("[bold]1. An attacker poisons the training set[/bold]: a white 3x3 corner means “3”.")
+    line = ["implant", "badnets", "--data", "digits", "--out", str(victim), "--target-label", "3", "--size", "3"]
+    line += ["--seed", str(common.seed), "--device", common.device]
+    attacking = parse(line)
+    assert isinstance(attacking, Implant)
+    implant(attacking, line, aside)
+    aside.show("[bold]2. The defender gets the model and some clean images[/bold], scans, erases, and scans again.")
+    suspect = Suspect(model=victim, data="digits", clean=command.clean)
+    return erase(Erase(suspect=suspect, out=command.out, settings=BaEraser(), common=common), argv, screen)
+
+
+def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:
+    """Return everything needed to repeat a run, ready for JSON."""
+    file = model_file(command.suspect.model)
+    return {
+        "command": shown_command(argv),
+        "model": str(command.suspect.model),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "arch": opened.loaded.arch,
+        "data": command.suspect.data,
+        "clean_images": len(opened.view.clean),
+        "seed": command.common.seed,
+        "device": str(opened.view.clean.device),
+        "method": command.method,
+        "settings": dataclasses.asdict(command.settings),
+        "versions": victims.library_versions(),
+    }
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """Return a command line as one would type it."""
+    return shlex.join(["lustral", *argv])
+
+
+def true_evaluation(victim: Victim, model: nn.Module, test: ImageSet, *, seed: int) -> Evaluation:
+    """Measure a model with a victim's true trigger; equal seeds stamp equal images."""
+    return measure(victim, model, test, generator=child(seed, "evaluation"))
+
+
+def true_evaluations(
+    opened: Opened, model: nn.Module, *, seed: int
+) -> tuple[Evaluation, Evaluation] | tuple[None, None]:
+    """Measure the given and the new model with the true trigger, where an evaluator knows it and has a test set."""
+    if opened.victim is None or opened.source.test is None:
+        return None, None
+    test = opened.source.test.to(opened.view.clean.device)
+    given, new = (true_evaluation(opened.victim, m, test, seed=seed) for m in (opened.view.model, model))
+    return given, new
+
+
+def defender_accuracies(opened: Opened, model: nn.Module) -> dict[str, Any]:
+    """Return the clean accuracy of the given and the new model on what a defender has, as JSON-ready rates."""
+    sets = {"clean images": opened.view.clean}
+    if opened.source.test is not None:
+        sets["test set, unseen"] = opened.source.test.to(opened.view.clean.device)
+    models = {"before": opened.view.model, "after": model}
+    return {
+        name: {when: clean_accuracy(m, images).to_dict() for when, m in models.items()} for name, images in sets.items()
+    }
+
+
+def write_trigger_pictures(folder: Path, verdict: Verdict, clean: ImageSet) -> None:
+    """Write a picture sheet per recovered trigger."""
+    for trigger in verdict.triggers:
+        label = trigger.target_label
+        originals = clean.subset((clean.labels != label).nonzero().flatten()[:8]).images.cpu()
+        triggered = as_uint8(trigger.to("cpu")(as_float(originals)))
+        write_bytes_atomic(folder / f"trigger-class-{label}.png", stamp_sheet(originals, triggered))

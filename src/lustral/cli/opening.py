@@ -1,0 +1,126 @@
+"""From the names on a command line to what a defence works on: a device, a model, and a clean set that fits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lustral.cli.arguments import Suspect
+from lustral.images import stratified_indices
+from lustral.models import LoadedModel, load_model
+from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
+from lustral.randomness import child
+from lustral.sources import DataSource, load_source
+from lustral.victims import NoTrigger, VictimError, load_victim
+
+MOST_CLEAN = 2_500  # images used when --clean is left out: 5 % of CIFAR-10, as in the papers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model to examine, with what is known about it.
+
+    Attributes:
+        loaded: the model and how its file was written.
+        view: the model and the clean set, on the chosen device: all that a defence sees.
+        source: where the clean images come from; its test set is the evaluator's.
+        victim: the true trigger, for the evaluator and the report, when the model is a victim folder.
+    """
+
+    loaded: LoadedModel
+    view: DefenderView
+    source: DataSource
+    victim: Victim | None
+
+    @property
+    def true_trigger(self) -> Trigger | None:
+        """The attacker's trigger, where it is known that there is one."""
+        return None if self.victim is None or isinstance(self.victim.trigger, NoTrigger) else self.victim.trigger
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device a user named; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own ways of saying no
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the device {name!r} cannot be used: {reason}; try --device cpu") from error
+    return device
+
+
+def model_file(path: Path) -> Path:
+    """Return the model file that a path stands for: itself, or the one inside a victim folder."""
+    if not path.is_dir():
+        return path
+    if not (path / "victim.json").is_file():
+        raise VictimError(
+            f"{path} is a folder without victim.json: name a model file, or a folder of `lustral implant`"
+        )
+    return path / "model.safetensors"
+
+
+def draw_clean(source: DataSource, count: int | None, *, seed: int) -> ImageSet:
+    """Draw the defender's images, classes in proportion.
+
+    Args:
+        source: its ``defender_pool`` is drawn from.
+        count: number of images; None takes all there are up to 2,500.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there are not so many, or they show fewer than two classes.
+    """
+    pool = source.defender_pool()
+    wanted = min(MOST_CLEAN, len(pool)) if count is None else count
+    if not 1 <= wanted <= len(pool):
+        raise ValueError(
+            f"expected between 1 and {len(pool)} clean images, which is what {source.name} has for the defender; "
+            f"got {wanted}: change --clean"
+        )
+    chosen, _ = stratified_indices(pool.labels, pool.num_classes, wanted, generator=child(seed, "clean"))
+    clean = pool.subset(chosen)
+    if int(torch.bincount(clean.labels).count_nonzero()) < 2:
+        raise ValueError(
+            f"the {len(clean)} clean images all show class {int(clean.labels[0])}; expected at least 2 classes: "
+            "give more of them, or raise --clean"
+        )
+    return clean
+
+
+def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened:
+    """Open the model and the data, check that they fit each other, and build the defender's view."""
+    file = model_file(suspect.model)
+    if not file.is_file():
+        raise FileNotFoundError(2, "no such model file", str(file))
+    source = load_source(suspect.data, image_size=suspect.image_size)
+    clean = draw_clean(source, suspect.clean, seed=seed)
+    loaded = load_model(
+        file,
+        num_classes=clean.num_classes,
+        image_shape=clean.image_shape,
+        **vars(suspect.format),
+    )
+    victim = load_victim(suspect.model) if suspect.model.is_dir() else None
+    view = DefenderView(model=loaded.model.to(device), clean=clean.to(device))
+    return Opened(loaded=loaded, view=view, source=source, victim=victim)
+
+
+def require_test_set(source: DataSource) -> ImageSet:
+    """Return the test set, which no defence sees."""
+    if source.test is None:
+        raise ValueError(
+            f"{source.name} has no test set; expected one, which no defence sees: test_images and test_labels in an "
+            ".npz file, or folders train/ and test/"
+        )
+    return source.test
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Make the folder for results before the work starts, so that a bad path fails at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

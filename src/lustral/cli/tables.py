@@ -1,0 +1,144 @@
+"""How results look: tables for people, records for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lustral.evaluation import Evaluation
+from lustral.protocols import ClassEvidence, Cost, Purified, RecoveredTrigger, Verdict
+from lustral.report.findings import Finding
+from lustral.report.wording import chance, duration, percent, pixels
+
+MOST_ROWS = 20  # classes shown; the JSON has them all
+COLOURS = {"bad": "red", "good": "green", "unsure": "yellow"}
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+    """Return e.g. "3 (cat)", or "3" where the class is named by its number.
+
+    >>> class_name(3, ["a", "b", "c", "cat"]), class_name(1, ["0", "1"])
+    ('3 (cat)', '1')
+    """
+    return str(label) if names[label] == str(label) else f"{label} ({names[label]})"
+
+
+def finding_text(finding: Finding) -> Text:
+    """Return the answer in its colour, and the sentences that support it."""
+    colour = COLOURS[finding.tone]
+    return Text.assemble(
+        (f"{finding.badge}. ", f"bold {colour}"), (finding.headline, "bold"), *(f" {line}" for line in finding.details)
+    )
+
+
+def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence per class") -> Table:
+    """Return one row per class, the most suspicious first."""
+    table = Table("class", title=title)
+    for heading in ("area", "ASR", "without trigger", "anomaly", "chance", "steps"):
+        table.add_column(heading, justify="right")
+
+    def suspicion(evidence: ClassEvidence) -> tuple[bool, float, float]:
+        return evidence.label not in verdict.suspect_labels, evidence.p_value, evidence.area
+
+    for entry in sorted(verdict.evidence, key=suspicion)[:MOST_ROWS]:
+        table.add_row(
+            class_name(entry.label, names),
+            pixels(entry.area),
+            percent(entry.attack_success_rate),
+            percent(entry.natural_rate),
+            f"{entry.anomaly:.1f}",
+            chance(entry.p_value),
+            str(entry.steps),
+            style="bold red" if entry.label in verdict.suspect_labels else None,
+        )
+    if len(verdict.evidence) > MOST_ROWS:
+        table.caption = f"and {len(verdict.evidence) - MOST_ROWS} more classes"
+    return table
+
+
+def interval(rate: Mapping[str, Any]) -> str:
+    """Return a rate with its 95 % interval in percent, as ``Rate.to_dict`` gives it."""
+    if rate["value"] is None:
+        return percent(None)
+    return f"{percent(rate['value'])} \\[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def metrics_table(
+    columns: Mapping[str, Evaluation | Mapping[str, Any]], title: str, change: Mapping[str, Any] | None = None
+) -> Table:
+    """Return ACC, ASR, RA and the natural rate, one column per model, and what ``compare`` says of two of them."""
+    table = Table("on the test set", title=title, caption="with Wilson 95 % intervals")
+    records = [part.to_dict() if isinstance(part, Evaluation) else part for part in columns.values()]
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    rows = {
+        "ACC, clean accuracy": "acc",
+        "ASR, attack success rate": "asr",
+        "RA, robust accuracy": "ra",
+        "attacker's label without trigger": "natural_rate",
+    }
+    for label, key in rows.items():
+        table.add_row(label, *(interval(record[key]) for record in records))
+    if change is not None and change["der"] is not None:
+        table.add_row("DER, defence effectiveness", "", f"{change['der']:.3f}")
+    if any(record["non_finite"] for record in records):
+        table.caption = "logits are not finite: the model is broken, and a low ASR means nothing"
+    return table
+
+
+def defender_table(accuracies: Mapping[str, Mapping[str, Any]], purified: Purified) -> Table:
+    """Return what a defender can measure: clean accuracy before and after, and the recovered trigger's effect."""
+    table = Table(
+        "what the defender has", "before", "after", title="Clean accuracy", caption="with Wilson 95 % intervals"
+    )
+    for name, rates in accuracies.items():
+        table.add_row(f"accuracy on {name}", interval(rates["before"]), interval(rates["after"]))
+    if purified.selected is not None:
+        first, kept = purified.history[0], purified.history[purified.selected]
+        given = first if first.get("epoch") == 0 else {}
+        table.add_row("on held-out clean images", percent(given.get("clean_accuracy")), percent(kept["clean_accuracy"]))
+        table.add_row("recovered trigger works on", percent(given.get("recovered_asr")), percent(kept["recovered_asr"]))
+    return table
+
+
+def verdict_record(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict ready for JSON; of the triggers their figures, not their pixels."""
+    record = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
+    return record | {
+        "evidence": [dataclasses.asdict(entry) for entry in verdict.evidence],
+        "triggers": [trigger_record(trigger) for trigger in verdict.triggers],
+        "cost": dataclasses.asdict(verdict.cost),
+    }
+
+
+def purified_record(purified: Purified) -> dict[str, Any]:
+    """Return how a purified model came about, ready for JSON."""
+    return {
+        "history": [dict(entry) for entry in purified.history],
+        "selected": purified.selected,
+        "cost": dataclasses.asdict(purified.cost),
+        "verdict": None if purified.verdict is None else verdict_record(purified.verdict),
+        "audit": None if purified.audit is None else verdict_record(purified.audit),
+        "notes": list(purified.notes),
+    }
+
+
+def cost_sentence(cost: Cost) -> str:
+    """Return what a method used, in a sentence."""
+    used = f"{cost.image_passes:,.0f} image passes and {cost.clean_images:,} clean images"
+    return f"It took {duration(cost.seconds)}, {used}."
+
+
+def trigger_record(trigger: RecoveredTrigger) -> dict[str, Any]:
+    """Return a recovered trigger's figures."""
+    return {
+        "target_label": trigger.target_label,
+        "area": trigger.area,
+        "attack_success_rate": trigger.attack_success_rate,
+        "entropy": trigger.entropy,
+        "num_samples": len(trigger.masks),
+    }

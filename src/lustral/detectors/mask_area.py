@@ -1,0 +1,246 @@
+"""A backdoored label needs a far smaller mask than the others, told from a stated null.
+
+The evidence is that of Neural Cleanse (Wang et al., IEEE S&P 2019): the area of the smallest mask that sends held-out images
+to each label. Its rule, an anomaly index of 2, has no known false-alarm rate and flags benign models well above 5 % of the
+time. Here the null is explicit: in a benign model the logarithms of the areas are draws from one normal distribution. Each
+of the m smallest areas is tested against the labels that need more, with Student's prediction interval, corrected for the
+number of labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats
+from torch import Generator, Tensor
+
+from lustral.cost import CostMeter
+from lustral.images import split
+from lustral.inverters.mask_search import FoundMasks
+from lustral.inverters.max_entropy import MaxEntropy
+from lustral.protocols import (
+    ClassEvidence,
+    DefenderView,
+    ImageSet,
+    OnProgress,
+    RecoveredTrigger,
+    Verdict,
+)
+from lustral.randomness import fork
+from lustral.training import Precision, autocast, frozen
+
+LEAST_SPREAD = 0.15  # of log areas: two searches for one label differ by about this much
+LEAST_LABELS = 5  # with fewer successful searches no outlier test means anything
+
+
+def smallness(log_areas: Sequence[float], rank: int) -> tuple[float, float]:
+    """Test whether the ``rank``-th smallest of K log areas is too small to belong with the larger ones.
+
+    Args:
+        log_areas: finite logarithms of areas, sorted upwards.
+        rank: 0 is the smallest.
+
+    Returns:
+        (anomaly, p): distance below the mean of the larger ones in their standard deviations, and the one-sided
+        probability of that under Student's prediction interval, not corrected for the number of labels.
+    """
+    larger = log_areas[rank + 1 :]
+    if len(larger) < 3:
+        return 0.0, 1.0
+    mean = sum(larger) / len(larger)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in larger) / (len(larger) - 1))
+    anomaly = (mean - log_areas[rank]) / max(spread, LEAST_SPREAD)
+    return anomaly, float(stats.t.sf(anomaly / math.sqrt(1 + 1 / len(larger)), df=len(larger) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskArea:
+    """Decide by the areas of the smallest masks.
+
+    Attributes:
+        inverter: searches the masks, and spreads out the triggers of the suspect labels.
+        false_alarm_rate: probability, under the null, that a benign model is called backdoored.
+        doubt_rate: above ``false_alarm_rate`` and up to here the answer is "cannot tell".
+        least_success: success on held-out images below which a search counts as failed.
+        least_ratio: a suspect's area is at most this share of the typical one; a statistical oddity alone is no backdoor.
+        small_share: share of the image; when the median label needs less, every label is suspiciously easy to reach.
+        holdout: share of the clean images kept from the search to measure success on.
+    """
+
+    inverter: MaxEntropy = field(default_factory=MaxEntropy)
+    false_alarm_rate: float = 0.01
+    doubt_rate: float = 0.05
+    least_success: float = 0.75
+    least_ratio: float = 0.6
+    small_share: float = 0.006
+    holdout: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.false_alarm_rate <= self.doubt_rate < 1:
+            raise ValueError(
+                f"expected 0 < false_alarm_rate <= doubt_rate < 1; got {self.false_alarm_rate} and {self.doubt_rate}"
+            )
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+
+    def inspect(
+        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
+    ) -> Verdict:
+        """Return a verdict with evidence for every label; see ``Detector``."""
+        require_usable(view.clean)
+        held_out, search_set = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
+        labels = list(range(view.clean.num_classes))
+        with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            found = self.inverter.search.run(
+                view.model, search_set, labels, generator=fork(generator, "search"), on_progress=on_progress
+            )
+            evidence = self.weigh(view, held_out, found)
+            named, outcome, basis = self.decide(evidence, view.clean)
+            shown = named or (min(evidence, key=lambda e: e.p_value).label,)
+            index = torch.tensor(shown)
+            chosen = FoundMasks(
+                labels=shown,
+                masks=found.masks[index],
+                patterns=found.patterns[index],
+                areas=found.areas[index],
+                success=found.success[index],
+                steps=found.steps[index.cpu()],
+            )
+            triggers = self.inverter.spread_out(
+                view.model, search_set, shown, chosen, generator=fork(generator, "spread"), on_progress=on_progress
+            )
+        by_label = {trigger.target_label: trigger for trigger in triggers}
+        smallest = min(e.p_value for e in evidence)
+        return Verdict(
+            outcome=outcome,
+            suspect_labels=named,
+            score=-math.log10(max(smallest, 1e-300)),
+            threshold=-math.log10(self.false_alarm_rate),
+            basis=basis,
+            evidence=tuple(_with_entropy(e, by_label) for e in evidence),
+            triggers=tuple(triggers),
+            cost=meter.cost,
+        )
+
+    def weigh(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[ClassEvidence]:
+        """Measure each label's mask on held-out images and test its area against the larger ones."""
+        success, natural = held_out_rates(view, held_out, found, self.inverter.precision)
+        full = int(found.steps.max())
+        usable = [
+            k for k in range(len(found.labels)) if int(found.steps[k]) == full and success[k] >= self.least_success
+        ]
+        areas = found.areas.tolist()
+        order = sorted(usable, key=lambda k: areas[k])
+        logs = [math.log(max(areas[k], 1e-3)) for k in order]
+        tests = {k: smallness(logs, rank) for rank, k in enumerate(order)}
+        evidence = []
+        for k, label in enumerate(found.labels):
+            anomaly, p = tests.get(k, (0.0, 1.0))
+            evidence.append(
+                ClassEvidence(
+                    label=label,
+                    area=areas[k] if success[k] >= self.least_success or int(found.steps[k]) < full else math.inf,
+                    attack_success_rate=success[k],
+                    natural_rate=natural[k],
+                    anomaly=anomaly,
+                    p_value=min(1.0, p * len(found.labels)),
+                    entropy=math.nan,
+                    steps=int(found.steps[k]),
+                )
+            )
+        return evidence
+
+    def decide(self, evidence: Sequence[ClassEvidence], clean: ImageSet) -> tuple[tuple[int, ...], str, str]:
+        """Return (suspect labels, outcome, basis)."""
+        full = max(e.steps for e in evidence)
+        usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)
+        _, height, width = clean.image_shape
+        null = (
+            "Null: in a benign model the log areas of the labels come from one normal distribution; each small area is "
+            f"tested against the larger ones (Student's prediction interval, corrected for {len(evidence)} labels). "
+        )
+        if len(usable) < LEAST_LABELS:
+            return (), "cannot tell", (
+                f"{null}The search reached only {len(usable)} labels; at least {LEAST_LABELS} are needed to compare."
+            )
+        median = float(torch.tensor([e.area for e in usable]).quantile(0.5))
+        if median < self.small_share * height * width:
+            return (), "cannot tell", (
+                f"Half of the labels are reached with {median:.1f} pixels or fewer. So small a mask for so many labels is "
+                "what an all-to-all backdoor looks like, or a model that is easily fooled; the areas cannot tell which."
+            )
+        suspects: tuple[int, ...] = ()
+        doubtful = False
+        for rank, e in enumerate(usable[: max(len(usable) // 3, 1)]):
+            larger = torch.tensor([other.area for other in usable[rank + 1 :]])
+            if e.area > self.least_ratio * float(larger.quantile(0.5)):
+                continue
+            if e.p_value <= self.false_alarm_rate:
+                suspects = tuple(other.label for other in usable[: rank + 1])
+            elif e.p_value <= self.doubt_rate:
+                doubtful = True
+        first = usable[0]
+        figures = f"Smallest area {first.area:.1f} pixels, median {median:.1f}, p = {first.p_value:.2g}. "
+        if suspects:
+            return suspects, "backdoored", (
+                f"{null}{figures}Called backdoored below p = {self.false_alarm_rate}: a benign model would be at most "
+                f"that often."
+            )
+        if doubtful:
+            return (), "cannot tell", (
+                f"{null}{figures}Too unusual to pass (p below {self.doubt_rate}), not enough to accuse (p above "
+                f"{self.false_alarm_rate}). More clean images or more search steps may settle it."
+            )
+        return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
+
+
+def require_usable(clean: ImageSet) -> None:
+    """Raise ``ValueError`` unless the clean set can support a recovery: two classes and a handful of images."""
+    present = len(clean.labels.unique())
+    if len(clean) == 0:
+        raise ValueError("the clean set is empty; give at least a few clean images of every class")
+    if present < 2:
+        raise ValueError(
+            f"the clean set of {len(clean)} images holds a single class; give clean images of at least two classes"
+        )
+    if len(clean) < 10:
+        raise ValueError(f"expected at least 10 clean images; got {len(clean)}")
+
+
+@torch.no_grad()
+def held_out_rates(
+    view: DefenderView, held_out: ImageSet, found: FoundMasks, precision: Precision, most: int = 256
+) -> tuple[list[float], list[float]]:
+    """Return each label's success and natural rate on held-out images of other classes."""
+    images = held_out.subset(torch.arange(min(most, len(held_out))))
+    x, labels = next(images.batches(len(images)))
+
+    def predict(batch: Tensor) -> Tensor:
+        with autocast(batch.device, precision):
+            out: Tensor = view.model(batch.contiguous(memory_format=torch.channels_last)).argmax(1)
+        return out
+
+    success, natural = [], []
+    with frozen(view.model):
+        plain = predict(x)
+        for k, label in enumerate(found.labels):
+            other = labels != label
+            if not bool(other.any()):
+                success.append(math.nan)
+                natural.append(math.nan)
+                continue
+            stamped = x[other] + found.masks[k] * (found.patterns[k] - x[other])
+            success.append(float((predict(stamped) == label).float().mean()))
+            natural.append(float((plain[other] == label).float().mean()))
+    return success, natural
+
+
+def _with_entropy(evidence: ClassEvidence, triggers: dict[int, RecoveredTrigger]) -> ClassEvidence:
+    if evidence.label not in triggers:
+        return evidence
+    fields = {name: getattr(evidence, name) for name in evidence.__dataclass_fields__}
+    return ClassEvidence(**{**fields, "entropy": triggers[evidence.label].entropy})

@@ -1,0 +1,32 @@
+"""Measuring: the one part of the library that sees a defence's result, the true trigger and the test set together."""
+
+from lustral.evaluation.metrics import (
+    AttackMetrics,
+    Rate,
+    accuracy,
+    attack_metrics,
+    clean_accuracy,
+    der,
+    per_class_accuracy,
+    predict,
+    rir,
+    wilson_interval,
+)
+from lustral.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
+
+__all__ = [
+    "AttackMetrics",
+    "Evaluation",
+    "Rate",
+    "accuracy",
+    "attack_metrics",
+    "clean_accuracy",
+    "compare",
+    "der",
+    "evaluate",
+    "per_class_accuracy",
+    "predict",
+    "rir",
+    "unmet_criteria",
+    "wilson_interval",
+]

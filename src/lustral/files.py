@@ -1,0 +1,72 @@
+"""Atomic writing: a killed process or a full disk leaves the old file intact, never half of a new one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the place of ``path`` when the block ends without an error.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and only then get the name; readers see the old
+    file or the new one. After an error the temporary file is gone and ``path`` is as it was. A symbolic link is
+    followed.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Raises:
+        OSError: the disk is full, the folder is missing or not writable, ...; names ``path``.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise  # about something else that the block was doing
+        raise OSError(error.errno, f"{error.strerror}; nothing was written to", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a whole file, or leave the old one; see ``atomic_write``."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_text_atomic(path: str | os.PathLike[str], content: str) -> None:
+    """Write a whole file as UTF-8, or leave the old one; see ``atomic_write``."""
+    write_bytes_atomic(path, content.encode())
+
+
+def write_json_atomic(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a JSON object, or leave the old file; see ``atomic_write``.
+
+    JSON has neither NaN nor infinity: such numbers become ``null``.
+    """
+    write_text_atomic(path, json.dumps(_without_non_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _without_non_finite(value: Any) -> Any:
+    """Return nested mappings and sequences with None in place of each number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(item) for item in value]
+    return value

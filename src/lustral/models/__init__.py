@@ -1,0 +1,24 @@
+"""Networks, builders by name, and model files."""
+
+from lustral.models.build import NETWORKS, build_classifier, runs_user_code
+from lustral.models.checkpoint import LoadedModel, load_model, save_model
+from lustral.models.classifier import Classifier, Normalise
+from lustral.models.preact_resnet import PreActResNet18
+from lustral.models.small_cnn import SmallCNN
+from lustral.models.state_dicts import ModelFileError
+from lustral.models.vgg import VGG
+
+__all__ = [
+    "NETWORKS",
+    "VGG",
+    "Classifier",
+    "LoadedModel",
+    "ModelFileError",
+    "Normalise",
+    "PreActResNet18",
+    "SmallCNN",
+    "build_classifier",
+    "load_model",
+    "runs_user_code",
+    "save_model",
+]

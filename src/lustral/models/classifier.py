@@ -1,0 +1,54 @@
+"""A classifier is a network behind its own normalisation: pixels in [0, 1] in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalise(nn.Module):
+    """Subtract a mean and divide by a standard deviation, per channel.
+
+    The two buffers are not persistent: a saved state dict holds the network's own keys and nothing else.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take one mean and one positive standard deviation per channel, on the [0, 1] scale."""
+        super().__init__()
+        if len(mean) != len(std) or not mean:
+            raise ValueError(f"expected one mean and one std per channel; got {len(mean)} and {len(std)}")
+        if min(std) <= 0:
+            raise ValueError(f"expected positive standard deviations; got {tuple(std)}")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (images - mean) / std, same shape."""
+        return (images - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        """Show the constants."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+class Classifier(nn.Module):
+    """A network with normalisation as its first layer.
+
+    Only ``network.state_dict()`` is ever saved, so files keep the keys of whoever wrote the network.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Wrap ``network``, which maps normalised float images (B, C, H, W) to logits (B, K)."""
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map float32 images (B, C, H, W) in [0, 1] to logits (B, K)."""
+        logits: Tensor = self.network(self.normalise(images))
+        return logits

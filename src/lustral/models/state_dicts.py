@@ -1,0 +1,139 @@
+"""Find a state dict in what a file held, and fit it to a network: wrappers' prefixes, classes, image size, mismatches.
+
+Nothing here opens a file; paths are for messages.
+
+Errors::
+
+    ValueError
+    └── ModelFileError    a model file that is missing, damaged, unsafe, or does not fit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NESTS = ("state_dict", "model", "net", "model_state", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "network.", "model.", "net.")  # wrappers': DataParallel, torch.compile, ...
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+PROBE_CLASSES = 1009  # prime, so that no other dimension of a network equals it
+_LISTED = 8  # keys shown per kind of mismatch
+
+
+class ModelFileError(ValueError):
+    """A model file that cannot be used; the message says why and what to do."""
+
+
+def find_state_dict(path: Path, found: Any) -> tuple[dict[str, Tensor], str | None]:
+    """Return the state dict in what was read, and the names that lead to it."""
+    for nesting in (None, *_NESTS, *(f"{outer}.{inner}" for outer in _NESTS for inner in _NESTS)):
+        inner = found
+        for name in nesting.split(".") if nesting else []:
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if (
+            isinstance(inner, Mapping)
+            and inner
+            and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in inner.items())
+        ):
+            return {key: tensor.detach() for key, tensor in inner.items()}, nesting
+    got = f"a mapping with {listing(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+    raise ModelFileError(
+        f"{path}: no state dict in it: expected names and tensors, at the top or under {', '.join(_NESTS)}; found {got}"
+    )
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of unusual kinds, and weights that are not finite."""
+    odd = [key for key, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise ModelFileError(f"{path}: sparse, quantised, complex or overlapping tensors: {listing(odd)}")
+    if bad := not_finite(tensors):
+        raise ModelFileError(f"{path}: NaN or infinite weights in {listing(bad)}; this model cannot be judged")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a common dtype and all its numbers in memory (so that no shape exceeds its file)."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and tensor.dtype in _DTYPES
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity."""
+    return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def strip_prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """Take off the wrappers' prefix that leaves most of the expected keys; the longest one if several do."""
+    candidates = [""]
+    while part := next((part for part in _PREFIXES if all(k.startswith(candidates[0] + part) for k in tensors)), None):
+        candidates.insert(0, candidates[0] + part)
+    prefix = max(candidates, key=lambda prefix: sum(key.removeprefix(prefix) in expected for key in tensors))
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, prefix
+
+
+def compare(
+    path: Path, arch: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, shapes: bool
+) -> None:
+    """Refuse keys (and shapes) that differ from the network's."""
+    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in tensors if key not in expected]
+    misshapen = [
+        f"{key} {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in tensors
+        if shapes and key in expected and tensors[key].shape != expected[key].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    lists = [f"\n  {len(keys)} {kind}: {listing(keys)}" for kind, keys in kinds.items() if keys]
+    if lists:
+        raise ModelFileError(f"{path}: the weights do not fit {arch}; is it the right architecture?{''.join(lists)}")
+
+
+def count_classes(path: Path, tensors: Mapping[str, Tensor], probe: Mapping[str, Tensor], *, asked: int | None) -> int:
+    """Return the number of classes of the weights: the dimension that follows the classes in a network built for it."""
+    heads = [key for key, tensor in probe.items() if tensor.ndim and tensor.shape[0] == PROBE_CLASSES]
+    if not heads:  # a network with classes of its own
+        if asked is not None:
+            return asked
+        heads = [key for key, tensor in probe.items() if tensor.ndim >= 2][-1:]
+    counts = {tensors[key].shape[0] if tensors[key].ndim else 0 for key in heads}
+    if len(counts) != 1:
+        if asked is None:
+            raise ModelFileError(f"{path}: the weights do not tell the number of classes; pass num_classes")
+        return asked
+    count = counts.pop()
+    if asked not in (None, count):
+        raise ModelFileError(f"{path}: the weights have {count} classes; expected {asked}")
+    return count
+
+
+def find_image_shape(path: Path, tensors: Mapping[str, Tensor], probe: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    """Return the (C, H, W) that a vision transformer's first convolution and positions imply."""
+    stem = next((tensors[key] for key, tensor in probe.items() if tensor.ndim == 4), None)
+    positions = next((tensors[key] for key in probe if key.endswith(("pos_embed", "pos_embedding"))), None)
+    if stem is not None and stem.ndim == 4 and positions is not None and positions.ndim == 3:
+        for extra_tokens in range(6):  # class, distillation and register tokens
+            side = math.isqrt(max(positions.shape[1] - extra_tokens, 0))
+            if side and side**2 == positions.shape[1] - extra_tokens:
+                return stem.shape[1], side * stem.shape[2], side * stem.shape[3]
+    known = f" ({stem.shape[1]} channels)" if stem is not None and stem.ndim == 4 else ""
+    raise ModelFileError(f"{path}: the file does not tell the size of its images{known}; pass image_shape (C, H, W)")
+
+
+def listing(names: Iterable[str], *, limit: int = _LISTED) -> str:
+    """Return the first few names, and how many more there are."""
+    shown = list(names)
+    more = f", and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more

@@ -1,0 +1,59 @@
+"""Control and baseline: fine-tune on clean images (FT in BackdoorBench)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Generator
+
+from lustral.cost import CostMeter
+from lustral.images import Augment, split
+from lustral.protocols import DefenderView, OnProgress, Purified
+from lustral.purifiers.selection import Selection, held_out_accuracy
+from lustral.randomness import fork
+from lustral.training import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """Fine-tune all weights with cross-entropy.
+
+    Attributes:
+        trainer: how; learning rate 0.01 as in BackdoorBench, and augmentation as at training.
+        holdout: share of the clean images kept from training to choose the epoch on.
+    """
+
+    trainer: Trainer = field(
+        default_factory=lambda: Trainer(
+            epochs=20,
+            batch_size=128,
+            learning_rate=0.01,
+            schedule="cosine",
+            warmup=0.1,
+            augment=Augment(crop_padding=4, flip=False),
+        )
+    )
+    holdout: float = 0.2
+
+    def purify(
+        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
+    ) -> Purified:
+        """Return a fine-tuned model; see ``Purifier``."""
+        held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
+        with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
+            self.trainer.fit(
+                view.model,
+                fit,
+                generator=fork(generator, "training"),
+                on_epoch=selection.watch,
+                on_progress=on_progress,
+                stage="fine-tuning",
+            )
+        assert selection.best_model is not None
+        return Purified(
+            model=selection.best_model,
+            history=tuple(selection.history),
+            selected=selection.best_index,
+            cost=meter.cost,
+        )

@@ -1,0 +1,257 @@
+"""What the page says at its top: one plain sentence, its colour, what it rests on, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lustral.evaluation import Evaluation, compare, unmet_criteria
+from lustral.protocols import Purified, Verdict
+from lustral.report.charts import is_found, median_area
+from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
+
+LIMITS = (
+    "A scan can show a backdoor, but it cannot prove that there is none: it searches for small patterns that force one "
+    "class, and a backdoor of another kind can escape it."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The answer of a page.
+
+    Attributes:
+        tone: "bad", "good" or "unsure"; colours the badge.
+        badge: the answer in two or three words.
+        headline: the answer in one sentence.
+        details: sentences that support it.
+        next_steps: what the reader should do.
+        figures: (what, value) pairs to show large.
+    """
+
+    tone: str
+    badge: str
+    headline: str
+    details: tuple[str, ...]
+    next_steps: tuple[str, ...]
+    figures: tuple[tuple[str, str], ...]
+
+
+def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> Finding:
+    """Return the answer of a scan; ``image_pixels`` is H × W."""
+    suspects = [names[label] for label in verdict.suspect_labels]
+    details = [sentence for sentence in (_area_sentence(verdict, names, image_pixels), verdict.basis) if sentence]
+    figures = _scan_figures(verdict, names)
+    if verdict.outcome == "backdoored":
+        return Finding(
+            tone="bad",
+            badge="Backdoored",
+            headline=f"This model is backdoored: a small pattern turns other images into {quoted_list(suspects)}."
+            if suspects
+            else "This model is backdoored.",
+            details=tuple(details),
+            next_steps=(
+                "Do not use this model where a wrong answer matters.",
+                "Run “lustral erase” on it with the same clean images: it removes the backdoor and writes a new file.",
+                "Find out where the model or its training data came from, and keep the original file as evidence.",
+            ),
+            figures=figures,
+        )
+    if verdict.outcome == "clean":
+        return Finding(
+            tone="good",
+            badge="No backdoor found",
+            headline="No backdoor found: no class can be reached with an unusually small pattern.",
+            details=(*details, LIMITS),
+            next_steps=(
+                "Nothing has to be repaired. Keep this page with the model as a record of the check.",
+                "If the model comes from a source that you do not trust, scan again with more clean images and another "
+                "seed before you rely on it.",
+            ),
+            figures=figures,
+        )
+    return Finding(
+        tone="unsure",
+        badge="Cannot tell",
+        headline="Cannot tell: the evidence is neither clearly normal nor clearly abnormal."
+        + (f" The class to watch is {quoted_list(suspects)}." if suspects else ""),
+        details=(*details, LIMITS),
+        next_steps=(
+            "Scan again with more clean images, at least several of every class.",
+            "Until then, treat the model as not trusted.",
+        ),
+        figures=figures,
+    )
+
+
+def erase_finding(
+    purified: Purified,
+    verdict: Verdict | None,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    names: Sequence[str],
+) -> Finding:
+    """Return the answer of an erasure: measured with the true trigger where one was given, else by the audit."""
+    audit = purified.audit
+    unmet = unmet_criteria(before, after) if before and after else None
+    audited = audit.outcome if audit else None
+    details = _erase_details(before, after, audit)
+    figures = _erase_figures(purified, verdict, before, after)
+    use_it = (
+        "Use the new model file in place of the old one; your own code loads it as before.",
+        "Check its accuracy on your own test set, and keep the original file as evidence.",
+    )
+    try_more = (
+        "Do not use the new model yet.",
+        "Erase again with more clean images, or train the model again from data that you trust.",
+    )
+
+    if purified.selected is None:
+        was_clean = verdict is not None and verdict.outcome == "clean"
+        return Finding(
+            tone="good" if was_clean else "unsure",
+            badge="Not changed",
+            headline="The model was returned as it was: "
+            + ("the scan found no backdoor to erase." if was_clean else "nothing was erased."),
+            details=(*details, LIMITS) if was_clean else details,
+            next_steps=("Nothing has to be done.",) if was_clean else try_more,
+            figures=figures,
+        )
+    if audited == "backdoored":
+        assert audit is not None
+        found = quoted_list([names[label] for label in audit.suspect_labels])
+        known = "The known trigger no longer works, but a" if unmet == () else "Still backdoored: a"
+        return Finding(
+            tone="unsure" if unmet == () else "bad",
+            badge="Not fully erased" if unmet == () else "Still backdoored",
+            headline=f"{known} fresh search on the new model finds an unusually small pattern (class: {found}).",
+            details=details,
+            next_steps=try_more,
+            figures=figures,
+        )
+    if before and after and unmet:
+        return Finding(
+            tone="bad",
+            badge="Not fully erased",
+            headline=f"The backdoor is not fully erased: {_shortfall(before, after, unmet)}.",
+            details=details,
+            next_steps=try_more,
+            figures=figures,
+        )
+    if unmet == ():
+        return Finding(
+            tone="good",
+            badge="Erased",
+            headline="The backdoor is erased: the trigger no longer works, and the model still does its job.",
+            details=details,
+            next_steps=use_it,
+            figures=figures,
+        )
+    if audited == "clean":
+        return Finding(
+            tone="good",
+            badge="Erased",
+            headline=(
+                "No backdoor found, neither before nor after"
+                if verdict is not None and verdict.outcome == "clean"
+                else "The backdoor appears to be erased"
+            )
+            + ": a fresh search on the new model finds no unusually small pattern.",
+            details=(*details, LIMITS),
+            next_steps=use_it,
+            figures=figures,
+        )
+    return Finding(
+        tone="unsure",
+        badge="Cannot tell",
+        headline="Cannot tell whether the backdoor is gone: "
+        + ("the fresh search gave no clear answer." if audit else "the new model was not searched again."),
+        details=details,
+        next_steps=("Scan the new model with “lustral scan” and more clean images before you use it.",),
+        figures=figures,
+    )
+
+
+def _area_sentence(verdict: Verdict, names: Sequence[str], image_pixels: int) -> str:
+    by_label = {e.label: e for e in verdict.evidence}
+    label = verdict.suspect_labels[0] if verdict.suspect_labels else None
+    if label is None or label not in by_label or not is_found(by_label[label].area):
+        return ""
+    least = by_label[label]
+    typical = median_area(verdict.evidence, verdict.suspect_labels)
+    compared = f"; for a typical class it takes {pixels(typical)}" if is_found(typical) else ""
+    return (
+        f"Covering the equivalent of {pixels(least.area)} of {image_pixels:,} ({percent(least.area / image_pixels)} of "
+        f"the image) turns {percent(least.attack_success_rate, 0)} of held-out images into "
+        f"{quoted(names[label])}{compared}."
+    )
+
+
+def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    if not verdict.evidence:
+        return ()
+    by_label = {e.label: e for e in verdict.evidence}
+    smallest = min(verdict.evidence, key=lambda e: e.area if is_found(e.area) else math.inf)
+    least = by_label.get(verdict.suspect_labels[0], smallest) if verdict.suspect_labels else smallest
+    return (
+        ("most suspicious class", names[least.label]),
+        ("pixels needed there", pixels(least.area)),
+        ("pixels needed, typical class", pixels(median_area(verdict.evidence, verdict.suspect_labels))),
+        ("chance of this in a benign model", chance(least.p_value)),
+    )
+
+
+def _erase_details(before: Evaluation | None, after: Evaluation | None, audit: Verdict | None) -> tuple[str, ...]:
+    details = []
+    if before and after and after.asr.total:
+        details.append(
+            f"With the true trigger, {percent(before.asr.value)} of images went to the attacker’s class before and "
+            f"{percent(after.asr.value)} do now; without any trigger it is {percent(after.natural_rate.value)}."
+        )
+    if after and after.non_finite:
+        details.append(
+            f"The new model gave numbers that are not finite for {after.num_non_finite:,} images: it is damaged."
+        )
+    if audit is not None:
+        details.append(f"Fresh search on the new model: {audit.basis}")
+    return tuple(details)
+
+
+def _erase_figures(
+    purified: Purified, verdict: Verdict | None, before: Evaluation | None, after: Evaluation | None
+) -> tuple[tuple[str, str], ...]:
+    if before and after:
+        rating = compare(before, after)["der"]
+        return (
+            ("attack success", f"{percent(before.asr.value)} → {percent(after.asr.value)}"),
+            ("clean accuracy", f"{percent(before.acc.value)} → {percent(after.acc.value)}"),
+            ("triggered images recognised", f"{percent(before.ra.value)} → {percent(after.ra.value)}"),
+            ("defence effectiveness (DER)", number(rating, 3)),
+        )
+    figures = []
+    if purified.history:
+        first, kept = purified.history[0], purified.history[-1 if purified.selected is None else purified.selected]
+        for key, what in (
+            ("recovered_asr", "recovered trigger works"),
+            ("clean_accuracy", "clean accuracy (held-out)"),
+        ):
+            if key in first and key in kept:
+                figures.append((what, f"{percent(first[key])} → {percent(kept[key])}"))
+    if verdict and purified.audit and verdict.suspect_labels:
+        areas = [
+            next((e.area for e in found.evidence if e.label == verdict.suspect_labels[0]), math.nan)
+            for found in (verdict, purified.audit)
+        ]
+        figures.append(("pixels needed", f"{pixels(areas[0])} → {pixels(areas[1])}"))
+    return tuple(figures)
+
+
+def _shortfall(before: Evaluation, after: Evaluation, unmet: Sequence[str]) -> str:
+    reasons = {
+        "finite": "the new model is damaged",
+        "asr": f"the trigger still works on {percent(after.asr.value)} of images",
+        "acc": f"clean accuracy changed by {points(after.acc.value - before.acc.value)}",
+        "ra": f"only {percent(after.ra.value)} of triggered images are recognised as what they show",
+    }
+    return ", and ".join(reasons[name] for name in unmet)

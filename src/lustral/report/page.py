@@ -1,0 +1,312 @@
+"""One self-contained HTML page per scan or erasure: no scripts, no network, light and dark, phone and paper."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from lustral.evaluation import Evaluation, Rate, compare
+from lustral.files import write_text_atomic
+from lustral.images import as_float, as_uint8
+from lustral.protocols import Cost, ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
+from lustral.report import wording
+from lustral.report.charts import BarChart, LineChart, area_chart, area_history_chart, audit_chart, rate_chart
+from lustral.report.figures import close_up, data_uri, over_checkerboard, png
+from lustral.report.findings import Finding, erase_finding, scan_finding
+
+NUM_SAMPLES = 6  # pictures per row
+LARGEST_PIXELATED = 96  # pixels; larger pictures are scaled smoothly
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What a page is made from. Everything that is None or empty is left out of the page.
+
+    Attributes:
+        title: heading of the page, e.g. the name of the model file.
+        clean: trusted images, for pictures and class names.
+        verdict: the scan; an erasure may come without one.
+        purified: the erasure.
+        before: the given model, measured with the true trigger; only where an evaluator knows it.
+        after: the new model, measured likewise.
+        true_trigger: the attacker's trigger; only where an evaluator knows it.
+        controls: other methods' results on the same model, by name.
+        provenance: everything needed to repeat the run: command, settings, seed, versions, file hashes. JSON-ready.
+    """
+
+    title: str
+    clean: ImageSet
+    verdict: Verdict | None = None
+    purified: Purified | None = None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    true_trigger: Trigger | None = None
+    controls: Mapping[str, Evaluation] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of all classes; "class 3" where the set has none."""
+        return self.clean.class_names or tuple(f"class {label}" for label in range(self.clean.num_classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRow:
+    """A row of pictures: what they are, their PNG data URIs, and whether to enlarge them with hard edges."""
+
+    caption: str
+    pictures: tuple[str, ...]
+    is_pixelated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerPictures:
+    """The pictures of one recovered trigger."""
+
+    heading: str
+    rows: tuple[PictureRow, ...]
+    facts: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One line of the table of measurements: before, after (value, then small print), and the change."""
+
+    name: str
+    meaning: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    change: str
+
+
+def write_scan_report(path: str | os.PathLike[str], data: ReportData) -> None:
+    """Write the page of a scan.
+
+    Args:
+        path: the HTML file; an existing one is replaced whole.
+        data: needs ``verdict``.
+    """
+    if data.verdict is None:
+        raise ValueError("expected a verdict in the data of a scan report; got None")
+    _, height, width = data.clean.image_shape
+    finding = scan_finding(data.verdict, data.class_names, height * width)
+    write_text_atomic(path, _render("Scan report", finding, data, data.verdict, data.verdict.cost))
+
+
+def write_erase_report(path: str | os.PathLike[str], data: ReportData) -> None:
+    """Write the page of an erasure.
+
+    Args:
+        path: the HTML file; an existing one is replaced whole.
+        data: needs ``purified``; its scan is shown where ``verdict`` is None.
+    """
+    if data.purified is None:
+        raise ValueError("expected a purified model in the data of an erase report; got None")
+    verdict = data.verdict or data.purified.verdict
+    finding = erase_finding(data.purified, verdict, data.before, data.after, data.class_names)
+    write_text_atomic(path, _render("Erase report", finding, data, verdict, data.purified.cost))
+
+
+def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | None, cost: Cost) -> str:
+    environment = Environment(
+        loader=PackageLoader("lustral.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=wording.percent, pixels=wording.pixels, chance=wording.chance, number=wording.number
+    )
+    names, purified = data.class_names, data.purified
+    suspects = verdict.suspect_labels if verdict else ()
+    return environment.get_template("report.html.j2").render(
+        kind=kind,
+        title=data.title,
+        finding=finding,
+        is_erasure=purified is not None,
+        names=names,
+        verdict=verdict,
+        suspects=suspects,
+        notes=purified.notes if purified else (),
+        triggers=[_trigger_pictures(trigger, data, suspects) for trigger in verdict.triggers] if verdict else [],
+        area_chart=area_chart(verdict.evidence, names, suspects) if verdict else None,
+        measures=_measures(data.before, data.after),
+        class_accuracies=_class_accuracies(data),
+        curves=_curves(purified),
+        history=_history_table(purified),
+        audit=_audit(verdict, purified, names),
+        controls=_controls(data),
+        cost=_cost_tiles(cost),
+        provenance=json.dumps(data.provenance, indent=2, default=str, ensure_ascii=False) if data.provenance else "",
+    )
+
+
+def _trigger_pictures(found: RecoveredTrigger, data: ReportData, suspects: Sequence[int]) -> TriggerPictures:
+    found, name = found.to("cpu"), data.class_names[found.target_label]
+    masks, patterns = found.masks[:NUM_SAMPLES], found.patterns[:NUM_SAMPLES]
+    clean = _sample_images(data.clean, found.target_label)
+    rows = [
+        _picture_row("recovered trigger, see-through where grey checks show", over_checkerboard(masks, patterns)),
+        _picture_row("close-up of the same samples", close_up(masks, patterns)),
+        _picture_row("clean images", clean),
+        _picture_row("the same images with the recovered trigger", as_uint8(found(as_float(clean)))),
+    ]
+    if data.true_trigger is not None:
+        true = as_uint8(data.true_trigger(as_float(clean)))
+        rows.append(_picture_row("the same images with the attacker’s true trigger, for comparison", true))
+    is_suspect = found.target_label in suspects
+    return TriggerPictures(
+        heading=f"Towards {wording.quoted(name)}" + ("" if is_suspect else " (not flagged)"),
+        rows=tuple(row for row in rows if row.pictures),
+        facts=f"{len(found.masks)} samples, {wording.pixels(found.area)} needed; works on "
+        f"{wording.percent(found.attack_success_rate, 0)} of held-out images of other classes.",
+    )
+
+
+def _sample_images(clean: ImageSet, target_label: int) -> Tensor:
+    """Return up to six clean images, (n, C, H, W) uint8 on the CPU, of as many classes but the target as there are."""
+    labels = clean.labels.cpu()
+    others = (labels != target_label).nonzero().flatten().tolist()
+    seen: dict[int, int] = {}
+    turns = []  # how many images of its class come before this one
+    for index in others:
+        label = int(labels[index])
+        turns.append(seen.setdefault(label, 0))
+        seen[label] += 1
+    chosen = [index for _, index in sorted(zip(turns, others, strict=True))][:NUM_SAMPLES]
+    return clean.images[torch.tensor(chosen, dtype=torch.int64).to(clean.device)].cpu()
+
+
+def _picture_row(caption: str, images: Tensor) -> PictureRow:
+    return PictureRow(
+        caption=caption,
+        pictures=tuple(data_uri(png(image)) for image in images),
+        is_pixelated=max(images.shape[-2:]) <= LARGEST_PIXELATED,
+    )
+
+
+def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measure]:
+    if before is None and after is None:
+        return []
+
+    def rate(value: Rate | None) -> tuple[str, ...]:
+        if value is None:
+            return ("–",)
+        if not value.total:
+            return "n/a", "no images"
+        low, high = value.interval
+        return wording.percent(value.value), f"{100 * low:.1f}–{100 * high:.1f}", f"n = {value.total:,}"
+
+    rows = []
+    for field_name, name, meaning in (
+        ("acc", "Clean accuracy (ACC)", "test images classified correctly"),
+        ("asr", "Attack success rate (ASR)", "triggered images that go to the attacker’s class"),
+        ("ra", "Robust accuracy (RA)", "triggered images still recognised as what they show"),
+        (
+            "natural_rate",
+            "Natural target rate",
+            "the same images without trigger that go there anyway: the floor for ASR",
+        ),
+    ):
+        old, new = (getattr(record, field_name) if record else None for record in (before, after))
+        rows.append(
+            Measure(
+                name=name,
+                meaning=meaning,
+                before=rate(old),
+                after=rate(new),
+                change=wording.points(new.value - old.value) if old and new else "–",
+            )
+        )
+    if before and after:
+        comparison = compare(before, after)
+        for key, name, meaning in (
+            ("der", "Defence effectiveness (DER)", "0.5: nothing gained; 1: attack gone at no loss of accuracy"),
+            ("rir", "Robust improvement (RIR)", "0.5: nothing gained; 1: triggered images fully recognised again"),
+        ):
+            text = wording.number(comparison[key], 3)
+            rows.append(Measure(name=name, meaning=meaning, before=("–",), after=(text,), change="–"))
+    return rows
+
+
+def _class_accuracies(data: ReportData) -> list[tuple[str, str, str, str]]:
+    before = data.before.per_class if data.before else ()
+    after = data.after.per_class if data.after else ()
+    rows = []
+    for label, name in enumerate(data.class_names if before or after else ()):
+        old, new = (rates[label].value if rates else None for rates in (before, after))
+        change = "–" if old is None or new is None else wording.points(new - old)
+        rows.append((name, wording.percent(old), wording.percent(new), change))
+    return rows
+
+
+def _curves(purified: Purified | None) -> list[LineChart]:
+    if purified is None:
+        return []
+    charts = (make(purified.history, purified.selected) for make in (rate_chart, area_history_chart))
+    return [chart for chart in charts if chart is not None]
+
+
+def _history_table(purified: Purified | None) -> tuple[list[str], list[list[str]]]:
+    """Return (column names, rows of texts) of a history."""
+    entries = purified.history if purified else ()
+    columns = list(dict.fromkeys(key for entry in entries for key in entry))
+
+    def text(key: str, value: Any) -> str:
+        if value is None:
+            return "–"
+        if not isinstance(value, float):
+            return str(value)
+        return wording.percent(value) if key.endswith(("accuracy", "asr", "rate")) else f"{value:.4g}"
+
+    return [key.replace("_", " ") for key in columns], [[text(key, e.get(key)) for key in columns] for e in entries]
+
+
+def _audit(verdict: Verdict | None, purified: Purified | None, names: Sequence[str]) -> dict[str, Any] | None:
+    audit = purified.audit if purified else None
+    if audit is None:
+        return None
+    old = verdict.evidence if verdict else ()
+    labels = list(verdict.suspect_labels or [found.target_label for found in verdict.triggers]) if verdict else []
+    labels += [label for label in audit.suspect_labels if label not in labels]
+    sentences = []
+    for label in labels:
+        then, now = (next((e for e in evidence if e.label == label), None) for evidence in (old, audit.evidence))
+        if then and now:
+            sentences.append(
+                f"{wording.quoted(names[label])}: {wording.pixels(then.area)} before, {wording.pixels(now.area)} after."
+            )
+    chart: BarChart | None = audit_chart(old, audit, names, labels)
+    return {"sentences": sentences, "chart": chart, "outcome": audit.outcome, "basis": audit.basis}
+
+
+def _controls(data: ReportData) -> list[dict[str, Any]]:
+    if not data.controls:
+        return []
+    records = {"given model": data.before, "this report": data.after, **data.controls}
+    return [
+        {
+            "name": name,
+            "rates": [wording.percent(rate.value) for rate in (record.acc, record.asr, record.ra)],
+            "is_ours": record is data.after,
+        }
+        for name, record in records.items()
+        if record is not None
+    ]
+
+
+def _cost_tiles(cost: Cost) -> list[tuple[str, str]]:
+    return [
+        ("wall time", wording.duration(cost.seconds)),
+        ("image passes through the model", f"{cost.image_passes:,.0f}"),
+        ("peak memory", wording.memory(cost.peak_memory_bytes)),
+        ("clean images used", f"{cost.clean_images:,}"),
+    ]

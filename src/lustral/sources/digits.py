@@ -1,0 +1,35 @@
+"""The 1,797 handwritten digits that come with scikit-learn: a data set that needs no file."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lustral.images import as_uint8, stratified_indices
+from lustral.protocols import ImageSet
+from lustral.randomness import child
+from lustral.sources.record import DataSource
+
+_NUM_TEST = 360
+_DEFAULT_SIZE = 32
+_BRIGHTEST = 16  # the set counts ink in 0 .. 16
+
+
+def open_digits(image_size: int | None = None) -> DataSource:
+    """Return the digits, 1,437 for training and 360 for testing, as (3, S, S) pictures with three equal channels.
+
+    Args:
+        image_size: side S in pixels that the 8x8 originals are enlarged to, bilinear; None means 32.
+    """
+    from sklearn.datasets import load_digits  # imported here: slow, and only this source needs it
+
+    bunch = load_digits()
+    size = image_size or _DEFAULT_SIZE
+    ink = torch.from_numpy(bunch.images).float()[:, None] / _BRIGHTEST
+    images = as_uint8(F.interpolate(ink, size=(size, size), mode="bilinear")).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(bunch.target).long()
+    digits = ImageSet(images=images, labels=labels, num_classes=10, class_names=tuple("0123456789"))
+    test, train = stratified_indices(labels, 10, _NUM_TEST, generator=child(0, "test", "digits"))
+    return DataSource(
+        name="digits", train=digits.subset(train), test=digits.subset(test), flip=False, reserve_fraction=0.2
+    )

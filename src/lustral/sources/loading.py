@@ -1,0 +1,135 @@
+"""Opens a source from the text a user types: a known name, a path, or a torchvision data set."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lustral.protocols import ImageSet
+from lustral.sources.arrays import open_npz, open_parquet
+from lustral.sources.digits import open_digits
+from lustral.sources.folder import open_folder
+from lustral.sources.pixels import resize
+from lustral.sources.record import DataSource, SourceError
+from lustral.sources.torchvision_sets import open_torchvision
+
+DATA_VARIABLE = "LUSTRAL_DATA"  # environment variable with the folder of the named sets
+_TORCHVISION = "torchvision:"
+_FILES = {  # name: (file in the data folder, whether flips keep the meaning)
+    "cifar10": ("cifar10.npz", True),
+    "gtsrb": ("gtsrb32.npz", False),
+    "mnist": ("mnist.npz", False),
+    "tinyimagenet10": ("tinyimagenet10_64.parquet", True),
+}
+_OWN_DATA = (
+    "the path of an image folder (CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png), an .npz or a .parquet file"
+)
+
+
+def source_names() -> tuple[str, ...]:
+    """Return the names that ``load_source`` knows, sorted.
+
+    >>> source_names()
+    ('cifar10', 'digits', 'gtsrb', 'mnist', 'tinyimagenet10')
+    """
+    return tuple(sorted([*_FILES, "digits"]))
+
+
+def load_source(
+    spec: str, *, root: Path | None = None, image_size: int | None = None, stream: bool = False
+) -> DataSource:
+    """Open a data set.
+
+    Args:
+        spec: "digits" (needs no file); a name of ``source_names()``, found in ``root``; a path to an image folder,
+            an .npz or a .parquet file; or "torchvision:CLASS", downloaded to ``root``.
+        root: folder of the named sets; None takes the environment variable LUSTRAL_DATA.
+        image_size: side in pixels that images are resized to; None keeps their size.
+        stream: leave the training images of an image folder on disk.
+
+    Raises:
+        SourceError: the source cannot be found, read or understood; the message says what to do.
+    """
+    if image_size is not None and image_size < 1:
+        raise SourceError(f"expected an image_size of at least 1 pixel; got {image_size}")
+    path = Path(spec).expanduser()
+    is_folder = spec not in source_names() and path.is_dir()
+    if stream and not is_folder:
+        raise SourceError(f"only an image folder can be streamed; {spec!r} is none: leave out stream")
+    if is_folder:
+        return open_folder(path, name=path.resolve().name, image_size=image_size, stream=stream)
+    if spec == "digits":
+        return open_digits(image_size)
+    if spec.startswith(_TORCHVISION):
+        return open_torchvision(spec.removeprefix(_TORCHVISION), root=_data_folder(spec, root), image_size=image_size)
+    if spec in _FILES:
+        return _open_known(spec, _data_folder(spec, root), image_size)
+    if path.is_file():
+        return _open_file(path, path.stem, True, image_size)
+    close = difflib.get_close_matches(spec, source_names(), n=1)
+    raise SourceError(
+        f"no data set {spec!r}: neither a known name nor an existing path"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f"\nknown names: {', '.join(source_names())}, {_TORCHVISION}CIFAR10 and the like; or give {_OWN_DATA}"
+    )
+
+
+def _data_folder(spec: str, root: Path | None) -> Path:
+    """Return the folder of the named sets, given or from the environment."""
+    if root is not None:
+        return root
+    if folder := os.environ.get(DATA_VARIABLE):
+        return Path(folder)
+    raise SourceError(
+        f"{spec!r} needs a data folder: set the environment variable {DATA_VARIABLE}"
+        + (f" to the folder that holds {_FILES[spec][0]}" if spec in _FILES else " to the folder to download to")
+        + f", or give {_OWN_DATA} (--data PATH); 'digits' needs no file"
+    )
+
+
+def _open_known(spec: str, folder: Path, image_size: int | None) -> DataSource:
+    """Open a named file in the data folder."""
+    file, flip = _FILES[spec]
+    path = folder / file
+    if not path.is_file():
+        raise SourceError(
+            f"{spec!r}: {path} does not exist; put the file there, set {DATA_VARIABLE} to the folder that holds it, or "
+            f"give {_OWN_DATA} (--data PATH); 'digits' needs no file"
+        )
+    if spec == "mnist":
+        return _resized(_map_images(open_npz(path, name=spec, flip=flip), _pad_grey), image_size)
+    return _open_file(path, spec, flip, image_size)
+
+
+def _open_file(path: Path, name: str, flip: bool, image_size: int | None) -> DataSource:
+    """Open a single file by its suffix."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return _resized(open_npz(path, name=name, flip=flip), image_size)
+    if suffix == ".parquet":
+        return open_parquet(path, name=name, flip=flip, image_size=image_size)
+    raise SourceError(f"{path}: expected an .npz or a .parquet file; got {suffix or 'no suffix'}")
+
+
+def _resized(source: DataSource, image_size: int | None) -> DataSource:
+    """Return the source with square images of the given side."""
+    return source if image_size is None else _map_images(source, lambda images: resize(images, image_size))
+
+
+def _map_images(source: DataSource, change: Callable[[Tensor], Tensor]) -> DataSource:
+    """Return a source whose sets are in memory with ``change`` applied to the images of both."""
+    assert isinstance(source.train, ImageSet)
+    train = replace(source.train, images=change(source.train.images))
+    test = None if source.test is None else replace(source.test, images=change(source.test.images))
+    return replace(source, train=train, test=test)
+
+
+def _pad_grey(images: Tensor) -> Tensor:
+    """Bring (N, 1, 28, 28) grey images to the usual (N, 3, 32, 32): a black margin, three equal channels."""
+    return F.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1)

@@ -1,0 +1,271 @@
+"""The one loop: every attack, purifier and safe trainer trains through ``Trainer.fit``.
+
+What differs between them goes in as an ``objective``; what they watch comes out through ``on_epoch``. The loop runs on
+the device of the data. Spreading it over several GPUs needs no change in any caller: ``fit`` is the one place that would
+wrap the model in DistributedDataParallel and shard ``data.batches`` by rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from lustral.cost import CostMeter
+from lustral.images import Augment
+from lustral.protocols import ImageSet, ImageStream, OnProgress, Progress
+from lustral.randomness import fork, on_device
+
+Precision = Literal["auto", "bfloat16", "float32"]
+Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss became infinite or not a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What one epoch did.
+
+    Attributes:
+        epoch: number of finished epochs, from 1.
+        epochs: epochs in all.
+        loss: mean objective over the epoch.
+        images_per_second: training rate of this epoch, data pipeline included.
+        model: the model as it is now, in training mode; look, copy, but do not change it.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+    images_per_second: float
+    model: nn.Module
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether bfloat16 arithmetic is native on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.backends.mkldnn.is_available()
+
+
+@contextmanager
+def autocast(device: torch.device, precision: Precision = "auto") -> Iterator[None]:
+    """Run the block under bfloat16 autocast if asked for, or if "auto" and the hardware has it."""
+    enabled = precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold a model in evaluation mode with parameters that take no gradient; restore both afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, need in needs:
+            parameter.requires_grad_(need)
+
+
+def set_training_mode(model: nn.Module, batch_norm: Literal["train", "frozen"]) -> None:
+    """Switch to training mode; "frozen" keeps batch normalisation on its running statistics."""
+    model.train()
+    if batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+    """Return the plain objective: mean cross-entropy of the labels."""
+    return F.cross_entropy(model(images).float(), labels)
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """Return the learning rate at ``progress`` in [0, 1] of training, as a share of its peak.
+
+    >>> learning_rate_factor(0.1, "one_cycle", 0.2), learning_rate_factor(1.0, "one_cycle", 0.2)
+    (0.5, 0.0)
+    """
+    if schedule == "constant":
+        return 1.0
+    if progress < warmup:
+        return progress / warmup
+    after = (progress - warmup) / (1 - warmup)
+    return 1 - after if schedule == "one_cycle" else (1 + math.cos(math.pi * after)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Trains or fine-tunes a copy of a model.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: images per step; a last batch that is not full is dropped when there are full ones.
+        optimizer: "sgd" (Nesterov momentum), "adam" or "adamw".
+        learning_rate: peak learning rate.
+        momentum: of SGD; first beta of Adam.
+        weight_decay: L2 for SGD and Adam, decoupled for AdamW; matrices and kernels only, not biases or norms.
+        schedule: "one_cycle" (linear up, linear down to 0), "cosine" (after the same warm-up), or "constant".
+        warmup: share of the steps in which the rate climbs from 0; no use with "constant".
+        label_smoothing: of the default objective.
+        augment: batched augmentation, or None.
+        precision: "auto" takes bfloat16 autocast where the hardware has it.
+        channels_last: NHWC memory layout.
+        compile: run the model through torch.compile.
+        batch_norm: "train", or "frozen" to keep the running statistics and normalise with them.
+        clip_norm: largest gradient norm, or None.
+    """
+
+    epochs: int = 12
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: float = 0.2
+    label_smoothing: float = 0.0
+    augment: Augment | None = None
+    precision: Precision = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    batch_norm: Literal["train", "frozen"] = "train"
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.epochs < 0 or self.batch_size < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                "expected epochs >= 0, batch_size >= 1 and learning_rate > 0; got "
+                f"{self.epochs}, {self.batch_size} and {self.learning_rate}"
+            )
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"expected a warm-up share in [0, 1); got {self.warmup}")
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: ImageSet | ImageStream,
+        *,
+        generator: Generator,
+        objective: Objective | None = None,
+        on_epoch: Callable[[EpochReport], None] | None = None,
+        on_progress: OnProgress | None = None,
+        stage: str = "training",
+    ) -> nn.Module:
+        """Return a trained copy of ``model``, in evaluation mode; the one given is not changed.
+
+        Equal seeds give equal weights on one device.
+
+        Args:
+            model: classifier from float32 (B, C, H, W) in [0, 1] to logits (B, K), on the device of ``data``.
+            data: training images.
+            generator: CPU stream; order, augmentation, the objective and dropout each get a stream of their own.
+            objective: maps (model, images, labels, generator) to a scalar loss; None is cross-entropy.
+            on_epoch: called after each epoch.
+            on_progress: called a few times a second.
+            stage: name of this training in progress reports.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; the message says at which step and what to change.
+            ValueError: the data set is empty.
+        """
+        if len(data) == 0:
+            raise ValueError("expected at least one training image; the set is empty")
+        original, model = model, copy.deepcopy(model)
+        CostMeter.follow(original, model)
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if objective is None:
+            objective = self._plain_objective
+        order, dropout_seed = fork(generator, "order"), int(torch.randint(2**31, (), generator=generator))
+        device = next(model.parameters()).device
+        augmenting, extra = on_device(fork(generator, "augment"), device), fork(generator, "objective")
+        optimizer = self._optimizer(model)
+        forward = torch.compile(model) if self.compile else model
+        steps = max(len(data) // self.batch_size, 1)
+        drop_last = len(data) >= self.batch_size
+        done, last_report, first = 0, 0.0, True
+        set_training_mode(model, self.batch_norm)
+        fork_devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(fork_devices):
+            torch.manual_seed(dropout_seed)
+            for epoch in range(self.epochs):
+                started, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
+                for images, labels in data.batches(self.batch_size, generator=order, drop_last=drop_last):
+                    factor = learning_rate_factor((done + 1) / (steps * self.epochs), self.schedule, self.warmup)
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.learning_rate * factor
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    if self.augment is not None:
+                        images = self.augment(images, generator=augmenting)
+                    if self.channels_last:
+                        images = images.contiguous(memory_format=torch.channels_last)
+                    with autocast(device, self.precision):
+                        loss = objective(forward, images, labels, extra)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    if self.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
+                    optimizer.step()
+                    total += loss.detach()
+                    done, seen = done + 1, seen + len(images)
+                    now = time.perf_counter()
+                    if first or now - last_report > 0.25:
+                        self._check(loss, done)
+                        first, last_report = False, now
+                        if on_progress is not None:
+                            rate = {"images_per_second": seen / (now - started), "loss": loss.item()}
+                            on_progress(Progress(stage=stage, done=done, total=steps * self.epochs, values=rate))
+                self._check(total, done)
+                if on_epoch is not None:
+                    mean = total.item() / steps
+                    rate_now = seen / (time.perf_counter() - started)
+                    on_epoch(
+                        EpochReport(
+                            epoch=epoch + 1, epochs=self.epochs, loss=mean, images_per_second=rate_now, model=model
+                        )
+                    )
+                    set_training_mode(model, self.batch_norm)
+        if on_progress is not None:
+            on_progress(Progress(stage=stage, done=done, total=done))
+        return model.eval()
+
+    def _plain_objective(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        return F.cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
+
+    def _check(self, loss: Tensor, step: int) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(
+                f"the loss became {loss.item()} at step {step}: lower the learning rate (now {self.learning_rate}), "
+                "or check the images and the starting weights for NaN"
+            )
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0
+            )
+        adam = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return adam(groups, lr=self.learning_rate, betas=(self.momentum, 0.999))

@@ -1,0 +1,206 @@
+"""Making backdoored models, and keeping them in folders that nobody has to trust.
+
+A victim folder holds ``model.safetensors`` (weights and architecture), ``victim.json`` (attack and its settings, data,
+training, seed, versions, metrics at birth) and ``trigger.png`` (originals, triggered, residual x10). The true trigger is
+made again from the settings: nothing in the folder is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+import lustral
+from lustral.catalog import ATTACKS
+from lustral.evaluation.protocol import evaluate
+from lustral.files import atomic_write
+from lustral.images import Augment, as_float, as_uint8, channel_statistics
+from lustral.models import Classifier, build_classifier, load_model, save_model
+from lustral.protocols import Attack, ImageSet, OnProgress, Victim
+from lustral.randomness import child
+from lustral.report.figures import stamp_sheet
+from lustral.training import EpochReport, Trainer
+
+SCHEMA = 1
+NO_ATTACK = "none"
+
+
+class VictimError(ValueError):
+    """A victim folder is missing something or was written by something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoTrigger:
+    """The trigger of a benign model: it changes nothing."""
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Return a copy of the images."""
+        return images.clone()
+
+
+def keep_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the labels as they are: the label rule of a benign model, under which nothing is attackable."""
+    return labels
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    return {"lustral": lustral.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def implant(
+    attack: Attack | None,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    arch: str,
+    trainer: Trainer,
+    seed: int,
+    data_name: str,
+    start: Classifier | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Victim:
+    """Train a backdoored model, or a benign one.
+
+    Args:
+        attack: what poisons the training set; None trains a benign model the same way.
+        train: clean training set on the device to train on.
+        test: clean test set for the metrics at birth.
+        arch: architecture, as ``lustral.models.build_classifier`` takes it.
+        trainer: how to train.
+        seed: of the poisoning, the starting weights and the training.
+        data_name: for the provenance.
+        start: a trained model to fine-tune on the poisoned set (the way MESA's victims are made), or None for new
+            weights.
+        on_epoch: called after each epoch.
+        on_progress: called a few times a second.
+
+    Raises:
+        ValueError: the attack is impossible on this data; raised before any training.
+    """
+    poisoned = None if attack is None else attack.poison(train, generator=child(seed, "poison"))
+    data = train if poisoned is None else poisoned.data
+    if start is None:
+        mean, std = channel_statistics(train)
+        model = build_classifier(
+            arch,
+            num_classes=train.num_classes,
+            image_shape=train.image_shape,
+            mean=mean,
+            std=std,
+            generator=child(seed, "weights"),
+        ).to(train.device)
+    else:
+        model = start.to(train.device)
+    trained = trainer.fit(
+        model, data, generator=child(seed, "training"), on_epoch=on_epoch, on_progress=on_progress
+    )
+    settings = {} if attack is None else dataclasses.asdict(attack)  # type: ignore[call-overload]
+    provenance = {
+        "schema": SCHEMA,
+        "attack": NO_ATTACK if attack is None else attack_name(attack),
+        "settings": settings,
+        "data": data_name,
+        "arch": arch,
+        "trainer": dataclasses.asdict(trainer),
+        "fine_tuned_from_clean": start is not None,
+        "seed": seed,
+        "num_training_images": len(train),
+        "num_poisoned": 0 if poisoned is None else int(poisoned.is_poisoned.sum()),
+        "image_shape": list(train.image_shape),
+        "num_classes": train.num_classes,
+        "class_names": list(train.class_names),
+        "versions": library_versions(),
+    }
+    victim = Victim(
+        model=trained,
+        trigger=NoTrigger() if attack is None else attack.trigger(train.image_shape),
+        relabel=keep_labels if attack is None else attack.relabel,
+        poisoned=poisoned,
+        provenance=provenance,
+        metrics={},
+    )
+    metrics = evaluate(victim, None, test, generator=child(seed, "evaluation")).to_dict()
+    return dataclasses.replace(victim, metrics=metrics)
+
+
+def attack_name(attack: Attack) -> str:
+    """Return the catalog name of an attack."""
+    for name, kind in ATTACKS.items():
+        if type(attack) is kind:
+            return name
+    raise ValueError(f"{type(attack).__name__} is not in the catalog; expected one of {', '.join(sorted(ATTACKS))}")
+
+
+def save_victim(folder: Path, victim: Victim, examples: ImageSet) -> None:
+    """Write a victim folder; ``examples`` are clean images for the trigger picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert isinstance(victim.model, Classifier)
+    save_model(
+        folder / "model.safetensors",
+        victim.model,
+        arch=victim.provenance["arch"],
+        image_shape=tuple(victim.provenance["image_shape"]),
+    )
+    originals = examples.images[:8].cpu()
+    triggered = as_uint8(victim.trigger(as_float(originals), generator=child(0, "picture")))
+    with atomic_write(folder / "trigger.png") as temporary:
+        temporary.write_bytes(stamp_sheet(originals, triggered))
+    record = {**victim.provenance, "metrics": victim.metrics}
+    with atomic_write(folder / "victim.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_victim(folder: Path) -> Victim:
+    """Read a victim folder.
+
+    Raises:
+        VictimError: the folder does not hold a victim, or its record does not fit this version.
+        ModelFileError: the model file is not usable.
+    """
+    record_path = folder / "victim.json"
+    if not record_path.is_file():
+        raise VictimError(f"{folder} is not a victim folder: expected victim.json in it, as `lustral implant` writes")
+    try:
+        record: Mapping[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise VictimError(f"{record_path} is not readable JSON ({error}); make the victim again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise VictimError(f"{record_path}: expected schema {SCHEMA}; make the victim again with this version")
+    missing = {"attack", "settings", "image_shape", "num_classes", "metrics"} - record.keys()
+    if missing:
+        raise VictimError(f"{record_path} lacks {', '.join(sorted(missing))}; make the victim again")
+    name = record["attack"]
+    if name != NO_ATTACK and name not in ATTACKS:
+        raise VictimError(f"{record_path}: unknown attack {name!r}; this version knows {', '.join(sorted(ATTACKS))}")
+    try:
+        attack = None if name == NO_ATTACK else ATTACKS[name](**record["settings"])
+    except TypeError as error:
+        raise VictimError(f"{record_path}: settings do not fit the attack {name!r} ({error})") from error
+    channels, height, width = record["image_shape"]
+    loaded = load_model(folder / "model.safetensors")
+    return Victim(
+        model=loaded.model,
+        trigger=NoTrigger() if attack is None else attack.trigger((channels, height, width)),
+        relabel=keep_labels if attack is None else attack.relabel,
+        poisoned=None,
+        provenance={key: value for key, value in record.items() if key != "metrics"},
+        metrics=record["metrics"],
+    )
+
+
+def default_trainer(*, flip: bool, num_images: int) -> Trainer:
+    """Return the training recipe for a set: the ``cpu`` setting at full size, more and smaller steps for small sets."""
+    augment = Augment(crop_padding=2, flip=flip)
+    if num_images < 5_000:
+        return Trainer(epochs=20, batch_size=64, learning_rate=0.1, augment=augment)
+    return Trainer(epochs=12 if num_images > 30_000 else 20, augment=augment)
