@@ -197,7 +197,7 @@ class Trainer:
         order, dropout_seed = fork(generator, "order"), int(torch.randint(2**31, (), generator=generator))
         device = next(model.parameters()).device
         augmenting, extra = on_device(fork(generator, "augment"), device), fork(generator, "objective")
-        optimizer = self._optimizer(model)
+        optimizer = self.optimizer_for(model)
         forward = torch.compile(model) if self.compile else model
         steps = max(len(data) // self.batch_size, 1)
         drop_last = len(data) >= self.batch_size
@@ -257,7 +257,8 @@ class Trainer:
                 "or check the images and the starting weights for NaN"
             )
 
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer_for(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over a model's trainable parameters, in one fused update."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -265,7 +266,7 @@ class Trainer:
         ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(
-                groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0
+                groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0, fused=True
             )
         adam = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return adam(groups, lr=self.learning_rate, betas=(self.momentum, 0.999))
+        return adam(groups, lr=self.learning_rate, betas=(self.momentum, 0.999), fused=True)

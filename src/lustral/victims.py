@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 import lustral
 from lustral.catalog import ATTACKS
 from lustral.evaluation.protocol import evaluate
-from lustral.files import atomic_write
+from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import Augment, as_float, as_uint8, channel_statistics
 from lustral.models import Classifier, build_classifier, load_model, save_model
 from lustral.protocols import Attack, ImageSet, OnProgress, Victim
@@ -153,11 +153,8 @@ def save_victim(folder: Path, victim: Victim, examples: ImageSet) -> None:
     )
     originals = examples.images[:8].cpu()
     triggered = as_uint8(victim.trigger(as_float(originals), generator=child(0, "picture")))
-    with atomic_write(folder / "trigger.png") as temporary:
-        temporary.write_bytes(stamp_sheet(originals, triggered))
-    record = {**victim.provenance, "metrics": victim.metrics}
-    with atomic_write(folder / "victim.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_bytes_atomic(folder / "trigger.png", stamp_sheet(originals, triggered))
+    write_json_atomic(folder / "victim.json", {**victim.provenance, "metrics": victim.metrics})
 
 
 def load_victim(folder: Path) -> Victim:

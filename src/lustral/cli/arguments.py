@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
 
@@ -228,7 +230,7 @@ def named_method(argv: Sequence[str], default: str) -> str:
     'mesa'
     """
     name = default
-    for word, following in zip(argv, [*argv[1:], default], strict=True):
+    for word, following in pairwise([*argv, default]):
         if word == "--method":
             name = following
         elif word.startswith("--method="):
@@ -312,4 +314,5 @@ def _run_tyro(kind: Any, argv: list[str], **options: Any) -> Any:
         if not stop.code:
             raise HelpShown from None
         lines = (line.strip(BOX + " ") for line in captured.getvalue().splitlines()[1:])
-        raise UsageError(" ".join(line for line in lines if line)) from None
+        message = " ".join(line for line in lines if line)
+        raise UsageError(re.sub(r"Error parsing \S*__\S*: ", "", message)) from None  # a name of tyro's own

@@ -72,4 +72,5 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         advice = "; free some space or choose another --out" if error.errno == errno.ENOSPC else ""
         return f"{error.filename}: {error.strerror}{advice}" if error.filename else f"{error.strerror}{advice}"
-    return " ".join(str(error).split()) or type(error).__name__
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ") or type(error).__name__
