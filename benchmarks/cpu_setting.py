@@ -23,13 +23,12 @@ import torch
 
 from lustral.attacks import BadNets, Blended
 from lustral.catalog import PURIFIERS
-from lustral.cost import CostMeter
 from lustral.detectors import MaskArea
 from lustral.evaluation.protocol import compare, evaluate
 from lustral.files import write_json_atomic
 from lustral.images import stratified_indices
 from lustral.models import Classifier
-from lustral.protocols import Attack, DefenderView, ImageSet, Victim
+from lustral.protocols import Attack, DefenderView, Victim
 from lustral.randomness import child
 from lustral.sources import DataSource, load_source
 from lustral.training import EpochReport, Trainer
@@ -41,7 +40,7 @@ RESULTS = ROOT / "results" / "cpu"
 ARCH = "preact_resnet18:width=16"
 CLEAN_IMAGES = 2_500
 SHORT = 7  # epochs of the further seeds: 2 points less accurate than the full recipe, at little more than half its time
-SECONDARY = dict(epochs=3, learning_rate=0.05)  # fine-tuning of a clean model, the way MESA's victims are made
+SECONDARY = {"epochs": 3, "learning_rate": 0.05}  # fine-tuning of a clean model, the way MESA's victims are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Plan:
 
 def plans() -> list[Plan]:
     corner = [
-        Plan(f"badnets-corner-s{s}", BadNets(target_label=(3, 0, 7)[s]), s, epochs=SHORT if s else None) for s in range(3)
+        Plan(f"badnets-corner-s{s}", BadNets(target_label=(3, 0, 7)[s]), s, epochs=SHORT if s else None)
+        for s in range(3)
     ]
     inset = [
         Plan(
@@ -145,10 +145,17 @@ def train(plan: Plan, source: DataSource) -> None:
     m = victim.metrics
     write(
         RESULTS / "victims" / f"{plan.name}.json",
-        {"name": plan.name, "seconds": seconds, "metrics": m, "provenance": dict(victim.provenance),
-         "images_per_second": [round(r.images_per_second) for r in epochs]},
+        {
+            "name": plan.name,
+            "seconds": seconds,
+            "metrics": m,
+            "provenance": dict(victim.provenance),
+            "images_per_second": [round(r.images_per_second) for r in epochs],
+        },
     )
-    say(f"train {plan.name}: {seconds:.0f} s, ACC {m['acc']['value']:.4f}, ASR {m['asr']['value']}, RA {m['ra']['value']}")
+    say(
+        f"train {plan.name}: {seconds:.0f} s, ACC {m['acc']['value']:.4f}, ASR {m['asr']['value']}, RA {m['ra']['value']}"
+    )
 
 
 def view_of(victim: Victim, source: DataSource, seed: int) -> DefenderView:
@@ -166,14 +173,20 @@ def scan(plan: Plan, source: DataSource) -> None:
     verdict = MaskArea().inspect(view_of(victim, source, plan.seed), generator=child(plan.seed, "scan"))
     truth = getattr(plan.attack, "target_label", None)
     record = {
-        "name": plan.name, "outcome": verdict.outcome, "suspects": verdict.suspect_labels, "truth": truth,
-        "score": verdict.score, "evidence": [dataclasses.asdict(e) for e in verdict.evidence],
+        "name": plan.name,
+        "outcome": verdict.outcome,
+        "suspects": verdict.suspect_labels,
+        "truth": truth,
+        "score": verdict.score,
+        "evidence": [dataclasses.asdict(e) for e in verdict.evidence],
         "cost": dataclasses.asdict(verdict.cost),
     }
     write(path, record)
     areas = " ".join(f"{e.area:.1f}" for e in verdict.evidence)
-    say(f"scan {plan.name}: {verdict.outcome} {verdict.suspect_labels} truth {truth} score {verdict.score:.2f} "
-        f"{verdict.cost.seconds:.0f} s; areas {areas}")
+    say(
+        f"scan {plan.name}: {verdict.outcome} {verdict.suspect_labels} truth {truth} score {verdict.score:.2f} "
+        f"{verdict.cost.seconds:.0f} s; areas {areas}"
+    )
 
 
 def erase(plan: Plan, source: DataSource, method: str) -> None:
@@ -188,14 +201,23 @@ def erase(plan: Plan, source: DataSource, method: str) -> None:
     before = evaluate(victim, None, source.test, generator=child(plan.seed, "evaluation"))
     after = evaluate(victim, purified.model, source.test, generator=child(plan.seed, "evaluation"))
     record = {
-        "name": plan.name, "method": method, "settings": repr(purifier), "before": before.to_dict(),
-        "after": after.to_dict(), "compare": compare(before, after), "history": list(purified.history),
-        "selected": purified.selected, "notes": purified.notes, "cost": dataclasses.asdict(purified.cost),
+        "name": plan.name,
+        "method": method,
+        "settings": repr(purifier),
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "compare": compare(before, after),
+        "history": list(purified.history),
+        "selected": purified.selected,
+        "notes": purified.notes,
+        "cost": dataclasses.asdict(purified.cost),
         "audit": None if purified.audit is None else purified.audit.outcome,
     }
     write(path, record)
-    say(f"erase {plan.name} {method}: ACC {before.acc.value:.4f} -> {after.acc.value:.4f}, ASR {before.asr.value:.4f} -> "
-        f"{after.asr.value:.4f}, RA {after.ra.value:.4f}, {purified.cost.seconds:.0f} s {purified.notes}")
+    say(
+        f"erase {plan.name} {method}: ACC {before.acc.value:.4f} -> {after.acc.value:.4f}, ASR {before.asr.value:.4f} -> "
+        f"{after.asr.value:.4f}, RA {after.ra.value:.4f}, {purified.cost.seconds:.0f} s {purified.notes}"
+    )
 
 
 def main() -> None:

@@ -92,9 +92,7 @@ def main() -> None:
     device = torch.device(options.device)
     data = random_set(options.steps * options.batch_size, device)
     fast = Trainer(epochs=1, batch_size=options.batch_size, augment=Augment())
-    slow = Trainer(
-        epochs=1, batch_size=options.batch_size, augment=Augment(), precision="float32", channels_last=False
-    )
+    slow = Trainer(epochs=1, batch_size=options.batch_size, augment=Augment(), precision="float32", channels_last=False)
     rates: dict[str, list[float]] = {"ours": [], "bare": [], "ours float32 contiguous": []}
     for round_index in range(options.rounds + 1):
         results = {
@@ -114,8 +112,15 @@ def main() -> None:
         print(f"  {key:26s} {value:8d} images/s")
     print(f"  our loop / bare step       {share:.3f}   (bar: 0.85)")
     print(f"  bfloat16 channels-last / float32 contiguous  {gain:.2f}")
-    record = {"device": name, "torch": str(torch.__version__), "width": options.width, "batch_size": options.batch_size,
-              "images_per_second": medians, "ours_over_bare": share, "bfloat16_over_float32": gain}
+    record = {
+        "device": name,
+        "torch": str(torch.__version__),
+        "width": options.width,
+        "batch_size": options.batch_size,
+        "images_per_second": medians,
+        "ours_over_bare": share,
+        "bfloat16_over_float32": gain,
+    }
     peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
     if peak is not None:
         flops = 6 * MACS_WIDTH_64 * (options.width / 64) ** 2  # two per multiply-add, forward and twice that backward

@@ -11,7 +11,7 @@ import torch
 from lustral.attacks import BadNets
 from lustral.protocols import DefenderView, Victim
 from lustral.victims import implant
-from tests.toy import toy_images, toy_trainer
+from toy import toy_images, toy_trainer
 
 torch.set_num_threads(2)
 

@@ -52,3 +52,12 @@ def quick_inverter(**changes: Any) -> MaxEntropy:
 
 def quick_detector() -> MaskArea:
     return MaskArea(inverter=quick_inverter())
+
+
+def gentle_trainer(**changes: Any) -> Trainer:
+    """Fine-tune the toy networks: as the purifiers do, with batches that fit 224 clean images."""
+    settings: dict[str, Any] = {
+        "epochs": 6, "batch_size": 32, "learning_rate": 0.003, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0,
+        "augment": Augment(crop_padding=1, flip=False), "batch_norm": "frozen",
+    }
+    return Trainer(**{**settings, **changes})

@@ -66,7 +66,7 @@ def stratified_indices(
             is_chosen[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
             continue
         own = groups.cpu()[members]
-        names = own.unique()
+        names = torch.unique(own)
         taken = 0
         for name in names[torch.randperm(len(names), generator=generator)][: max(len(names) - 1, 0)]:
             size = int((own == name).sum())
@@ -81,9 +81,7 @@ def split(data: ImageSet, fraction: float, *, generator: Generator) -> tuple[Ima
     """Split a set in two, stratified by class: the first part holds ``round(fraction * N)`` images."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"expected a fraction in [0, 1]; got {fraction}")
-    chosen, rest = stratified_indices(
-        data.labels, data.num_classes, round(fraction * len(data)), generator=generator
-    )
+    chosen, rest = stratified_indices(data.labels, data.num_classes, round(fraction * len(data)), generator=generator)
     return data.subset(chosen), data.subset(rest)
 
 

@@ -113,14 +113,18 @@ class ImageStream(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes of the task."""
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names, or empty."""
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W)."""
+
     def __len__(self) -> int:
         """Return the number of images."""
+
     def batches(
         self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,8 +143,10 @@ class Attack(Protocol):
 
     def trigger(self, image_shape: tuple[int, int, int]) -> Trigger:
         """Return the trigger for images of (C, H, W)."""
+
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
         """Return the attacker's label for each true label, (N,) int64."""
+
     def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
         """Return a poisoned copy of a training set."""
 
@@ -358,16 +364,12 @@ class Inverter(Protocol):
 class Detector(Protocol):
     """Decides whether a model is backdoored."""
 
-    def inspect(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Verdict:
+    def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with its evidence."""
 
 
 class Purifier(Protocol):
     """Erases a backdoor."""
 
-    def purify(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Purified:
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a new, cleaned model; the one given is not changed."""

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,8 +54,8 @@ class EpochReport:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Say whether bfloat16 arithmetic is native on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.backends.mkldnn.is_available()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
@@ -158,6 +158,17 @@ class Trainer:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"expected a warm-up share in [0, 1); got {self.warmup}")
 
+    def stretched(self, num_images: int, least_steps: int) -> Trainer:
+        """Return this recipe for a small set: batches of at most a quarter of it, epochs for at least ``least_steps``.
+
+        >>> small = Trainer(epochs=6, batch_size=128).stretched(num_images=100, least_steps=40)
+        >>> small.batch_size, small.epochs
+        (25, 10)
+        """
+        batch_size = min(self.batch_size, max(num_images // 4, 2))
+        epochs = max(self.epochs, math.ceil(least_steps / max(num_images // batch_size, 1)))
+        return replace(self, batch_size=batch_size, epochs=epochs)
+
     def fit(
         self,
         model: nn.Module,
@@ -191,14 +202,14 @@ class Trainer:
         original, model = model, copy.deepcopy(model)
         CostMeter.follow(original, model)
         if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         if objective is None:
             objective = self._plain_objective
         order, dropout_seed = fork(generator, "order"), int(torch.randint(2**31, (), generator=generator))
         device = next(model.parameters()).device
         augmenting, extra = on_device(fork(generator, "augment"), device), fork(generator, "objective")
         optimizer = self.optimizer_for(model)
-        forward = torch.compile(model) if self.compile else model
+        forward: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
         steps = max(len(data) // self.batch_size, 1)
         drop_last = len(data) >= self.batch_size
         done, last_report, first = 0, 0.0, True

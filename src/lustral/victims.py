@@ -101,9 +101,7 @@ def implant(
         ).to(train.device)
     else:
         model = start.to(train.device)
-    trained = trainer.fit(
-        model, data, generator=child(seed, "training"), on_epoch=on_epoch, on_progress=on_progress
-    )
+    trained = trainer.fit(model, data, generator=child(seed, "training"), on_epoch=on_epoch, on_progress=on_progress)
     settings = {} if attack is None else dataclasses.asdict(attack)  # type: ignore[call-overload]
     provenance = {
         "schema": SCHEMA,

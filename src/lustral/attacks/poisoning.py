@@ -59,7 +59,7 @@ def poison_dirty_label(
     relabelled = dirty_labels(clean.labels, clean.num_classes, mode=mode, target_label=target_label)
     chosen = torch.randperm(len(clean), generator=fork(generator, "which"))[:count].sort().values.to(clean.device)
     images, stream = clean.images.clone(), fork(generator, "stamp")
-    for part in chosen.split(batch_size):
+    for part in torch.split(chosen, batch_size):
         images[part] = as_uint8(trigger(as_float(images[part]), generator=stream))
     is_poisoned = torch.zeros(len(clean), dtype=torch.bool, device=clean.device)
     is_poisoned[chosen] = True

@@ -87,9 +87,7 @@ class MaskArea:
         if not 0 < self.holdout < 1:
             raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
 
-    def inspect(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Verdict:
+    def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with evidence for every label; see ``Detector``."""
         require_usable(view.clean)
         held_out, search_set = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
@@ -164,14 +162,20 @@ class MaskArea:
             f"tested against the larger ones (Student's prediction interval, corrected for {len(evidence)} labels). "
         )
         if len(usable) < LEAST_LABELS:
-            return (), "cannot tell", (
-                f"{null}The search reached only {len(usable)} labels; at least {LEAST_LABELS} are needed to compare."
+            return (
+                (),
+                "cannot tell",
+                (f"{null}The search reached only {len(usable)} labels; at least {LEAST_LABELS} are needed to compare."),
             )
         median = float(torch.tensor([e.area for e in usable]).quantile(0.5))
         if median < self.small_share * height * width:
-            return (), "cannot tell", (
-                f"Half of the labels are reached with {median:.1f} pixels or fewer. So small a mask for so many labels is "
-                "what an all-to-all backdoor looks like, or a model that is easily fooled; the areas cannot tell which."
+            return (
+                (),
+                "cannot tell",
+                (
+                    f"Half of the labels are reached with {median:.1f} pixels or fewer. So small a mask for so many labels is "
+                    "what an all-to-all backdoor looks like, or a model that is easily fooled; the areas cannot tell which."
+                ),
             )
         suspects: tuple[int, ...] = ()
         doubtful = False
@@ -186,21 +190,29 @@ class MaskArea:
         first = usable[0]
         figures = f"Smallest area {first.area:.1f} pixels, median {median:.1f}, p = {first.p_value:.2g}. "
         if suspects:
-            return suspects, "backdoored", (
-                f"{null}{figures}Called backdoored below p = {self.false_alarm_rate}: a benign model would be at most "
-                f"that often."
+            return (
+                suspects,
+                "backdoored",
+                (
+                    f"{null}{figures}Called backdoored below p = {self.false_alarm_rate}: a benign model would be at most "
+                    f"that often."
+                ),
             )
         if doubtful:
-            return (), "cannot tell", (
-                f"{null}{figures}Too unusual to pass (p below {self.doubt_rate}), not enough to accuse (p above "
-                f"{self.false_alarm_rate}). More clean images or more search steps may settle it."
+            return (
+                (),
+                "cannot tell",
+                (
+                    f"{null}{figures}Too unusual to pass (p below {self.doubt_rate}), not enough to accuse (p above "
+                    f"{self.false_alarm_rate}). More clean images or more search steps may settle it."
+                ),
             )
         return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
 
 
 def require_usable(clean: ImageSet) -> None:
     """Raise ``ValueError`` unless the clean set can support a recovery: two classes and a handful of images."""
-    present = len(clean.labels.unique())
+    present = len(torch.unique(clean.labels))
     if len(clean) == 0:
         raise ValueError("the clean set is empty; give at least a few clean images of every class")
     if present < 2:

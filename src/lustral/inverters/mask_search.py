@@ -113,9 +113,7 @@ class MaskSearch:
                 mask, pattern = m.sigmoid(), v.sigmoid()
                 stamped = x + mask[:, None] * (pattern[:, None] - x)
                 with autocast(device, self.precision):
-                    logits = model(
-                        stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-                    ).float()
+                    logits = model(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
                 goal = targets[alive].repeat_interleave(self.batch_size)
                 hit = (logits.detach().argmax(1) == goal).view(len(alive), -1).float().mean(1)
                 error = F.cross_entropy(logits, goal, reduction="none").view(len(alive), -1).mean(1)

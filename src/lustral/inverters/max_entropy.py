@@ -16,6 +16,7 @@ fire at level beta_i, is computed instead of learnt. ``operator="random_patch"``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -124,7 +125,7 @@ def sample_spread(masks: Tensor, patterns: Tensor) -> float:
     count = len(flat)
     if count < 2:
         return 0.0
-    return float(torch.pdist(flat).mean()) / patterns.shape[1] ** 0.5
+    return float(torch.pdist(flat).mean()) / math.sqrt(patterns.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +216,6 @@ class MaxEntropy:
         levels = torch.tensor(self.levels, device=device).repeat(len(target_labels))  # (G,), G = K * levels
         targets = torch.tensor(target_labels, device=device).repeat_interleave(len(self.levels))
         groups = len(targets)
-        channels, height, width = images.image_shape
         base = self._base_logits(start, images)  # (G, D)
         places = self._places(model, images, targets, levels, base, fork(generator, "places"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -301,7 +301,7 @@ class MaxEntropy:
         self, model: nn.Module, images: ImageSet, targets: Tensor, levels: Tensor, base: Tensor, generator: Generator
     ) -> list[Tensor]:
         """Return, per group, the shifts (M, 2) at which its base trigger fires at the group's level."""
-        channels, height, width = images.image_shape
+        _, height, width = images.image_shape
         if self.operator == "random_patch":
             size = self.patch_size
             grid = torch.cartesian_prod(torch.arange(height - size + 1), torch.arange(width - size + 1))
@@ -319,11 +319,9 @@ class MaxEntropy:
                 found.append(shifts[rates >= min(level, float(rates[0]))])
         return found
 
-    def _stamp(
-        self, x: Tensor, mask: Tensor, pattern: Tensor, places: list[Tensor], stream: Generator
-    ) -> Tensor:
+    def _stamp(self, x: Tensor, mask: Tensor, pattern: Tensor, places: list[Tensor], stream: Generator) -> Tensor:
         """Paste samples on images x (G, B, C, H, W), each at a place drawn from its group's distribution."""
-        groups, batch, _, height, width = x.shape
+        _, batch, _, height, width = x.shape
         if self.trigger_noise:
             noise = torch.randn(pattern.shape, generator=stream, device=stream.device)
             pattern = (pattern + self.trigger_noise * noise).clamp(0, 1)
@@ -424,7 +422,7 @@ def measure_places(
     pick = torch.randint(len(pool), (images_per_place,), generator=generator)
     x, _ = next(pool.subset(pick).batches(images_per_place))
     rates = []
-    for chunk in shifts.split(max(1, 512 // images_per_place)):
+    for chunk in torch.split(shifts, max(1, 512 // images_per_place)):
         both = torch.cat([mask, mask * pattern], 1).expand(len(chunk), -1, -1, -1)
         moved = shifted(both, chunk[:, 0], chunk[:, 1])[:, None]
         stamped = x * (1 - moved[:, :, :1]) + moved[:, :, 1:]

@@ -35,9 +35,7 @@ class BNRefresh:
         if self.batch_size < 2 or self.passes < 1:
             raise ValueError(f"expected batch_size >= 2 and passes >= 1; got {self.batch_size} and {self.passes}")
 
-    def purify(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Purified:
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model with refreshed statistics; see ``Purifier``."""
         model = copy.deepcopy(view.model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

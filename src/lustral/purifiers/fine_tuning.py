@@ -20,6 +20,7 @@ class FineTuning:
 
     Attributes:
         trainer: how; learning rate 0.01 as in BackdoorBench, and augmentation as at training.
+        least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept from training to choose the epoch on.
     """
 
@@ -30,19 +31,18 @@ class FineTuning:
             learning_rate=0.01,
             schedule="cosine",
             warmup=0.1,
-            augment=Augment(crop_padding=4, flip=False),
+            augment=Augment(crop_padding=2, flip=False),
         )
     )
+    least_steps: int = 90
     holdout: float = 0.2
 
-    def purify(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Purified:
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
-            self.trainer.fit(
+            self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,
                 fit,
                 generator=fork(generator, "training"),

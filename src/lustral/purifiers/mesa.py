@@ -31,6 +31,7 @@ class Mesa:
         detector: the scan that names the labels, and whose inverter recovers the distribution.
         trigger_rate: probability that an image is triggered; 0.01 in the paper, which has 8,000 images.
         trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation.
+        least_steps: small clean sets get more epochs, until there are this many steps.
         accuracy_loss: largest loss of held-out accuracy, as a fraction, at which weights may be kept.
         holdout: share of the clean images kept from retraining, to choose the epoch on.
         target_labels: labels to retrain without asking the scan; empty: the scan decides.
@@ -46,10 +47,10 @@ class Mesa:
             schedule="cosine",
             warmup=0.1,
             weight_decay=0.0,
-            augment=Augment(crop_padding=4, flip=False),
-            batch_norm="frozen",
+            augment=Augment(crop_padding=2, flip=False),
         )
     )
+    least_steps: int = 90
     accuracy_loss: float = 0.02
     holdout: float = 0.2
     target_labels: tuple[int, ...] = ()
@@ -61,9 +62,7 @@ class Mesa:
         if not 0 < self.holdout < 1:
             raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
 
-    def purify(
-        self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None
-    ) -> Purified:
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a retrained model; see ``Purifier``."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
@@ -72,9 +71,7 @@ class Mesa:
             if not labels:
                 note = "The scan named no label, so the model was returned unchanged."
                 same = copy.deepcopy(view.model).eval()
-                return Purified(
-                    model=same, history=(), selected=None, cost=meter.cost, verdict=verdict, notes=(note,)
-                )
+                return Purified(model=same, history=(), selected=None, cost=meter.cost, verdict=verdict, notes=(note,))
             bank = verdict.triggers
             if set(labels) != {trigger.target_label for trigger in bank}:
                 bank = tuple(
@@ -94,7 +91,7 @@ class Mesa:
 
             floor = held_out_accuracy(view.model, held_out) - self.accuracy_loss
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
-            self.trainer.fit(
+            self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,
                 fit,
                 generator=fork(generator, "training"),

@@ -63,10 +63,8 @@ class Selection:
         rates = [firing_rate(model, self.held_out, trigger) for trigger in self.triggers]
         worst = max(rates, default=0.0)
         self.history.append({**self.extra, **columns, "clean_accuracy": accuracy, "recovered_asr": worst})
-        if accuracy >= self.floor:
-            key = (1.0, -round(worst / ASR_TIE), accuracy)
-        else:
-            key = (0.0, accuracy, -worst)
+        admissible = accuracy >= self.floor
+        key = (1.0, -float(round(worst / ASR_TIE)), accuracy) if admissible else (0.0, accuracy, -worst)
         if self.best is None or key > self.best:
             self.best, self.best_index = key, len(self.history) - 1
             self.best_model = copy.deepcopy(model).eval()
