@@ -20,7 +20,7 @@ def numbered(count: int = 10, num_classes: int = 2) -> ImageSet:
     ("wrong", "message"),
     [
         ({"images": torch.zeros(4, 2, 2, dtype=torch.uint8)}, r"shape \(N, C, H, W\).*got \(4, 2, 2\)"),
-        ({"images": torch.zeros(4, 1, 2, 2)}, r"uint8; got \(4, 1, 2, 2\) torch.float32; convert .* as_uint8"),
+        ({"images": torch.zeros(4, 1, 2, 2)}, r"uint8; got \(4, 1, 2, 2\) torch.float32; convert .*as_uint8"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"one int64 label per image, shape \(4,\); got \(3,\)"),
         ({"labels": torch.zeros(4)}, "one int64 label per image.*torch.float32"),
         ({"num_classes": 1}, "at least 2 classes; got 1"),

@@ -188,7 +188,7 @@ class Demo:
 Command = Implant[Any] | Scan[Any] | Erase[Any] | Evaluate | Demo
 
 
-class HelpShown(Exception):  # noqa: N818
+class HelpShown(Exception):
     """The help was asked for and printed."""
 
 

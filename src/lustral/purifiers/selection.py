@@ -14,7 +14,7 @@ from lustral.inverters.max_entropy import firing_rate
 from lustral.protocols import ImageSet, RecoveredTrigger
 from lustral.training import EpochReport, autocast, frozen
 
-ASR_TIE = 0.005  # recovered success rates closer than this are equal; accuracy decides
+EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate above the natural one; within a step: a tie
 
 
 @torch.no_grad()
@@ -29,12 +29,27 @@ def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
     return int(hits) / len(held_out)
 
 
+@torch.no_grad()
+def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:
+    """Return the fraction of held-out images of other classes that the model calls ``label`` without any trigger."""
+    others = held_out.subset((held_out.labels != label).nonzero().flatten())
+    hits = torch.zeros((), dtype=torch.int64, device=held_out.device)
+    with frozen(model):
+        for x, _ in others.batches(256):
+            with autocast(held_out.device):
+                out = model(x.contiguous(memory_format=torch.channels_last))
+            hits += (out.argmax(1) == label).sum()
+    return int(hits) / max(len(others), 1)
+
+
 @dataclass(kw_only=True)
 class Selection:
     """Watches a training and keeps the weights that a defender would choose.
 
-    Among epochs whose held-out accuracy is at least ``floor``, the one on which recovered triggers fire least; rates
-    within half a point are ties, broken by accuracy. Without any such epoch, the most accurate.
+    Among epochs whose held-out accuracy is at least ``floor``, those on which recovered triggers fire least above the natural
+    rate (at which the model calls clean images that label anyway: firing less often is no better); among these, with triggers to
+    look at, the last, because a falling learning rate settles the weights while a few hundred images cannot rank
+    accuracies half a point apart. Without triggers, or without an epoch above the floor, the most accurate.
 
     Attributes:
         held_out: clean images that the training does not see.
@@ -47,7 +62,7 @@ class Selection:
     held_out: ImageSet
     triggers: Sequence[RecoveredTrigger]
     floor: float
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[float, ...] | None = None
     best_index: int = -1
@@ -57,14 +72,25 @@ class Selection:
         """Measure an epoch (an ``on_epoch`` callback)."""
         self.measure(report.model, epoch=report.epoch, loss=report.loss)
 
-    def measure(self, model: nn.Module, **columns: Any) -> None:
+    def measure(self, model: nn.Module, **columns: float) -> None:
         """Measure a model and keep a copy if it is the best so far."""
         accuracy = held_out_accuracy(model, self.held_out)
-        rates = [firing_rate(model, self.held_out, trigger) for trigger in self.triggers]
-        worst = max(rates, default=0.0)
-        self.history.append({**self.extra, **columns, "clean_accuracy": accuracy, "recovered_asr": worst})
-        admissible = accuracy >= self.floor
-        key = (1.0, -float(round(worst / ASR_TIE)), accuracy) if admissible else (0.0, accuracy, -worst)
+        excess = 0.0
+        columns = {**self.extra, **columns, "clean_accuracy": accuracy}
+        for trigger in self.triggers:
+            rate = firing_rate(model, self.held_out, trigger)
+            natural = natural_rate(model, self.held_out, trigger.target_label)
+            excess = max(excess, rate - natural)
+            columns["recovered_asr"] = max(rate, columns.get("recovered_asr", 0.0))
+            columns["natural_rate"] = max(natural, columns.get("natural_rate", 0.0))
+        self.history.append(columns)
+        key = (0.0, accuracy, -excess)
+        if accuracy >= self.floor:
+            key = (
+                1.0,
+                -float(round(excess / EXCESS_STEP)),
+                accuracy if not self.triggers else float(len(self.history)),
+            )
         if self.best is None or key > self.best:
             self.best, self.best_index = key, len(self.history) - 1
             self.best_model = copy.deepcopy(model).eval()

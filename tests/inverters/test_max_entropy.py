@@ -1,0 +1,208 @@
+"""The staircase of generators, part by part and as a whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lustral.inverters import MaxEntropy
+from lustral.inverters.max_entropy import (
+    NOISE_DIM,
+    GroupedLinear,
+    StatisticsNetwork,
+    TriggerGenerator,
+    firing_rate,
+    hinge,
+    measure_places,
+    mutual_information,
+    sample_spread,
+    shifted,
+)
+from lustral.protocols import DefenderView, ImageSet, RecoveredTrigger
+from lustral.randomness import child
+from toy import quick_inverter
+
+
+def test_mutual_information_by_hand() -> None:
+    joint, marginal = torch.tensor([[1.0, 3.0]]), torch.tensor([[math.log(2.0), math.log(4.0)]])
+    assert mutual_information(joint, marginal).tolist() == pytest.approx([2.0 - math.log(3.0)])
+    constant = torch.full((4,), 0.7)
+    assert float(mutual_information(constant, constant)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hinge_by_hand() -> None:
+    probability = torch.tensor([[0.2, 0.5, 0.9], [0.2, 0.5, 0.9]])
+    short = hinge(probability, torch.tensor([0.5, 0.8]))
+    assert short.tolist() == [pytest.approx([0.3, 0.0, 0.0]), pytest.approx([0.6, 0.3, 0.0])]
+
+
+def test_a_sample_at_its_level_takes_no_gradient() -> None:
+    probability = torch.tensor([[0.4, 0.6]], requires_grad=True)
+    hinge(probability, torch.tensor([0.5])).sum().backward()
+    assert probability.grad is not None
+    assert probability.grad.tolist() == [[-1.0, 0.0]]
+
+
+def test_shifted_equals_a_slow_loop() -> None:
+    x = torch.rand(6, 2, 5, 7, generator=child(0))
+    rows, columns = torch.tensor([0, 1, -2, 4, -5, 0]), torch.tensor([0, -3, 2, 6, 0, 7])
+    expected = torch.zeros_like(x)
+    for index in range(6):
+        for row in range(5):
+            for column in range(7):
+                r, c = row - int(rows[index]), column - int(columns[index])
+                if 0 <= r < 5 and 0 <= c < 7:
+                    expected[index, :, row, column] = x[index, :, r, c]
+    assert torch.equal(shifted(x, rows, columns), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_linear_equals_separate_layers(bias: bool) -> None:
+    grouped = GroupedLinear(3, 4, 5, bias=bias)
+    x = torch.rand(3, 6, 4, generator=child(0))
+    for group in range(3):
+        layer = nn.Linear(4, 5, bias=bias)
+        with torch.no_grad():
+            layer.weight.copy_(grouped.weight[group].T)
+            if bias:
+                assert grouped.bias is not None
+                layer.bias.copy_(grouped.bias[group, 0])
+        assert torch.allclose(grouped(x)[group], layer(x[group]), atol=1e-6)
+    assert float(grouped.weight.abs().max()) <= 4**-0.5
+
+
+def test_groups_do_not_see_each_other() -> None:
+    z = torch.rand(2, 8, NOISE_DIM, generator=child(0))
+    other = z.clone()
+    other[1] = 0.5 + 0.1 * other[1]
+    maker, judge = TriggerGenerator(2, 16, 5), StatisticsNetwork(2, 16, 5)
+    triggers = maker(z)
+    assert triggers.shape == (2, 8, 5)
+    assert torch.allclose(maker(other)[0], triggers[0], atol=1e-5)
+    assert not torch.allclose(maker(other)[1], triggers[1], atol=1e-3)
+    scores = judge(z, triggers.detach())
+    assert scores.shape == (2, 8)
+    assert torch.allclose(judge(other, triggers.detach())[0], scores[0], atol=1e-5)
+
+
+def test_sample_spread_by_hand() -> None:
+    masks, patterns = torch.zeros(2, 1, 2, 2), torch.ones(2, 3, 2, 2)
+    assert sample_spread(masks, patterns) == 0.0
+    masks[1, 0, 0, 0] = 1  # one white pixel on one sample only: differences of 1 in the mask and in 3 channels
+    assert sample_spread(masks, patterns) == pytest.approx(math.sqrt(4 / 3))
+    assert sample_spread(masks[:1], patterns[:1]) == 0.0
+
+
+def test_samples_are_a_distribution_that_fires(toy_view: DefenderView) -> None:
+    (trigger,) = quick_inverter().invert(toy_view, [4], generator=child(0))
+    assert trigger.target_label == 4
+    assert trigger.masks.shape == (48, 1, 12, 12)
+    assert trigger.patterns.shape == (48, 3, 12, 12)
+    for tensor in (trigger.masks, trigger.patterns):
+        assert 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
+        assert not tensor.requires_grad
+    assert trigger.attack_success_rate > 0.5
+    assert trigger.attack_success_rate == firing_rate(toy_view.model, toy_view.clean, trigger)
+    assert 0 < trigger.entropy < math.inf
+    assert trigger.area < 12
+    stamped = trigger(torch.full((48, 3, 12, 12), 0.5))
+    assert len({tuple(image.flatten().tolist()) for image in stamped}) == 48
+
+
+def test_entropy_weight_spreads_the_samples(toy_view: DefenderView) -> None:
+    spreads = []
+    for weight in (0.0, 1.0):
+        inverter = quick_inverter(
+            steps=60, entropy_weight=weight, learning_rate=3e-3, area_slack=4.0, levels=(0.5,), batch_size=32
+        )
+        start = inverter.search.run(toy_view.model, toy_view.clean, [4], generator=child(1))
+        (trigger,) = inverter.spread_out(toy_view.model, toy_view.clean, [4], start, generator=child(2))
+        spreads.append(trigger.entropy)
+    assert spreads[1] > 1.02 * spreads[0]
+
+
+def test_several_labels_share_a_batch(toy_view: DefenderView) -> None:
+    inverter = quick_inverter(steps=2)
+    triggers = inverter.invert(toy_view, [4, 0], generator=child(0))
+    assert [trigger.target_label for trigger in triggers] == [4, 0]
+    assert inverter.spread_out(toy_view.model, toy_view.clean, [], None, generator=child(0)) == []
+
+
+def test_the_published_operator_pastes_whole_patches(toy_view: DefenderView) -> None:
+    inverter = quick_inverter(operator="random_patch", patch_size=3, steps=4)
+    (trigger,) = inverter.invert(toy_view, [4], generator=child(0))
+    assert bool(((trigger.masks == 0) | (trigger.masks == 1)).all())
+    places = set()
+    for mask in trigger.masks[:, 0]:
+        rows, columns = mask.nonzero().unbind(1)
+        assert len(rows) == 9
+        top, left = int(rows.min()), int(columns.min())
+        assert bool((mask[top : top + 3, left : left + 3] == 1).all())
+        places.add((top, left))
+    assert len(places) > 20  # of 100
+    assert trigger.area == 9.0
+
+
+def one_patch(row: int, column: int, size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.zeros(1, 1, 12, 12)
+    mask[..., row : row + size, column : column + size] = 1
+    return mask, torch.ones(1, 3, 12, 12)
+
+
+def test_places_of_a_fixed_patch_are_found(toy_view: DefenderView) -> None:
+    mask, pattern = one_patch(5, 5)  # the true patch, misplaced: it belongs to rows and columns 10 and 11
+    shifts, rates = measure_places(toy_view.model, toy_view.clean, 4, mask, pattern, generator=child(0))
+    assert shifts[0].tolist() == [0, 0]
+    assert shifts.shape == (len(rates), 2)
+    by_shift = {(r, c): rate for (r, c), rate in zip(shifts.tolist(), rates.tolist(), strict=True)}
+    assert by_shift[(5, 5)] >= 0.9
+    fires_at = [shift for shift, rate in by_shift.items() if rate >= 0.9]
+    assert len(fires_at) < 0.35 * len(by_shift)
+    assert all(r >= 2 and c >= 2 for r, c in fires_at)
+
+
+class FirstPixel(nn.Module):
+    """Calls an image class 1 when its first pixel is bright."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lit = (x[:, 0, 0, 0] > 0.5).float()
+        return torch.stack([1 - lit, lit], 1)
+
+
+def grey_view() -> DefenderView:
+    images = torch.full((20, 3, 12, 12), 50, dtype=torch.uint8)
+    return DefenderView(
+        model=FirstPixel(), clean=ImageSet(images=images, labels=torch.arange(20) % 2, num_classes=2)
+    )
+
+
+def test_places_by_hand() -> None:
+    view = grey_view()
+    mask, pattern = one_patch(6, 4)
+    shifts, rates = measure_places(view.model, view.clean, 1, mask, pattern, generator=child(0))
+    expected = [float(r in (-6, -7) and c in (-4, -5)) for r, c in shifts.tolist()]
+    assert rates.tolist() == expected
+    assert sum(expected) >= 1
+
+
+def test_firing_rate_by_hand() -> None:
+    view = grey_view()
+    mask, pattern = one_patch(0, 0)
+    figures: dict[str, Any] = {"target_label": 1, "area": 4.0, "attack_success_rate": 0.0, "entropy": 0.0}
+    full = RecoveredTrigger(masks=mask, patterns=pattern, **figures)
+    assert firing_rate(view.model, view.clean, full) == 1.0
+    none = RecoveredTrigger(masks=0 * mask, patterns=pattern, **figures)
+    assert firing_rate(view.model, view.clean, none) == 0.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"levels": ()}, {"levels": (1.5,)}, {"steps": 0}, {"batch_size": 1}, {"samples": 2}, {"hidden": 0}],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        MaxEntropy(**wrong)
