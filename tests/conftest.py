@@ -18,7 +18,12 @@ torch.set_num_threads(2)
 
 def make_victim(attack: BadNets | None) -> Victim:
     return implant(
-        attack, toy_images(1400, seed=0), toy_images(420, seed=1), arch="small_cnn:width=16", trainer=toy_trainer(), seed=0,
+        attack,
+        toy_images(1400, seed=0),
+        toy_images(420, seed=1),
+        arch="small_cnn:width=16",
+        trainer=toy_trainer(),
+        seed=0,
         data_name="toy",
     )
 

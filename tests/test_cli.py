@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
-from lustral.cli import main
+from lustral.cli import commands, main
 from lustral.cli.arguments import (
     TOP_FLAGS,
     Benign,
@@ -347,6 +347,23 @@ def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert "DER" in shown
     assert run("evaluate", victim, "--model", out, "--json") == 2  # a folder without victim.json is no model
     assert "victim.json" in capsys.readouterr().err
+
+
+def test_the_demo_tells_the_whole_story(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "DEMO_ERASER", BNRefresh())  # the real one takes a minute
+    monkeypatch.setattr("lustral.victims.default_trainer", lambda **facts: Trainer(epochs=1, batch_size=256))
+    assert run("demo", "--out", tmp_path / "out", "--clean", 60, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["clean_images"] == 60
+    assert record["before"]["asr"]["n"] > 0
+    assert record["after"]["asr"]["n"] > 0
+    assert {"victim", "model.safetensors", "report.html", "result.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    victim = json.loads((tmp_path / "out" / "victim" / "victim.json").read_text())
+    assert (victim["settings"]["target_label"], victim["settings"]["size"]) == (3, 3)
 
 
 def test_a_benign_model_can_be_the_start_of_a_victim(data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ def draws(generator: Generator) -> list[float]:
 
 def test_equal_names_give_equal_streams_and_others_differ() -> None:
     assert draws(child(7, "poison", 3)) == draws(child(7, "poison", 3))
-    streams = [child(7, "poison", 3), child(8, "poison", 3), child(7, "poison", 4), child(7, "poison"), child(7, "order", 3)]
+    streams = [
+        child(7, "poison", 3),
+        child(8, "poison", 3),
+        child(7, "poison", 4),
+        child(7, "poison"),
+        child(7, "order", 3),
+    ]
     seen = {tuple(draws(stream)) for stream in streams}
     assert len(seen) == len(streams)
 

@@ -37,14 +37,20 @@ def toy_images(count: int, seed: int) -> ImageSet:
 
 def toy_trainer(**changes: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "epochs": 12, "batch_size": 64, "learning_rate": 0.1, "augment": Augment(crop_padding=1, flip=False),
+        "epochs": 12,
+        "batch_size": 64,
+        "learning_rate": 0.1,
+        "augment": Augment(crop_padding=1, flip=False),
     }
     return Trainer(**{**settings, **changes})
 
 
 def quick_inverter(**changes: Any) -> MaxEntropy:
     settings: dict[str, Any] = {
-        "steps": 15, "hidden": 32, "batch_size": 16, "samples": 48,
+        "steps": 15,
+        "hidden": 32,
+        "batch_size": 16,
+        "samples": 48,
         "search": MaskSearch(steps=150, batch_size=16),
     }
     return MaxEntropy(**{**settings, **changes})
@@ -57,7 +63,13 @@ def quick_detector() -> MaskArea:
 def gentle_trainer(**changes: Any) -> Trainer:
     """Fine-tune the toy networks: as the purifiers do, with batches that fit 224 clean images."""
     settings: dict[str, Any] = {
-        "epochs": 6, "batch_size": 32, "learning_rate": 0.003, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0,
-        "augment": Augment(crop_padding=1, flip=False), "batch_norm": "frozen",
+        "epochs": 6,
+        "batch_size": 32,
+        "learning_rate": 0.003,
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "weight_decay": 0.0,
+        "augment": Augment(crop_padding=1, flip=False),
+        "batch_norm": "frozen",
     }
     return Trainer(**{**settings, **changes})

@@ -175,9 +175,7 @@ class FirstPixel(nn.Module):
 
 def grey_view() -> DefenderView:
     images = torch.full((20, 3, 12, 12), 50, dtype=torch.uint8)
-    return DefenderView(
-        model=FirstPixel(), clean=ImageSet(images=images, labels=torch.arange(20) % 2, num_classes=2)
-    )
+    return DefenderView(model=FirstPixel(), clean=ImageSet(images=images, labels=torch.arange(20) % 2, num_classes=2))
 
 
 def test_places_by_hand() -> None:

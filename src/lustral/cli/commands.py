@@ -27,12 +27,10 @@ from lustral.cli.tables import (
     verdict_record,
     verdict_table,
 )
-from lustral.detectors import MaskArea
 from lustral.evaluation import Evaluation, clean_accuracy, compare
 from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
-from lustral.images import Augment, as_float, as_uint8
-from lustral.inverters import MaskSearch, MaxEntropy
+from lustral.images import as_float, as_uint8
 from lustral.models import Classifier, load_model, save_model
 from lustral.protocols import ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
@@ -40,24 +38,8 @@ from lustral.randomness import child
 from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
 from lustral.report.findings import erase_finding, scan_finding
 from lustral.sources import load_source
-from lustral.training import Trainer
 
 SCHEMA = 1
-DEMO_ERASER = BaEraser(  # the defaults are made for thousands of clean images; 287 digits need smaller batches
-    detector=MaskArea(inverter=MaxEntropy(steps=60, search=MaskSearch(steps=100))),
-    trainer=Trainer(
-        epochs=10,
-        batch_size=32,
-        learning_rate=0.005,
-        schedule="cosine",
-        warmup=0.1,
-        weight_decay=0.0,
-        augment=Augment(crop_padding=2, flip=False),
-        batch_norm="frozen",
-        clip_norm=1.0,
-    ),
-    rounds=3,
-)
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 
 
@@ -230,7 +212,7 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     implant(attacking, line, aside)
     aside.show("[bold]2. The defender gets the model and some clean images[/bold], scans, erases, and scans again.")
     suspect = Suspect(model=victim, data="digits", clean=command.clean)
-    return erase(Erase(suspect=suspect, out=command.out, settings=DEMO_ERASER, common=common), argv, screen)
+    return erase(Erase(suspect=suspect, out=command.out, settings=BaEraser(), common=common), argv, screen)
 
 
 def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:

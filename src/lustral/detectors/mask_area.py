@@ -56,6 +56,22 @@ def smallness(log_areas: Sequence[float], rank: int) -> tuple[float, float]:
     return anomaly, float(stats.t.sf(anomaly / math.sqrt(1 + 1 / len(larger)), df=len(larger) - 1))
 
 
+def ordinary_area(areas: Sequence[float], rate: float) -> float:
+    """Return the area below which one more label of a benign model falls with probability ``rate``, under the null.
+
+    Args:
+        areas: finite areas of at least two ordinary labels, pixels.
+        rate: probability in (0, 0.5].
+    """
+    if len(areas) < 2:
+        raise ValueError(f"expected the areas of at least two labels to compare with; got {len(areas)}")
+    logs = [math.log(max(area, 1e-3)) for area in areas]
+    mean = sum(logs) / len(logs)
+    spread = max(math.sqrt(sum((v - mean) ** 2 for v in logs) / (len(logs) - 1)), LEAST_SPREAD)
+    reach = float(stats.t.isf(rate, df=len(logs) - 1)) * math.sqrt(1 + 1 / len(logs))
+    return math.exp(mean - reach * spread)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskArea:
     """Decide by the areas of the smallest masks.

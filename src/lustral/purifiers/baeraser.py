@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.cost import CostMeter
-from lustral.detectors.mask_area import MaskArea
+from lustral.detectors.mask_area import MaskArea, ordinary_area
 from lustral.images import Augment, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
 from lustral.purifiers.selection import Selection, held_out_accuracy
@@ -99,7 +99,8 @@ class BaEraser:
             statistics diverge at a rate this high and lose accuracy at a lower one.
         least_steps: small clean sets get more epochs, until a round has this many steps.
         accuracy_loss: largest loss of held-out accuracy, as a fraction, at which weights may be kept.
-        area_share: the search must need this share of the other labels' median area before the label counts as erased.
+        ordinary_rate: a label counts as erased when a fresh search needs an area that less than this share of a benign
+            model's labels would fall short of, judged by the other labels of the scan.
         holdout: share of the clean images kept from unlearning, to choose weights on.
         target_labels: labels to erase without asking the scan; empty: the scan decides.
         audit: scan the erased model again with fresh randomness.
@@ -130,7 +131,7 @@ class BaEraser:
     )
     least_steps: int = 90
     accuracy_loss: float = 0.02
-    area_share: float = 0.75
+    ordinary_rate: float = 0.05
     holdout: float = 0.2
     target_labels: tuple[int, ...] = ()
     audit: bool = True
@@ -212,7 +213,7 @@ class BaEraser:
         """Alternate recovery and unlearning; return (model, history, selected entry, notes)."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
-        wanted = self.area_share * typical_area(verdict, labels)
+        wanted = ordinary_area(other_areas(verdict, labels), self.ordinary_rate)
         floor = held_out_accuracy(view.model, held_out) - self.accuracy_loss
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
         if set(labels) != {trigger.target_label for trigger in bank}:
@@ -273,9 +274,9 @@ class BaEraser:
             trigger = bank[int(torch.randint(len(bank), (), generator=stream))]
             rows = (y != trigger.target_label) if self.exclude_target else torch.ones_like(y, dtype=torch.bool)
             stamped = trigger(x[rows], generator=stream)
-            if self.batch_norm_moves:  # clean and triggered images keep batches of their own, as in the authors' code
+            if self.schedule == "published":  # batches of their own, as in the authors' code
                 clean, fooled = student(x).float(), student(stamped).float()
-            else:
+            else:  # one batch: normalised together in training, as the running statistics will in use
                 clean, fooled = student(torch.cat([x, stamped])).float().split([len(x), len(stamped)])
             loss = self.clean_weight * F.cross_entropy(clean, y)
             if self.distil_weight:
@@ -309,22 +310,14 @@ class BaEraser:
             stage="unlearning",
         )
 
-    @property
-    def batch_norm_moves(self) -> bool:
-        """Whether unlearning updates running statistics."""
-        return self.trainer.batch_norm == "train"
-
 
 NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."
 
 
-def typical_area(verdict: Verdict, labels: Sequence[int]) -> float:
-    """Return the median area over the labels that are not suspected and were searched to the end."""
+def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:
+    """Return the areas of the labels that are not suspected, were searched to the end, and were reached."""
     full = max(e.steps for e in verdict.evidence)
-    others = [e.area for e in verdict.evidence if e.label not in labels and e.steps == full and math.isfinite(e.area)]
-    if not others:
-        raise ValueError("the scan reached no other label, so there is no area to compare an erased label with")
-    return float(torch.tensor(others).quantile(0.5))
+    return [e.area for e in verdict.evidence if e.label not in labels and e.steps == full and math.isfinite(e.area)]
 
 
 def needed_area(trigger: RecoveredTrigger) -> float:

@@ -1,0 +1,232 @@
+"""What every inverter, detector and purifier keeps, whatever it is.
+
+A method new in the catalog is tested with its defaults; ``small`` gives settings that are quicker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
+from lustral.evaluation import evaluate
+from lustral.protocols import DefenderView, ImageSet, Progress, Purified, Verdict, Victim
+from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
+from lustral.randomness import child
+from toy import gentle_trainer, quick_detector, quick_inverter, toy_images
+
+CLAIM_ERASING = ("baeraser", "mesa")
+SMALL: dict[str, Callable[[], Any]] = {
+    "max_entropy": quick_inverter,
+    "mask_area": quick_detector,
+    "baeraser": lambda: BaEraser(detector=quick_detector(), trainer=gentle_trainer(), rounds=2, audit=False),
+    "mesa": lambda: Mesa(detector=quick_detector(), trainer=gentle_trainer()),
+    "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2)),
+    "bn_refresh": lambda: BNRefresh(batch_size=64, passes=1),
+}
+METHODS: dict[str, type[Any]] = {**INVERTERS, **DETECTORS, **PURIFIERS}
+
+
+def small(name: str) -> Any:
+    return SMALL.get(name, METHODS[name])()
+
+
+def run(name: str, view: DefenderView, seed: int = 1, on_progress: Any = None) -> Any:
+    """Use a method the way its kind is used."""
+    method, rest = small(name), {"generator": child(seed), "on_progress": on_progress}
+    if name in INVERTERS:
+        return method.invert(view, [4, 1], **rest)
+    if name in DETECTORS:
+        return method.inspect(view, **rest)
+    return method.purify(view, **rest)
+
+
+@pytest.fixture(scope="module")
+def results(backdoored: Victim) -> Callable[[str], Any]:
+    """Give each method's result on the backdoored toy network; run once and kept."""
+    kept: dict[str, Any] = {}
+    view = DefenderView(model=backdoored.model, clean=toy_images(280, seed=2))
+
+    def result(name: str) -> Any:
+        if name not in kept:
+            kept[name] = run(name, view)
+        return kept[name]
+
+    return result
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """Return every tensor of a result, in a fixed order."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, nn.Module):
+        return list(result.state_dict().values())
+    if isinstance(result, list | tuple):
+        return [tensor for item in result for tensor in tensors(item)]
+    if dataclasses.is_dataclass(result):
+        return [t for item in dataclasses.fields(result) for t in tensors(getattr(result, item.name))]
+    return []
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+    )
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_given_model_and_the_global_stream_are_left_alone(name: str, toy_view: DefenderView) -> None:
+    model = toy_view.model
+    model.train()  # whoever hands a model over may have left it in any state
+    next(model.parameters()).requires_grad_(False)
+    images, labels = toy_view.clean.images.clone(), toy_view.clean.labels.clone()
+    before, random_state = snapshot(model), torch.random.get_rng_state()
+    try:
+        run(name, toy_view)
+        after = snapshot(model)
+        assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+        assert before[1:] == after[1:]
+        assert not any(parameter.grad is not None for parameter in model.parameters())
+        assert not nn.modules.module._global_forward_hooks
+        assert not nn.modules.module._global_forward_pre_hooks
+        assert torch.equal(toy_view.clean.images, images)
+        assert torch.equal(toy_view.clean.labels, labels)
+        assert torch.equal(random_state, torch.random.get_rng_state())
+    finally:
+        model.eval()
+        model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_equal_seeds_give_equal_results(name: str, toy_view: DefenderView, results: Callable[[str], Any]) -> None:
+    one, again = tensors(results(name)), tensors(run(name, toy_view))
+    assert one
+    assert len(one) == len(again)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_results_are_finite_and_carry_no_gradient(name: str, results: Callable[[str], Any]) -> None:
+    for tensor in tensors(results(name)):
+        assert bool(torch.isfinite(tensor).all())
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_settings_show_in_the_repr_and_are_frozen(name: str) -> None:
+    method = METHODS[name]()
+    for item in dataclasses.fields(method):
+        assert f"{item.name}=" in repr(method)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, item.name, None)
+    assert METHODS[name]() == method
+    with pytest.raises(TypeError):
+        METHODS[name](1)  # settings go by name
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_progress_is_reported(name: str, toy_view: DefenderView) -> None:
+    reports: list[Progress] = []
+    run(name, toy_view, on_progress=reports.append)
+    assert reports
+    for report in reports:
+        assert report.stage
+        assert 0 <= report.done <= report.total
+    assert reports[-1].done == reports[-1].total
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("indices", "message"), [([], "empty|at least|single class"), (list(range(0, 280, 7)), "single class")]
+)
+def test_useless_clean_sets_are_refused(name: str, indices: list[int], message: str, toy_view: DefenderView) -> None:
+    clean = toy_view.clean.subset(torch.tensor(indices, dtype=torch.int64))
+    if indices and name in ("bn_refresh", "fine_tuning"):
+        pytest.skip("statistics and fine-tuning ask for no second class")
+    with pytest.raises(ValueError, match=message):
+        if name in INVERTERS:  # asked for the one class that is there
+            small(name).invert(DefenderView(model=toy_view.model, clean=clean), [0], generator=child(1))
+        else:
+            run(name, DefenderView(model=toy_view.model, clean=clean))
+
+
+# --- inverters ---
+
+
+@pytest.mark.parametrize("name", sorted(INVERTERS))
+def test_inverters_answer_label_by_label(name: str, results: Callable[[str], Any]) -> None:
+    triggers = results(name)
+    assert [trigger.target_label for trigger in triggers] == [4, 1]
+    for trigger in triggers:
+        assert trigger.masks.shape[1:] == (1, 12, 12)
+        assert trigger.patterns.shape == (len(trigger.masks), 3, 12, 12)
+        for part in (trigger.masks, trigger.patterns):
+            assert part.dtype == torch.float32
+            assert 0 <= float(part.min()) <= float(part.max()) <= 1
+        assert 0 <= trigger.attack_success_rate <= 1
+        assert trigger.entropy >= 0
+
+
+# --- detectors ---
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_detectors_find_the_backdoor_and_only_it(
+    name: str, results: Callable[[str], Any], benign_view: DefenderView
+) -> None:
+    found: Verdict = results(name)
+    assert (found.outcome, found.suspect_labels) == ("backdoored", (4,))
+    assert found.score > found.threshold
+    plain: Verdict = run(name, benign_view)
+    assert plain.outcome != "backdoored"
+    assert plain.suspect_labels == ()
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_verdicts_are_complete(name: str, results: Callable[[str], Any]) -> None:
+    verdict: Verdict = results(name)
+    assert [e.label for e in verdict.evidence] == list(range(7))
+    assert verdict.basis
+    assert {trigger.target_label for trigger in verdict.triggers} >= set(verdict.suspect_labels)
+    assert math.isfinite(verdict.score)
+    assert verdict.cost.clean_images == 280
+    assert verdict.cost.seconds > 0
+    assert verdict.cost.image_passes > 0
+
+
+# --- purifiers ---
+
+
+@pytest.mark.parametrize("name", sorted(PURIFIERS))
+def test_purifiers_return_a_new_working_model(name: str, results: Callable[[str], Any], backdoored: Victim) -> None:
+    purified: Purified = results(name)
+    assert purified.model is not backdoored.model
+    assert not any(module.training for module in purified.model.modules())
+    assert type(purified.model) is type(backdoored.model)
+    given = {id(parameter) for parameter in backdoored.model.parameters()}
+    assert not given & {id(parameter) for parameter in purified.model.parameters()}
+    assert purified.selected is None or 0 <= purified.selected < len(purified.history)
+    assert purified.cost.clean_images == 280
+    for entry in purified.history:
+        assert all(isinstance(value, int | float) for value in entry.values())
+    record = evaluate(backdoored, purified.model, toy_images(420, seed=1), generator=child(0))
+    assert record.acc.value >= backdoored.metrics["acc"]["value"] - 0.10
+
+
+@pytest.mark.parametrize("name", CLAIM_ERASING)
+def test_purifiers_that_claim_it_erase_the_backdoor(
+    name: str, results: Callable[[str], Any], backdoored: Victim
+) -> None:
+    test: ImageSet = toy_images(420, seed=1)
+    assert evaluate(backdoored, None, test, generator=child(0)).asr.value >= 0.95
+    record = evaluate(backdoored, results(name).model, test, generator=child(0))
+    assert record.asr.value < 0.20
