@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from lustral.attacks import BadNets, Blended
-from lustral.catalog import PURIFIERS
 from lustral.detectors import MaskArea
 from lustral.evaluation.protocol import compare, evaluate
 from lustral.files import write_json_atomic
 from lustral.images import stratified_indices
+from lustral.inverters import MaxEntropy
 from lustral.models import Classifier
-from lustral.protocols import Attack, DefenderView, Victim
+from lustral.protocols import Attack, DefenderView, Purifier, Victim
+from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
 from lustral.randomness import child
 from lustral.sources import DataSource, load_source
 from lustral.training import EpochReport, Trainer
@@ -189,13 +190,33 @@ def scan(plan: Plan, source: DataSource) -> None:
     )
 
 
+RANDOM_PATCH = MaskArea(inverter=MaxEntropy(operator="random_patch", steps=200, batch_size=128, learning_rate=2e-4))
+METHODS: dict[str, Purifier] = {
+    "baeraser": BaEraser(),
+    "mesa": Mesa(),
+    "fine_tuning": FineTuning(),
+    "bn_refresh": BNRefresh(),
+    "baeraser.published-code": BaEraser(schedule="published"),
+    "baeraser.published-paper": BaEraser(schedule="published", form="paper"),
+    "baeraser.published-code-random-patch": BaEraser(schedule="published", detector=RANDOM_PATCH),
+    "mesa.published": Mesa(
+        trigger_rate=0.01,
+        least_steps=0,
+        trainer=Trainer(epochs=10, batch_size=128, learning_rate=1e-3, schedule="constant", weight_decay=0.0),
+    ),
+    "baeraser.forced": BaEraser(target_labels=(3,)),  # for benign models, on which the scan names nothing
+    "mesa.forced": Mesa(target_labels=(3,)),
+}
+MAIN_METHODS = ("baeraser", "mesa", "fine_tuning", "bn_refresh")
+
+
 def erase(plan: Plan, source: DataSource, method: str) -> None:
     path = RESULTS / "erased" / f"{plan.name}.{method}.json"
     if path.exists() or not (VICTIMS / plan.name / "victim.json").exists():
         return
     victim = load_victim(VICTIMS / plan.name)
     view = view_of(victim, source, plan.seed)
-    purifier = PURIFIERS[method]()
+    purifier = METHODS[method]
     assert source.test is not None
     purified = purifier.purify(view, generator=child(plan.seed, "erase", method))
     before = evaluate(victim, None, source.test, generator=child(plan.seed, "evaluation"))
@@ -224,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["train", "scan", "erase"])
     parser.add_argument("--only", nargs="*", default=None)
-    parser.add_argument("--methods", nargs="*", default=sorted(PURIFIERS))
+    parser.add_argument("--methods", nargs="*", default=MAIN_METHODS, choices=METHODS)
     options = parser.parse_args()
     sources: dict[str, DataSource] = {}
     for plan in plans():

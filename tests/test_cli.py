@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
-from lustral.cli import commands, main
+from lustral.cli import main
 from lustral.cli.arguments import (
     TOP_FLAGS,
     Benign,
@@ -352,7 +352,7 @@ def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captu
 def test_the_demo_tells_the_whole_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "DEMO_ERASER", BNRefresh())  # the real one takes a minute
+    monkeypatch.setattr("lustral.cli.commands.BaEraser", BNRefresh)  # the real one takes a minute
     monkeypatch.setattr("lustral.victims.default_trainer", lambda **facts: Trainer(epochs=1, batch_size=256))
     assert run("demo", "--out", tmp_path / "out", "--clean", 60, "--json") == 0
     record = json.loads(capsys.readouterr().out)

@@ -24,7 +24,7 @@ def test_a_backdoor_is_planted_found_erased_and_seen_to_be_gone(backdoored: Vict
     verdict = quick_detector().inspect(view, generator=child(1))
     assert (verdict.outcome, verdict.suspect_labels) == ("backdoored", (4,))
 
-    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), rounds=2)
+    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2)
     purified = eraser.purify(view, generator=child(1))
     assert purified.verdict is not None
     assert purified.audit is not None

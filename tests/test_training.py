@@ -353,14 +353,27 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error(model: Classifi
     model.network.linear.bias.requires_grad_(False)
     modes = [m.training for m in model.modules()]
     needs = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="stop"):
+
+    def fail_while_frozen() -> None:
         with frozen(model) as held:
             assert held is model
             assert not any(m.training for m in model.modules())
             assert not any(p.requires_grad for p in model.parameters())
             raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_while_frozen()
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == needs
+
+
+@pytest.mark.parametrize(
+    ("num_images", "least_steps", "batch_size", "epochs"),
+    [(100, 40, 25, 10), (100, 1, 25, 6), (10_000, 40, 128, 6), (3, 9, 2, 9), (0, 5, 2, 6)],
+)
+def test_small_sets_stretch_the_recipe(num_images: int, least_steps: int, batch_size: int, epochs: int) -> None:
+    recipe = Trainer(epochs=6, batch_size=128, learning_rate=0.03).stretched(num_images, least_steps)
+    assert (recipe.batch_size, recipe.epochs, recipe.learning_rate) == (batch_size, epochs, 0.03)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"warmup": 1.0}])

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from lustral.detectors import MaskArea
-from lustral.detectors.mask_area import LEAST_SPREAD, require_usable, smallness
+from lustral.detectors.mask_area import LEAST_SPREAD, ordinary_area, require_usable, smallness
 from lustral.inverters.mask_search import FoundMasks
 from lustral.protocols import ClassEvidence, DefenderView, ImageSet
 from lustral.randomness import child
@@ -40,6 +40,17 @@ def test_smallness_keeps_its_promise_under_the_null() -> None:
     # the smallest of ten against the other nine; corrected for ten labels, false alarms stay below the stated rate
     alarms = sum(10 * smallness(row, 0)[1] <= 0.05 for row in draws.tolist()) / len(draws)
     assert alarms < 0.06
+
+
+def test_an_ordinary_area_by_hand() -> None:
+    # log areas 3, 4, 5: mean 4, deviation 1
+    areas = [math.exp(v) for v in (3.0, 4.0, 5.0)]
+    bound = ordinary_area(areas, 0.05)
+    assert math.log(bound) == pytest.approx(4 - float(stats.t.isf(0.05, df=2)) * math.sqrt(4 / 3))
+    assert ordinary_area(areas, 0.5) == pytest.approx(math.exp(4.0))
+    assert smallness(sorted([math.log(bound), 3.0, 4.0, 5.0]), 0)[1] == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="at least two labels to compare with; got 1"):
+        ordinary_area([3.0], 0.05)
 
 
 def entry(label: int, area: float, p_value: float = 1.0, steps: int = 100) -> ClassEvidence:

@@ -44,7 +44,7 @@ def test_draws_follow_the_stream() -> None:
 
 def test_a_single_class_is_refused() -> None:
     data = labelled_greys()
-    with pytest.raises(ValueError, match="images of a single class.*at least two classes"):
+    with pytest.raises(ValueError, match=r"images of a single class.*at least two classes"):
         SampleImages(data.subset(data.labels == 0), torch.tensor([0]), generator=child(0))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lustral.protocols import ClassEvidence, Cost, DefenderView, ImageSet, RecoveredTrigger, Verdict
 from lustral.purifiers import BaEraser
-from lustral.purifiers.baeraser import capped_ascent, clean_importance, needed_area, typical_area, weighted_l1
+from lustral.purifiers.baeraser import capped_ascent, clean_importance, needed_area, other_areas, weighted_l1
 from lustral.randomness import child
 from toy import gentle_trainer, quick_detector
 
@@ -84,9 +84,13 @@ def test_importance_equals_a_slow_reference() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(("form", "clean_weight", "penalty"), [("code", 100.0, "l1"), ("paper", 1.0, "dynamic")])
-def test_published_settings(form: Any, clean_weight: float, penalty: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "clean_weight", "penalty", "penalty_weight"),
+    [("code", 100.0, "l1", 1e-6), ("paper", 1.0, "dynamic", 1e-4)],
+)
+def test_published_settings(form: Any, clean_weight: float, penalty: str, penalty_weight: float) -> None:
     published = BaEraser(form=form, holdout=0.3).published()
+    assert published.penalty_weight == penalty_weight
     assert published.form == form
     assert published.schedule == "published"
     assert (published.clean_weight, published.penalty) == (clean_weight, penalty)
@@ -99,7 +103,7 @@ def test_published_settings(form: Any, clean_weight: float, penalty: str) -> Non
 
 
 def test_the_published_schedule_runs_one_round(toy_view: DefenderView) -> None:
-    eraser = BaEraser(detector=quick_detector(), schedule="published", target_labels=(4,), audit=False)
+    eraser = BaEraser(detector=quick_detector(), target_labels=(4,), audit=False).published()
     purified = eraser.purify(toy_view, generator=child(0))
     assert [h["epoch"] for h in purified.history] == list(range(11))
     assert {h["round"] for h in purified.history} == {1}
@@ -132,11 +136,10 @@ def verdict(areas: list[float], steps: list[int]) -> Verdict:
     )
 
 
-def test_the_typical_area_is_that_of_unsuspected_finished_labels() -> None:
+def test_the_other_areas_are_those_of_unsuspected_finished_labels() -> None:
     scan = verdict([2.0, 40.0, 60.0, math.inf, 900.0], [9, 9, 9, 9, 3])
-    assert typical_area(scan, (0,)) == 50.0
-    with pytest.raises(ValueError, match="reached no other label"):
-        typical_area(scan, (0, 1, 2))
+    assert other_areas(scan, (0,)) == [40.0, 60.0]
+    assert other_areas(scan, (0, 1, 2)) == []
 
 
 def test_a_trigger_that_does_not_fire_needed_more() -> None:
@@ -162,7 +165,12 @@ def test_a_clean_verdict_leaves_the_model_as_it_was(benign_view: DefenderView) -
 
 def test_named_labels_are_erased_without_asking_the_scan(benign_view: DefenderView) -> None:
     eraser = BaEraser(
-        detector=quick_detector(), target_labels=(2,), rounds=1, trainer=gentle_trainer(epochs=1), audit=False
+        detector=quick_detector(),
+        target_labels=(2,),
+        rounds=1,
+        trainer=gentle_trainer(epochs=1),
+        least_steps=1,
+        audit=False,
     )
     purified = eraser.purify(benign_view, generator=child(3))
     assert purified.selected is not None
@@ -170,7 +178,7 @@ def test_named_labels_are_erased_without_asking_the_scan(benign_view: DefenderVi
 
 
 def test_the_erasing_is_audited_and_told(toy_view: DefenderView) -> None:
-    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), rounds=2)
+    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2)
     purified = eraser.purify(toy_view, generator=child(1))
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)

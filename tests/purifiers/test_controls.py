@@ -72,7 +72,7 @@ def test_impossible_refreshes_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_fine_tuning_keeps_the_most_accurate_epoch(toy_view: DefenderView) -> None:
-    purified = FineTuning(trainer=gentle_trainer(epochs=3)).purify(toy_view, generator=child(0))
+    purified = FineTuning(trainer=gentle_trainer(epochs=3), least_steps=1).purify(toy_view, generator=child(0))
     assert [h["epoch"] for h in purified.history] == [1, 2, 3]
     assert purified.selected is not None
     accuracies = [h["clean_accuracy"] for h in purified.history]
@@ -82,7 +82,7 @@ def test_fine_tuning_keeps_the_most_accurate_epoch(toy_view: DefenderView) -> No
 
 
 def test_mesa_retrains_what_the_scan_names(toy_view: DefenderView) -> None:
-    mesa = Mesa(detector=quick_detector(), trainer=gentle_trainer(epochs=2))
+    mesa = Mesa(detector=quick_detector(), trainer=gentle_trainer(epochs=2), least_steps=1)
     purified = mesa.purify(toy_view, generator=child(1))
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lustral.protocols import ImageSet, RecoveredTrigger
 from lustral.purifiers import selection
-from lustral.purifiers.selection import Selection, held_out_accuracy
+from lustral.purifiers.selection import Selection, held_out_accuracy, natural_rate
 from lustral.training import EpochReport
 
 
@@ -30,6 +30,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(selection, "held_out_accuracy", accuracy)
     monkeypatch.setattr(selection, "firing_rate", rate)
+    monkeypatch.setattr(selection, "natural_rate", lambda model, held_out, label: 0.02)
 
 
 def held_out() -> ImageSet:
@@ -64,11 +65,10 @@ def choose(epochs: list[tuple[float, tuple[float, ...]]], num_triggers: int = 1)
     [
         ([(0.95, (0.4,)), (0.92, (0.1,)), (0.93, (0.3,))], 1),  # fires least
         ([(0.92, (0.4,)), (0.89, (0.0,)), (0.91, (0.5,))], 0),  # fires least among those above the floor
-        ([(0.91, (0.100,)), (0.95, (0.101,))], 1),  # a tie: the more accurate
-        ([(0.95, (0.101,)), (0.91, (0.100,))], 0),
+        ([(0.95, (0.100,)), (0.91, (0.101,))], 1),  # a tie: the last
+        ([(0.95, (0.02,)), (0.91, (0.0,)), (0.93, (0.05,))], 1),  # below the natural rate is no better than at it
         ([(0.80, (0.0,)), (0.85, (0.9,)), (0.82, (0.1,))], 1),  # none above the floor: the most accurate
         ([(0.80, (0.0,)), (0.90, (1.0,))], 1),  # the floor itself is enough
-        ([(0.95, (0.1,)), (0.95, (0.1,))], 0),  # the first of equals
     ],
 )
 def test_choices_by_hand(epochs: list[tuple[float, tuple[float, ...]]], best: int) -> None:
@@ -86,7 +86,8 @@ def test_without_triggers_accuracy_decides() -> None:
 def test_history_is_what_was_measured() -> None:
     watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.5, extra={"round": 3})
     watcher.measure(Scripted(0.7, (0.25,)), epoch=2, loss=0.1)
-    assert watcher.history == [{"round": 3, "epoch": 2, "loss": 0.1, "clean_accuracy": 0.7, "recovered_asr": 0.25}]
+    rates = {"recovered_asr": 0.25, "natural_rate": 0.02}
+    assert watcher.history == [{"round": 3, "epoch": 2, "loss": 0.1, "clean_accuracy": 0.7, **rates}]
 
 
 class ByBrightness(nn.Module):
@@ -102,4 +103,6 @@ class ByBrightness(nn.Module):
 def test_held_out_accuracy_by_hand() -> None:
     model = ByBrightness().train()
     assert held_out_accuracy(model, held_out()) == 0.75
+    assert natural_rate(model, held_out(), 1) == pytest.approx(1 / 3)  # of the three zeros, one is bright
+    assert natural_rate(model, held_out(), 0) == 0.0
     assert model.training

@@ -276,8 +276,10 @@ class MaxEntropy:
     def _base_logits(self, start: FoundMasks | None, images: ImageSet) -> Tensor:
         """Return the logits the generators start from: the found masks, or nothing for the published patch."""
         channels = images.image_shape[0]
-        if start is None:
+        if self.operator == "random_patch":
             return images.images.new_zeros((1, channels * self.patch_size**2), dtype=torch.float32)
+        if start is None:
+            raise ValueError("the learned operator starts from found masks; run its search first, or call invert")
         both = torch.cat([start.masks, start.patterns], 1).logit(eps=1e-6).clamp(-MAX_LOGIT, MAX_LOGIT)
         return both.flatten(1).repeat_interleave(len(self.levels), 0)
 

@@ -84,7 +84,8 @@ class BaEraser:
 
     Attributes:
         detector: the scan that names the labels, and whose inverter recovers their triggers in every round.
-        schedule: "alternating" rounds, or "published": one recovery, one unlearning.
+        schedule: "alternating" rounds, or "published": one recovery, one unlearning, with the published weights and step
+            whatever the fields below say.
         form: "code" or "paper", see above.
         clean_weight: alpha; 100 in the authors' code, where the learning rate is 1e-4.
         penalty: "l1" (constant), "dynamic" (omega), or "none".
@@ -173,7 +174,7 @@ class BaEraser:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model without the backdoor; see ``Purifier``."""
-        if self.schedule == "published" and self.relearn_weight:
+        if self.schedule == "published" and self != self.published():
             return self.published().purify(view, generator=generator, on_progress=on_progress)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
