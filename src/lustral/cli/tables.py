@@ -41,13 +41,15 @@ def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence
     for heading in ("area", "ASR", "without trigger", "anomaly", "chance", "steps"):
         table.add_column(heading, justify="right")
 
+    full = max(entry.steps for entry in verdict.evidence)
+
     def suspicion(evidence: ClassEvidence) -> tuple[bool, float, float]:
         return evidence.label not in verdict.suspect_labels, evidence.p_value, evidence.area
 
     for entry in sorted(verdict.evidence, key=suspicion)[:MOST_ROWS]:
         table.add_row(
             class_name(entry.label, names),
-            pixels(entry.area),
+            ("< " if entry.steps < full else "") + pixels(entry.area),
             percent(entry.attack_success_rate),
             percent(entry.natural_rate),
             f"{entry.anomaly:.1f}",

@@ -56,6 +56,7 @@ class MaskSearch:
         target_success: success rate that the area weight is steered to; 0.99 in Neural Cleanse.
         screening: drop the worse half of the labels at 1/4 and 1/2 of the steps.
         finalists: labels that are never screened away.
+        most_images: images in one pass; more labels than fit take turns, so that memory does not grow with their number.
         precision: "auto" takes bfloat16 where the hardware has it.
     """
 
@@ -65,6 +66,7 @@ class MaskSearch:
     target_success: float = 0.95
     screening: bool = True
     finalists: int = 8
+    most_images: int = 1024
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -108,26 +110,27 @@ class MaskSearch:
         work = count * self.steps
         with frozen(model):
             for step in range(1, self.steps + 1):
-                m, v = mask_logits[alive].requires_grad_(), pattern_logits[alive].requires_grad_()
-                x = feed.draw(alive, self.batch_size)
-                mask, pattern = m.sigmoid(), v.sigmoid()
-                stamped = x + mask[:, None] * (pattern[:, None] - x)
-                with autocast(device, self.precision):
-                    logits = model(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
-                goal = targets[alive].repeat_interleave(self.batch_size)
-                hit = (logits.detach().argmax(1) == goal).view(len(alive), -1).float().mean(1)
-                error = F.cross_entropy(logits, goal, reduction="none").view(len(alive), -1).mean(1)
-                (error + weight[alive] * mask.sum((1, 2, 3))).sum().backward()  # type: ignore[no-untyped-call]
-                assert m.grad is not None
-                assert v.grad is not None
-                rate = self.learning_rate * min(1.0, 2 * (1 - (step - 1) / self.steps))  # constant, then down to 0
-                mask_logits[alive] = self._adam(m, m.grad, state[0], state[1], alive, step, rate)
-                pattern_logits[alive] = self._adam(v, v.grad, state[2], state[3], alive, step, rate)
-                memory = min(SUCCESS_MEMORY, 1 - 1 / step)
-                success[alive] = memory * success[alive] + (1 - memory) * hit
-                steer = torch.where(success[alive] > self.target_success, 1.1, 1 / 1.15)
-                weight[alive] = (weight[alive] * steer).clamp(1e-5, 1.0)
-                taken[alive.cpu()] += 1
+                for rows in torch.split(alive, max(self.most_images // self.batch_size, 1)):
+                    m, v = mask_logits[rows].requires_grad_(), pattern_logits[rows].requires_grad_()
+                    x = feed.draw(rows, self.batch_size)
+                    mask, pattern = m.sigmoid(), v.sigmoid()
+                    stamped = x + mask[:, None] * (pattern[:, None] - x)
+                    with autocast(device, self.precision):
+                        logits = model(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
+                    goal = targets[rows].repeat_interleave(self.batch_size)
+                    hit = (logits.detach().argmax(1) == goal).view(len(rows), -1).float().mean(1)
+                    error = F.cross_entropy(logits, goal, reduction="none").view(len(rows), -1).mean(1)
+                    (error + weight[rows] * mask.sum((1, 2, 3))).sum().backward()  # type: ignore[no-untyped-call]
+                    assert m.grad is not None
+                    assert v.grad is not None
+                    rate = self.learning_rate * min(1.0, 2 * (1 - (step - 1) / self.steps))  # constant, then down to 0
+                    mask_logits[rows] = self._adam(m, m.grad, state[0], state[1], rows, step, rate)
+                    pattern_logits[rows] = self._adam(v, v.grad, state[2], state[3], rows, step, rate)
+                    memory = min(SUCCESS_MEMORY, 1 - 1 / step)
+                    success[rows] = memory * success[rows] + (1 - memory) * hit
+                    steer = torch.where(success[rows] > self.target_success, 1.1, 1 / 1.15)
+                    weight[rows] = (weight[rows] * steer).clamp(1e-5, 1.0)
+                    taken[rows.cpu()] += 1
                 if step in rungs and len(alive) > self.finalists:
                     alive = self._screen(mask_logits, success, alive)
                     work = int(taken.sum()) + len(alive) * (self.steps - step)

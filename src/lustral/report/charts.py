@@ -125,18 +125,19 @@ def area_chart(evidence: Sequence[ClassEvidence], names: Sequence[str], suspects
         return None
     ordered = sorted(evidence, key=lambda e: e.area if is_found(e.area) else math.inf)
     scale = LogScale.over([e.area for e in evidence])
+    full = max(e.steps for e in evidence)
     bars = tuple(
         Bar(
             name=names[e.label],
-            text=_bar_text(e),
+            text=_bar_text(e, full),
             length=scale.position(e.area),
             is_suspect=e.label in suspects,
-            is_open=not is_found(e.area),
+            is_open=not is_found(e.area) or e.steps < full,
         )
         for e in ordered
     )
     shown = len(bars) if len(bars) <= MAX_BARS else NUM_BARS_SHOWN
-    typical = median_area(evidence, suspects)
+    typical = median_area([e for e in evidence if e.steps == full], suspects)
     least = ordered[0]
     return BarChart(
         bars=bars[:shown],
@@ -180,7 +181,9 @@ def audit_chart(
     )
 
 
-def _bar_text(e: ClassEvidence) -> str:
+def _bar_text(e: ClassEvidence, full: int) -> str:
+    if e.steps < full:  # screening stopped this search; more steps would still have shrunk the mask
+        return f"under {pixels(e.area)} · set aside at step {e.steps}"
     return f"{pixels(e.area)} · ASR {percent(e.attack_success_rate, 0)}" if is_found(e.area) else pixels(e.area)
 
 
