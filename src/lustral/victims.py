@@ -24,7 +24,7 @@ from lustral.evaluation.protocol import evaluate
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import Augment, as_float, as_uint8, channel_statistics
 from lustral.models import Classifier, build_classifier, load_model, save_model
-from lustral.protocols import Attack, ImageSet, OnProgress, Victim
+from lustral.protocols import Attack, ImageSet, OnProgress, Trigger, Victim
 from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
 from lustral.training import EpochReport, Trainer
@@ -175,17 +175,20 @@ def load_victim(folder: Path) -> Victim:
     if missing:
         raise VictimError(f"{record_path} lacks {', '.join(sorted(missing))}; make the victim again")
     name = record["attack"]
-    if name != NO_ATTACK and name not in ATTACKS:
+    if name not in [NO_ATTACK, *ATTACKS]:
         raise VictimError(f"{record_path}: unknown attack {name!r}; this version knows {', '.join(sorted(ATTACKS))}")
     try:
+        channels, height, width = record["image_shape"]
         attack = None if name == NO_ATTACK else ATTACKS[name](**record["settings"])
-    except TypeError as error:
-        raise VictimError(f"{record_path}: settings do not fit the attack {name!r} ({error})") from error
-    channels, height, width = record["image_shape"]
+        trigger: Trigger = NoTrigger() if attack is None else attack.trigger((channels, height, width))
+    except (TypeError, ValueError) as error:
+        raise VictimError(
+            f"{record_path}: settings do not fit the attack {name!r} on images of shape {record['image_shape']} ({error})"
+        ) from error
     loaded = load_model(folder / "model.safetensors")
     return Victim(
         model=loaded.model,
-        trigger=NoTrigger() if attack is None else attack.trigger((channels, height, width)),
+        trigger=trigger,
         relabel=keep_labels if attack is None else attack.relabel,
         poisoned=None,
         provenance={key: value for key, value in record.items() if key != "metrics"},

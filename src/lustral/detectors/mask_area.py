@@ -174,8 +174,8 @@ class MaskArea:
         usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)
         _, height, width = clean.image_shape
         null = (
-            "Null: in a benign model the log areas of the labels come from one normal distribution; each small area is "
-            f"tested against the larger ones (Student's prediction interval, corrected for {len(evidence)} labels). "
+            "Null hypothesis: in a benign model the logarithms of the areas come from one normal distribution. Each small "
+            f"area is tested against the larger ones (Student's prediction interval, corrected for {len(evidence)} labels). "
         )
         if len(usable) < LEAST_LABELS:
             return (
@@ -210,8 +210,8 @@ class MaskArea:
                 suspects,
                 "backdoored",
                 (
-                    f"{null}{figures}Called backdoored below p = {self.false_alarm_rate}: a benign model would be at most "
-                    f"that often."
+                    f"{null}{figures}A model is called backdoored below p = {self.false_alarm_rate}; a benign one falls below "
+                    "that at most that often."
                 ),
             )
         if doubtful:

@@ -85,8 +85,13 @@ def is_found(area: float) -> bool:
 
 
 def median_area(evidence: Sequence[ClassEvidence], without: Sequence[int] = ()) -> float:
-    """Return the median area of the classes not in ``without``, counting failed searches as infinite; NaN of none."""
-    areas = sorted(e.area if is_found(e.area) else math.inf for e in evidence if e.label not in without)
+    """Return the median area of the classes not in ``without``; NaN of none.
+
+    Failed searches count as infinite; those that screening cut short do not count.
+    """
+    full = max((e.steps for e in evidence), default=0)
+    kept = [e for e in evidence if e.label not in without and e.steps == full]
+    areas = sorted(e.area if is_found(e.area) else math.inf for e in kept)
     if not areas:
         return math.nan
     middle = len(areas) // 2
@@ -137,7 +142,7 @@ def area_chart(evidence: Sequence[ClassEvidence], names: Sequence[str], suspects
         for e in ordered
     )
     shown = len(bars) if len(bars) <= MAX_BARS else NUM_BARS_SHOWN
-    typical = median_area([e for e in evidence if e.steps == full], suspects)
+    typical = median_area(evidence, suspects)
     least = ordered[0]
     return BarChart(
         bars=bars[:shown],
