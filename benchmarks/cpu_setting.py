@@ -23,7 +23,7 @@ import torch
 
 from lustral.attacks import BadNets, Blended
 from lustral.detectors import MaskArea
-from lustral.evaluation.protocol import compare, evaluate
+from lustral.evaluation.protocol import Evaluation, compare, evaluate
 from lustral.files import write_json_atomic
 from lustral.images import stratified_indices
 from lustral.inverters import MaxEntropy
@@ -56,15 +56,17 @@ class Plan:
 
 def plans() -> list[Plan]:
     corner = [
-        Plan(f"badnets-corner-s{s}", BadNets(target_label=(3, 0, 7)[s]), s, epochs=SHORT if s else None)
-        for s in range(3)
+        Plan("badnets-corner-s0", BadNets(target_label=3), 0),
+        Plan("badnets-corner-s1", BadNets(target_label=0), 1, epochs=SHORT),
+        Plan("badnets-corner-s2", BadNets(target_label=7), 2, start="clean-s1"),
     ]
     inset = [
         Plan(
             f"badnets-inset4-s{s}",
             BadNets(target_label=(5, 9, 1)[s], size=4, margin=2, pattern="checker"),
             s,
-            epochs=SHORT,
+            epochs=None if s else SHORT,
+            start=f"clean-s{s}" if s else None,
         )
         for s in range(3)
     ]
@@ -91,7 +93,7 @@ def plans() -> list[Plan]:
         inset[1],
         inset[2],
         clean[3],
-        Plan("gtsrb-corner-s0", BadNets(target_label=14), 0, data="gtsrb"),
+        Plan("gtsrb-corner-s0", BadNets(target_label=14), 0, data="gtsrb", epochs=12),
     ]
 
 
@@ -219,7 +221,7 @@ def erase(plan: Plan, source: DataSource, method: str) -> None:
     purifier = METHODS[method]
     assert source.test is not None
     purified = purifier.purify(view, generator=child(plan.seed, "erase", method))
-    before = evaluate(victim, None, source.test, generator=child(plan.seed, "evaluation"))
+    before = Evaluation.from_dict(victim.metrics)  # measured by the same stream when the victim was made
     after = evaluate(victim, purified.model, source.test, generator=child(plan.seed, "evaluation"))
     record = {
         "name": plan.name,

@@ -253,6 +253,8 @@ class BaEraser:
                 break
             bank += fresh
         assert best is not None
+        if not best[0][0]:
+            note += f" No epoch kept the held-out accuracy within {100 * self.accuracy_loss:g} points: do not use this model."
         return best[1], history, best[2], (note,)
 
     def _unlearn(
