@@ -58,15 +58,19 @@ def write_json_atomic(path: str | os.PathLike[str], content: Mapping[str, Any]) 
 
     JSON has neither NaN nor infinity: such numbers become ``null``.
     """
-    write_text_atomic(path, json.dumps(_without_non_finite(content), indent=2, allow_nan=False) + "\n")
+    write_text_atomic(path, json.dumps(json_ready(content), indent=2, allow_nan=False) + "\n")
 
 
-def _without_non_finite(value: Any) -> Any:
-    """Return nested mappings and sequences with None in place of each number that is not finite."""
+def json_ready(value: Any) -> Any:
+    """Return nested mappings and sequences with None in place of numbers that JSON does not have.
+
+    >>> json_ready({"area": float("inf"), "labels": (1, 2)})
+    {'area': None, 'labels': [1, 2]}
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item) for item in value]
+        return [json_ready(item) for item in value]
     return value

@@ -118,11 +118,5 @@ class BadNets:
 
     def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
         """Return a poisoned copy of the training set, 8-bit."""
-        return poison_dirty_label(
-            clean,
-            self.trigger(clean.image_shape),
-            poison_rate=self.poison_rate,
-            mode=self.mode,
-            target_label=self.target_label,
-            generator=generator,
-        )
+        trigger = self.trigger(clean.image_shape)
+        return poison_dirty_label(clean, trigger, self.relabel, poison_rate=self.poison_rate, generator=generator)

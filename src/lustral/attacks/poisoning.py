@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -36,10 +37,9 @@ def dirty_labels(labels: Tensor, num_classes: int, *, mode: LabelMode, target_la
 def poison_dirty_label(
     clean: ImageSet,
     trigger: Trigger,
+    relabel: Callable[[Tensor, int], Tensor],
     *,
     poison_rate: float,
-    mode: LabelMode,
-    target_label: int,
     generator: Generator,
     batch_size: int = 1024,
 ) -> PoisonedSet:
@@ -56,7 +56,7 @@ def poison_dirty_label(
             f"a poison rate of {poison_rate} of {len(clean)} images poisons none; expected at least "
             f"{1 / max(len(clean), 1):.2g}"
         )
-    relabelled = dirty_labels(clean.labels, clean.num_classes, mode=mode, target_label=target_label)
+    relabelled = relabel(clean.labels, clean.num_classes)
     chosen = torch.randperm(len(clean), generator=fork(generator, "which"))[:count].sort().values.to(clean.device)
     images, stream = clean.images.clone(), fork(generator, "stamp")
     for part in torch.split(chosen, batch_size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from lustral import protocols
+from lustral.files import json_ready
 
 
 class RateColumn(ProgressColumn):
@@ -74,7 +74,7 @@ class Screen:
     def record(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON, with --json only; numbers that are not finite become null."""
         if self._json:
-            sys.stdout.write(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(json_ready(content), indent=2, allow_nan=False) + "\n")
 
     @contextmanager
     def progress(self) -> Iterator[protocols.OnProgress | None]:
@@ -93,16 +93,3 @@ class Screen:
             )
             with Progress(*columns, console=self._err) as progress:
                 yield Bars(progress)
-
-
-def finite(value: Any) -> Any:
-    """Return nested mappings and sequences with None in place of numbers that JSON does not have.
-
-    >>> finite({"area": float("inf"), "labels": (1, 2)})
-    {'area': None, 'labels': [1, 2]}
-    """
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

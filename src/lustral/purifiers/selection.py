@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lustral.inverters.max_entropy import firing_rate
 from lustral.protocols import ImageSet, RecoveredTrigger
@@ -18,28 +18,26 @@ EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate above
 
 
 @torch.no_grad()
-def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
-    """Return the clean accuracy on held-out images, in evaluation mode."""
-    hits = torch.zeros((), dtype=torch.int64, device=held_out.device)
+def predicted_labels(model: nn.Module, images: ImageSet) -> Tensor:
+    """Return the predicted labels (N,) in evaluation mode."""
+    predictions = []
     with frozen(model):
-        for x, labels in held_out.batches(256):
-            with autocast(held_out.device):
-                out = model(x.contiguous(memory_format=torch.channels_last))
-            hits += (out.argmax(1) == labels).sum()
-    return int(hits) / len(held_out)
+        for x, _ in images.batches(256):
+            with autocast(images.device):
+                predictions.append(model(x.contiguous(memory_format=torch.channels_last)).argmax(1))
+    return torch.cat(predictions)
 
 
-@torch.no_grad()
+def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
+    """Return the clean accuracy on held-out images."""
+    return int((predicted_labels(model, held_out) == held_out.labels).sum()) / len(held_out)
+
+
 def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:
     """Return the fraction of held-out images of other classes that the model calls ``label`` without any trigger."""
-    others = held_out.subset((held_out.labels != label).nonzero().flatten())
-    hits = torch.zeros((), dtype=torch.int64, device=held_out.device)
-    with frozen(model):
-        for x, _ in others.batches(256):
-            with autocast(held_out.device):
-                out = model(x.contiguous(memory_format=torch.channels_last))
-            hits += (out.argmax(1) == label).sum()
-    return int(hits) / max(len(others), 1)
+    is_other = held_out.labels != label
+    called = predicted_labels(model, held_out) == label
+    return int((called & is_other).sum()) / max(int(is_other.sum()), 1)
 
 
 @dataclass(kw_only=True)
