@@ -335,7 +335,7 @@ def test_label_smoothing_reaches_the_default_objective(model: Classifier, data: 
     x, y = next(data.batches(70))
     for smoothing, loss in losses.items():
         expected = nn.functional.cross_entropy(student(x), y, label_smoothing=smoothing)
-        assert loss == pytest.approx(float(expected), abs=1e-4)
+        assert loss == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_global_random_numbers_are_neither_used_nor_moved(data: ImageSet) -> None:

@@ -85,6 +85,19 @@ def split(data: ImageSet, fraction: float, *, generator: Generator) -> tuple[Ima
     return data.subset(chosen), data.subset(rest)
 
 
+def require_usable(clean: ImageSet, least: int = 10) -> None:
+    """Raise ``ValueError`` unless the clean set can support a recovery: two classes and a handful of images."""
+    present = len(torch.unique(clean.labels))
+    if len(clean) == 0:
+        raise ValueError("the clean set is empty; give at least a few clean images of every class")
+    if present < 2:
+        raise ValueError(
+            f"the clean set of {len(clean)} images holds a single class; give clean images of at least two classes"
+        )
+    if len(clean) < least:
+        raise ValueError(f"expected at least {least} clean images; got {len(clean)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Augment:
     """Random crop, flip, affine motion and erasing, drawn for every image by itself, in one batched pass.

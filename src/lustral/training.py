@@ -256,6 +256,7 @@ class Trainer:
                     set_training_mode(model, self.batch_norm)
         if on_progress is not None:
             on_progress(Progress(stage=stage, done=done, total=done))
+        optimizer.zero_grad(set_to_none=True)  # gradients are no part of the result
         return model.eval()
 
     def _plain_objective(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:

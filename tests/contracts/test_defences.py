@@ -28,7 +28,7 @@ SMALL: dict[str, Callable[[], Any]] = {
     "baeraser": lambda: BaEraser(
         detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2, audit=False
     ),
-    "mesa": lambda: Mesa(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1),
+    "mesa": lambda: Mesa(detector=quick_detector(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
     "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2), least_steps=1),
     "bn_refresh": lambda: BNRefresh(batch_size=64, passes=1),
 }

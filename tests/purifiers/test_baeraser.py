@@ -52,9 +52,9 @@ def test_weighted_l1_equals_a_slow_sum() -> None:
         ):
             plain += abs(a - b)
             weighted += w * abs(a - b)
-    assert float(weighted_l1(model, start, None)) == pytest.approx(plain, rel=1e-5)
-    assert float(weighted_l1(model, start, importance)) == pytest.approx(weighted, rel=1e-5)
-    assert float(weighted_l1(model, [p.detach() for p in model.parameters()], None)) == 0.0
+    assert weighted_l1(model, start, None).item() == pytest.approx(plain, rel=1e-5)
+    assert weighted_l1(model, start, importance).item() == pytest.approx(weighted, rel=1e-5)
+    assert weighted_l1(model, [p.detach() for p in model.parameters()], None).item() == 0.0
 
 
 def tiny_set(count: int) -> ImageSet:
@@ -237,7 +237,7 @@ def test_the_objective_is_the_equation(toy_view: DefenderView, monkeypatch: pyte
     stamped[..., 10:, 10:] = 1
     four = torch.full_like(y, 4)
     expected: Tensor = 3 * F.cross_entropy(student(x), y) - F.cross_entropy(student(stamped), four) + 0.01 * 0.5 * 7
-    assert float(caught[0](student, x, y, child(0))) == pytest.approx(float(expected), rel=1e-4)
+    assert caught[0](student, x, y, child(0)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def linear_model_for(data: ImageSet) -> nn.Module:

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Generator, Tensor
 
 from lustral.cost import CostMeter
-from lustral.images import split
+from lustral.images import require_usable, split
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.max_entropy import MaxEntropy
 from lustral.protocols import (
@@ -224,19 +224,6 @@ class MaskArea:
                 ),
             )
         return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
-
-
-def require_usable(clean: ImageSet) -> None:
-    """Raise ``ValueError`` unless the clean set can support a recovery: two classes and a handful of images."""
-    present = len(torch.unique(clean.labels))
-    if len(clean) == 0:
-        raise ValueError("the clean set is empty; give at least a few clean images of every class")
-    if present < 2:
-        raise ValueError(
-            f"the clean set of {len(clean)} images holds a single class; give clean images of at least two classes"
-        )
-    if len(clean) < 10:
-        raise ValueError(f"expected at least 10 clean images; got {len(clean)}")
 
 
 @torch.no_grad()

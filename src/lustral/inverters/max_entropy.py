@@ -428,7 +428,7 @@ def measure_places(
         both = torch.cat([mask, mask * pattern], 1).expand(len(chunk), -1, -1, -1)
         moved = shifted(both, chunk[:, 0], chunk[:, 1])[:, None]
         stamped = x * (1 - moved[:, :, :1]) + moved[:, :, 1:]
-        with autocast(images.device, precision):
+        with frozen(model), autocast(images.device, precision):
             out = model(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         rates.append((out.argmax(1) == label).view(len(chunk), -1).float().mean(1))
     return shifts, torch.cat(rates)

@@ -63,16 +63,18 @@ def clean_importance(model: nn.Module, data: ImageSet, most: int = 512) -> list[
     At most ``most`` images are used, so that the estimate does not cost as much as the epoch it serves.
     """
     totals = [torch.zeros_like(p) for p in model.parameters()]
+    positions = [index for index, p in enumerate(model.parameters()) if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     mode = model.training
     model.eval()
     for x, labels in data.subset(torch.arange(min(most, len(data)))).batches(128):
         with autocast(x.device):
             logits = model(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        for total, gradient in zip(totals, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+        for index, gradient in zip(positions, gradients, strict=True):
             if gradient is not None:
-                total += gradient.abs()
+                totals[index] += gradient.abs()
     model.train(mode)
     scale = sum(float(t.sum()) for t in totals) / max(sum(t.numel() for t in totals), 1)
     return [t / max(scale, 1e-30) for t in totals]

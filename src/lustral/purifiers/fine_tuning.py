@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Generator
 
 from lustral.cost import CostMeter
-from lustral.images import Augment, split
+from lustral.images import Augment, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.selection import Selection, held_out_accuracy
 from lustral.randomness import fork
@@ -39,6 +39,7 @@ class FineTuning:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
+        require_usable(view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
-from lustral.images import Augment, split
+from lustral.images import Augment, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.selection import Selection, held_out_accuracy
 from lustral.randomness import fork
@@ -50,7 +50,7 @@ class Mesa:
             augment=Augment(crop_padding=2, flip=False),
         )
     )
-    least_steps: int = 90
+    least_steps: int = 150
     accuracy_loss: float = 0.02
     holdout: float = 0.2
     target_labels: tuple[int, ...] = ()
@@ -64,6 +64,7 @@ class Mesa:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a retrained model; see ``Purifier``."""
+        require_usable(view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
