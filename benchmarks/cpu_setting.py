@@ -28,7 +28,7 @@ from lustral.files import write_json_atomic
 from lustral.images import stratified_indices
 from lustral.inverters import MaxEntropy
 from lustral.models import Classifier
-from lustral.protocols import Attack, DefenderView, Purifier, Victim
+from lustral.protocols import Attack, DefenderView, Purifier, Verdict, Victim
 from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
 from lustral.randomness import child
 from lustral.sources import DataSource, load_source
@@ -174,6 +174,10 @@ def scan(plan: Plan, source: DataSource) -> None:
         return
     victim = load_victim(VICTIMS / plan.name)
     verdict = MaskArea().inspect(view_of(victim, source, plan.seed), generator=child(plan.seed, "scan"))
+    write_scan(path, plan, verdict)
+
+
+def write_scan(path: Path, plan: Plan, verdict: Verdict) -> None:
     truth = getattr(plan.attack, "target_label", None)
     record = {
         "name": plan.name,
@@ -237,6 +241,9 @@ def erase(plan: Plan, source: DataSource, method: str) -> None:
         "audit": None if purified.audit is None else purified.audit.outcome,
     }
     write(path, record)
+    scan_path = RESULTS / "scans" / f"{plan.name}.json"
+    if method == "baeraser" and purified.verdict is not None and not scan_path.exists():
+        write_scan(scan_path, plan, purified.verdict)  # the scan that the erasing began with is as good as another
     say(
         f"erase {plan.name} {method}: ACC {before.acc.value:.4f} -> {after.acc.value:.4f}, ASR {before.asr.value:.4f} -> "
         f"{after.asr.value:.4f}, RA {after.ra.value:.4f}, {purified.cost.seconds:.0f} s {purified.notes}"

@@ -32,7 +32,7 @@ from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea, ordinary_area
 from lustral.images import Augment, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
-from lustral.purifiers.selection import Selection, held_out_accuracy
+from lustral.purifiers.selection import Selection, accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer, autocast, frozen, set_training_mode
 
@@ -101,7 +101,8 @@ class BaEraser:
         trainer: one round's unlearning; the authors train 10 epochs at 1e-4 without augmentation, BN in train mode. Frozen
             statistics diverge at a rate this high and lose accuracy at a lower one.
         least_steps: small clean sets get more epochs, until a round has this many steps.
-        accuracy_loss: largest loss of held-out accuracy, as a fraction, at which weights may be kept.
+        accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
+            standard error.
         ordinary_rate: a label counts as erased when a fresh search needs an area that less than this share of a benign
             model's labels would fall short of, judged by the other labels of the scan.
         holdout: share of the clean images kept from unlearning, to choose weights on.
@@ -217,7 +218,7 @@ class BaEraser:
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
         wanted = ordinary_area(other_areas(verdict, labels), self.ordinary_rate)
-        floor = held_out_accuracy(view.model, held_out) - self.accuracy_loss
+        floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
         if set(labels) != {trigger.target_label for trigger in bank}:
             bank = self.detector.inverter.invert(
@@ -256,7 +257,10 @@ class BaEraser:
             bank += fresh
         assert best is not None
         if not best[0][0]:
-            note += f" No epoch kept the held-out accuracy within {100 * self.accuracy_loss:g} points: do not use this model."
+            note += (
+                f" Held-out accuracy fell by more than {100 * self.accuracy_loss:g} points and a standard error: measure it on "
+                "images of your own before you use this model."
+            )
         return best[1], history, best[2], (note,)
 
     def _unlearn(

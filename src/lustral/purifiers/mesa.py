@@ -18,7 +18,7 @@ from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
 from lustral.images import Augment, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.selection import Selection, held_out_accuracy
+from lustral.purifiers.selection import Selection, accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer
 
@@ -32,7 +32,8 @@ class Mesa:
         trigger_rate: probability that an image is triggered; 0.01 in the paper, which has 8,000 images.
         trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation.
         least_steps: small clean sets get more epochs, until there are this many steps.
-        accuracy_loss: largest loss of held-out accuracy, as a fraction, at which weights may be kept.
+        accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
+            standard error.
         holdout: share of the clean images kept from retraining, to choose the epoch on.
         target_labels: labels to retrain without asking the scan; empty: the scan decides.
     """
@@ -90,7 +91,7 @@ class Mesa:
                 mixed = torch.where(chosen, trigger(x, generator=stream), x)
                 return F.cross_entropy(model(mixed).float(), y)
 
-            floor = held_out_accuracy(view.model, held_out) - self.accuracy_loss
+            floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
             self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,

@@ -40,6 +40,16 @@ def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:
     return int((called & is_other).sum()) / max(int(is_other.sum()), 1)
 
 
+def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) -> float:
+    """Return the least held-out accuracy at which weights may be kept.
+
+    ``allowed_loss`` below the received model's, and one standard error of that measurement further: a few hundred images
+    must not turn down a model that lost nothing.
+    """
+    start = held_out_accuracy(model, held_out)
+    return start - allowed_loss - (start * (1 - start) / len(held_out)) ** 0.5
+
+
 @dataclass(kw_only=True)
 class Selection:
     """Watches a training and keeps the weights that a defender would choose.
