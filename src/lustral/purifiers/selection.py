@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) ->
     must not turn down a model that lost nothing.
     """
     start = held_out_accuracy(model, held_out)
-    return start - allowed_loss - (start * (1 - start) / len(held_out)) ** 0.5
+    return start - allowed_loss - math.sqrt(start * (1 - start) / len(held_out))
 
 
 @dataclass(kw_only=True)
