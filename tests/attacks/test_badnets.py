@@ -177,3 +177,9 @@ def test_a_patch_made_for_larger_images_is_refused() -> None:
     trigger = BadNets(size=4, placement="random").trigger((1, 8, 8))
     with pytest.raises(ValueError, match="patch of 4 pixels does not fit images of 3x3"):
         trigger(torch.zeros(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("setting", ["corner", "pattern", "placement", "mode"])
+def test_unknown_choices_are_refused_with_the_known_ones(setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"{setting} to be one of .*; got 'purple'"):
+        BadNets(**{setting: "purple"})

@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from lustral.attacks.poisoning import LabelMode, check_rate, dirty_labels, poison_dirty_label
+from lustral.attacks.poisoning import LabelMode, check_choices, check_rate, dirty_labels, poison_dirty_label
 from lustral.protocols import ImageSet, PoisonedSet
 from lustral.randomness import child
 
 Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
 Pattern = Literal["white", "checker", "random"]
+Placement = Literal["fixed", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,18 @@ class BadNets:
     corner: Corner = "bottom_right"
     pattern: Pattern = "white"
     pattern_seed: int = 0
-    placement: Literal["fixed", "random"] = "fixed"
+    placement: Placement = "fixed"
     mode: LabelMode = "all_to_one"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_rate(self.poison_rate)
+        check_choices(
+            corner=(self.corner, Corner),
+            pattern=(self.pattern, Pattern),
+            placement=(self.placement, Placement),
+            mode=(self.mode, LabelMode),
+        )
         if self.size < 1 or self.margin < 0:
             raise ValueError(f"expected size >= 1 and margin >= 0 pixels; got {self.size} and {self.margin}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from lustral.attacks.poisoning import LabelMode, check_rate, dirty_labels, poison_dirty_label
+from lustral.attacks.poisoning import LabelMode, check_choices, check_rate, dirty_labels, poison_dirty_label
 from lustral.protocols import ImageSet, PoisonedSet
 from lustral.randomness import child
 
@@ -79,6 +79,7 @@ class Blended:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_rate(self.poison_rate)
+        check_choices(mode=(self.mode, LabelMode))
         if not 0 < self.alpha <= 1:
             raise ValueError(f"expected a blending weight alpha in (0, 1]; got {self.alpha}")
 

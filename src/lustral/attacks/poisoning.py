@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +19,13 @@ def check_rate(poison_rate: float) -> None:
     """Raise ``ValueError`` unless the poison rate is a fraction in (0, 1]."""
     if not 0 < poison_rate <= 1:
         raise ValueError(f"expected a poison rate in (0, 1], as a fraction of the training set; got {poison_rate}")
+
+
+def check_choices(**choices: tuple[str, object]) -> None:
+    """Raise ``ValueError`` for any ``name=(value, Literal)`` whose value is not one of the literal's."""
+    for name, (value, literal) in choices.items():
+        if value not in get_args(literal):
+            raise ValueError(f"expected {name} to be one of {', '.join(get_args(literal))}; got {value!r}")
 
 
 def dirty_labels(labels: Tensor, num_classes: int, *, mode: LabelMode, target_label: int) -> Tensor:

@@ -4,7 +4,7 @@ The evidence is that of Neural Cleanse (Wang et al., IEEE S&P 2019): the area of
 to each label. Its rule, an anomaly index of 2, has no known false-alarm rate and flags benign models well above 5 % of the
 time. Here the null is explicit: in a benign model the logarithms of the areas are draws from one normal distribution. Each
 of the m smallest areas is tested against the labels that need more, with Student's prediction interval, corrected for the
-number of labels.
+number of labels. The spread is bounded by what benign models show (``MOST_SPREAD``).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from lustral.randomness import fork
 from lustral.training import Precision, autocast, frozen
 
 LEAST_SPREAD = 0.15  # of log areas: two searches for one label differ by about this much
+MOST_SPREAD = 0.6  # of log areas: benign models measured 0.2 (CIFAR-10) to 0.45 (digits); labels that are hard to reach
+# make a long right tail, which says nothing about a small area and must not hide it
 LEAST_LABELS = 5  # with fewer successful searches no outlier test means anything
 
 
@@ -52,7 +54,7 @@ def smallness(log_areas: Sequence[float], rank: int) -> tuple[float, float]:
         return 0.0, 1.0
     mean = sum(larger) / len(larger)
     spread = math.sqrt(sum((v - mean) ** 2 for v in larger) / (len(larger) - 1))
-    anomaly = (mean - log_areas[rank]) / max(spread, LEAST_SPREAD)
+    anomaly = (mean - log_areas[rank]) / min(max(spread, LEAST_SPREAD), MOST_SPREAD)
     return anomaly, float(stats.t.sf(anomaly / math.sqrt(1 + 1 / len(larger)), df=len(larger) - 1))
 
 
@@ -67,7 +69,8 @@ def ordinary_area(areas: Sequence[float], rate: float) -> float:
         raise ValueError(f"expected the areas of at least two labels to compare with; got {len(areas)}")
     logs = [math.log(max(area, 1e-3)) for area in areas]
     mean = sum(logs) / len(logs)
-    spread = max(math.sqrt(sum((v - mean) ** 2 for v in logs) / (len(logs) - 1)), LEAST_SPREAD)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in logs) / (len(logs) - 1))
+    spread = min(max(spread, LEAST_SPREAD), MOST_SPREAD)
     reach = float(stats.t.isf(rate, df=len(logs) - 1)) * math.sqrt(1 + 1 / len(logs))
     return math.exp(mean - reach * spread)
 

@@ -65,7 +65,7 @@ def clean_importance(model: nn.Module, data: ImageSet, most: int = 512) -> list[
     totals = [torch.zeros_like(p) for p in model.parameters()]
     positions = [index for index, p in enumerate(model.parameters()) if p.requires_grad]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for x, labels in data.subset(torch.arange(min(most, len(data)))).batches(128):
         with autocast(x.device):
@@ -75,7 +75,8 @@ def clean_importance(model: nn.Module, data: ImageSet, most: int = 512) -> list[
         for index, gradient in zip(positions, gradients, strict=True):
             if gradient is not None:
                 totals[index] += gradient.abs()
-    model.train(mode)
+    for module, mode in modes:
+        module.training = mode
     scale = sum(float(t.sum()) for t in totals) / max(sum(t.numel() for t in totals), 1)
     return [t / max(scale, 1e-30) for t in totals]
 
