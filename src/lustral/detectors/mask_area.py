@@ -135,7 +135,7 @@ class MaskArea:
         return Verdict(
             outcome=outcome,
             suspect_labels=named,
-            score=-math.log10(max(smallest, 1e-300)),
+            score=-math.log10(max(smallest, 1e-300)) + 0.0,  # no negative zero
             threshold=-math.log10(self.false_alarm_rate),
             basis=basis,
             evidence=tuple(_with_entropy(e, by_label) for e in evidence),
