@@ -54,7 +54,8 @@ class MaskSearch:
         batch_size: images per label and step.
         learning_rate: of Adam on the logits of mask and pattern.
         target_success: success rate that the area weight is steered to; 0.99 in Neural Cleanse.
-        screening: drop the worse half of the labels at 1/4 and 1/2 of the steps.
+        screening: drop the worst third of the labels at 1/2 and again at 3/4 of the steps; before that, masks have hardly
+            shrunk and their areas rank nothing.
         finalists: labels that are never screened away.
         most_images: images in one pass; more labels than fit take turns, so that memory does not grow with their number.
         precision: "auto" takes bfloat16 where the hardware has it.
@@ -65,7 +66,7 @@ class MaskSearch:
     learning_rate: float = 0.2
     target_success: float = 0.95
     screening: bool = True
-    finalists: int = 8
+    finalists: int = 12
     most_images: int = 1024
     precision: Precision = "auto"
 
@@ -106,7 +107,7 @@ class MaskSearch:
         success = torch.zeros(count, device=device)
         taken = torch.zeros(count, dtype=torch.int64)
         alive = torch.arange(count, device=device)
-        rungs = {max(self.steps // 4, 1), max(self.steps // 2, 1)} if self.screening else set()
+        rungs = {max(self.steps // 2, 1), max(3 * self.steps // 4, 1)} if self.screening else set()
         work = count * self.steps
         with frozen(model):
             for step in range(1, self.steps + 1):
@@ -147,9 +148,9 @@ class MaskSearch:
         )
 
     def _screen(self, mask_logits: Tensor, success: Tensor, alive: Tensor) -> Tensor:
-        """Keep the half that needs the smallest masks; a search that does not succeed yet counts as a larger mask."""
+        """Keep the two thirds that need the smallest masks; a search that does not succeed yet counts as a larger mask."""
         need = mask_logits[alive].sigmoid().sum((1, 2, 3)) / success[alive].clamp_min(0.05)
-        keep = max(math.ceil(len(alive) / 2), self.finalists)
+        keep = max(math.ceil(2 * len(alive) / 3), self.finalists)
         return alive[need.argsort(stable=True)[:keep]].sort().values
 
     @staticmethod
