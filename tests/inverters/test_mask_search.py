@@ -52,8 +52,8 @@ def test_screening_keeps_the_finalists_and_tells_steps(toy_view: DefenderView) -
     search = MaskSearch(steps=24, batch_size=8, finalists=2)
     found = search.run(toy_view.model, toy_view.clean, range(NUM_CLASSES), generator=child(0))
     assert found.labels == tuple(range(NUM_CLASSES))
-    # 7 labels; after 6 of 24 steps 4 remain, after 12 steps 2
-    assert sorted(found.steps.tolist()) == [6, 6, 6, 12, 12, 24, 24]
+    # 7 labels; after 12 of 24 steps 5 remain, after 18 steps 4
+    assert sorted(found.steps.tolist()) == [12, 12, 18, 24, 24, 24, 24]
     assert found.masks.shape == (NUM_CLASSES, 1, 12, 12)
     assert found.patterns.shape == (NUM_CLASSES, 3, 12, 12)
     for tensor in (found.masks, found.patterns):

@@ -2,7 +2,7 @@
 
 For a candidate label c: minimise CE(f((1 - m) x + m v), c) + weight_c * ||m||_1 over mask m and pattern v (Wang et al.,
 "Neural Cleanse", IEEE S&P 2019, section 4.1), the weight steered so that the success rate stays near a target. Two
-departures make it quick: all labels share each forward and backward pass, and successive halving drops the labels that
+departures make it quick: all labels share each forward and backward pass, and successive rejection drops the labels that
 need the largest masks (Jamieson & Talwalkar, AISTATS 2016). Published searches run label after label.
 """
 
