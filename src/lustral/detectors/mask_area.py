@@ -84,7 +84,8 @@ class MaskArea:
         false_alarm_rate: probability, under the null, that a benign model is called backdoored.
         doubt_rate: above ``false_alarm_rate`` and up to here the answer is "cannot tell".
         least_success: success on held-out images below which a search counts as failed.
-        least_ratio: a suspect's area is at most this share of the typical one; a statistical oddity alone is no backdoor.
+        suspect_ratio: a suspect's area is at most this share of the typical one; a statistical oddity alone is no backdoor.
+        doubt_ratio: an odd area between ``suspect_ratio`` and this share is a doubt; above it, nothing.
         small_share: share of the image; when the median label needs less, every label is suspiciously easy to reach.
         holdout: share of the clean images kept from the search to measure success on.
     """
@@ -93,7 +94,8 @@ class MaskArea:
     false_alarm_rate: float = 0.01
     doubt_rate: float = 0.05
     least_success: float = 0.75
-    least_ratio: float = 0.6
+    suspect_ratio: float = 0.4
+    doubt_ratio: float = 0.6
     small_share: float = 0.006
     holdout: float = 0.2
 
@@ -200,9 +202,10 @@ class MaskArea:
         doubtful = False
         for rank, e in enumerate(usable[: max(len(usable) // 3, 1)]):
             larger = torch.tensor([other.area for other in usable[rank + 1 :]])
-            if e.area > self.least_ratio * float(larger.quantile(0.5)):
+            ratio = e.area / float(larger.quantile(0.5))
+            if ratio > self.doubt_ratio:
                 continue
-            if e.p_value <= self.false_alarm_rate:
+            if e.p_value <= self.false_alarm_rate and ratio <= self.suspect_ratio:
                 suspects = tuple(other.label for other in usable[: rank + 1])
             elif e.p_value <= self.doubt_rate:
                 doubtful = True
