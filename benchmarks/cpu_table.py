@@ -22,11 +22,12 @@ Made by `benchmarks/cpu_table.py` from the JSON files in `benchmarks/results/cpu
 PreAct-ResNet18 at width 16, CIFAR-10 (47,500 training images, 2,500 held out for the defender, 10,000 for the test), two CPU
 cores. Brackets are Wilson 95 % intervals. Seconds were taken on a shared machine and are upper bounds.
 
-Read with care. Only corner-s0, blended-s0 and clean-s0 had the full recipe; other victims trained 7 epochs or fine-tuned a clean
-model (clean-s0 for the random colours, clean-s1 for corner-s2 and inset4-s1, clean-s2 for inset4-s2). The erasures ran before the last
-changes of the scan (screening, the ratio of 0.4; the bound on the spread too for the corner seeds and random-colour-0) and were not
-repeated. The scans of corner, inset4, clean and GTSRB ran before the ratio of 0.4: their verdicts were decided again from the stored areas
-(corner-s0 had named 3 and 1, now 3). The rules were settled on three of these victims: see methods/mask_area.md.
+Read with care. Only corner-s0, blended-s0 and clean-s0 had the full recipe; other victims trained 7 epochs or fine-
+tuned a clean model (clean-s0 for the random colours, clean-s1 for corner-s2 and inset4-s1, clean-s2 for inset4-s2).
+The erasures ran before the last changes of the scan (screening, the ratio of 0.4; the bound on the spread too for the
+corner seeds and random-colour-0) and were not repeated. The scans of corner, inset4, clean and GTSRB ran before the
+ratio of 0.4: their verdicts were decided again from the stored areas (corner-s0 had named 3 and 1, now 3). The rules
+were settled on three of these victims: see methods/mask_area.md.
 """
 METHODS = ("baeraser", "mesa", "fine_tuning", "bn_refresh")
 
