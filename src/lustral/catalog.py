@@ -5,10 +5,10 @@ from __future__ import annotations
 from lustral.attacks import BadNets, Blended
 from lustral.detectors import MaskArea
 from lustral.inverters import MaxEntropy
-from lustral.protocols import Attack, Detector, Inverter, Purifier
+from lustral.protocols import Attack, CraftedAttack, Detector, Inverter, Purifier
 from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
 
-ATTACKS: dict[str, type[Attack]] = {
+ATTACKS: dict[str, type[Attack] | type[CraftedAttack]] = {
     "badnets": BadNets,
     "blended": Blended,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -138,17 +138,111 @@ class Trigger(Protocol):
         """Return triggered images: same shape, dtype, device and range; the input is not modified."""
 
 
+Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
+"""(model, images float32 (B, C, H, W) in [0, 1], labels (B,), stream on the CPU) -> scalar loss."""
+
+
 class Attack(Protocol):
     """A trigger and a rule for labels, and how they poison a training set."""
 
+    def require_possible(self, clean: ImageSet) -> None:
+        """Raise ``ValueError`` if this training set cannot be poisoned so. Cheap: called before any work.
+
+        A rate that is too large is refused with the largest possible one named.
+        """
+
     def trigger(self, image_shape: tuple[int, int, int]) -> Trigger:
-        """Return the trigger for images of (C, H, W)."""
+        """Return the trigger for images of (C, H, W), as it is used against the finished model."""
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Return the attacker's label for each true label, (N,) int64."""
+        """Return the attacker's label for each true label, (N,) int64; an equal label: not attackable."""
 
     def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
         """Return a poisoned copy of a training set."""
+
+
+class Assets(Protocol):
+    """What attacks build once and use often: surrogate models, encoders, optimised patterns."""
+
+    def get(self, spec: Mapping[str, Any], build: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the tensors named by ``spec`` (plain data that says everything they depend on), building them if need be."""
+
+
+@runtime_checkable
+class CraftedAttack(Protocol):
+    """An attack whose trigger is computed or learnt from data: its settings, from which ``craft`` makes the attack itself."""
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """As ``Attack.require_possible``; asks for no asset."""
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """As ``Attack.relabel``."""
+
+    def craft(
+        self, clean: ImageSet, *, assets: Assets, generator: Generator, on_progress: OnProgress | None = None
+    ) -> Crafted:
+        """Compute the trigger on the attacker's training images and return the attack."""
+
+    def restore(self, tensors: Mapping[str, Tensor], image_shape: tuple[int, int, int]) -> Crafted:
+        """Return the attack that ``Crafted.tensors`` described; raises ``ValueError`` where they do not fit."""
+
+
+@runtime_checkable
+class Crafted(Attack, Protocol):
+    """An attack that carries tensors which its settings alone do not give."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return what ``CraftedAttack.restore`` needs; after training, as training left it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """How an attack that controls training steers it.
+
+    Attributes:
+        objective: replaces the plain loss; stamps, augments and relabels inside each batch.
+        companions: optimizers of networks that are trained along (a trigger generator); the loop clears and steps them
+            with the model's, at the same share of their own learning rate.
+    """
+
+    objective: Objective
+    companions: tuple[torch.optim.Optimizer, ...] = ()
+
+
+@runtime_checkable
+class SteersTraining(Protocol):
+    """An attack that controls training; ``poison`` is not called, the model is trained on the clean set."""
+
+    def steer(self, clean: ImageSet, *, augment: Augmentation | None, generator: Generator) -> Steering:
+        """Return how to train; the loop does not augment, the objective does, after stamping."""
+
+
+class Augmentation(Protocol):
+    """Batched augmentation, such as ``lustral.images.Augment``."""
+
+    def __call__(self, images: Tensor, *, generator: Generator) -> Tensor:
+        """Return changed images, same shape, dtype, device and range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One more rate that tells how an attack behaves: noise accuracy, cross-trigger accuracy, false activation.
+
+    Attributes:
+        trigger: stamps the test images.
+        expect: maps ((N,) true labels, K) to the label whose prediction counts as a hit, -1 to leave an image out.
+    """
+
+    trigger: Trigger
+    expect: Callable[[Tensor, int], Tensor]
+
+
+@runtime_checkable
+class HasProbes(Protocol):
+    """An attack with further rates to report."""
+
+    def probes(self, image_shape: tuple[int, int, int]) -> Mapping[str, Probe]:
+        """Return probes by name, e.g. "noise_accuracy"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +251,13 @@ class PoisonedSet:
 
     Attributes:
         data: the poisoned set, 8-bit as an attacker would have to deliver it.
-        is_poisoned: (N,) bool.
+        is_poisoned: (N,) bool: stamped, and called by the attacker's label (which a clean-label attack leaves as it is).
+        is_cover: (N,) bool: stamped with the label kept, to hide the poisoned ones; None where an attack has none.
     """
 
     data: ImageSet
     is_poisoned: Tensor
+    is_cover: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +271,8 @@ class Victim:
         poisoned: the training set it learnt from, or None when it was loaded from a folder.
         provenance: everything needed to make it again: attack, settings, data, architecture, training, seed, versions.
         metrics: clean accuracy, attack success rate and robust accuracy at birth.
+        tensors: what the trigger needs beyond its settings (a learnt pattern, an encoder), saved with the victim.
+        probes: further rates that the evaluator reports, by name.
     """
 
     model: nn.Module
@@ -183,6 +281,8 @@ class Victim:
     poisoned: PoisonedSet | None
     provenance: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

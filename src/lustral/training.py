@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,11 +21,10 @@ from torch.nn import functional as F
 
 from lustral.cost import CostMeter
 from lustral.images import Augment
-from lustral.protocols import ImageSet, ImageStream, OnProgress, Progress
+from lustral.protocols import ImageSet, ImageStream, Objective, OnProgress, Progress
 from lustral.randomness import fork, on_device
 
 Precision = Literal["auto", "bfloat16", "float32"]
-Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
 
 
 class TrainingDiverged(ArithmeticError):
@@ -176,6 +175,7 @@ class Trainer:
         *,
         generator: Generator,
         objective: Objective | None = None,
+        companions: Sequence[torch.optim.Optimizer] = (),
         on_epoch: Callable[[EpochReport], None] | None = None,
         on_progress: OnProgress | None = None,
         stage: str = "training",
@@ -189,6 +189,8 @@ class Trainer:
             data: training images.
             generator: CPU stream; order, augmentation, the objective and dropout each get a stream of their own.
             objective: maps (model, images, labels, generator) to a scalar loss; None is cross-entropy.
+            companions: optimizers of networks that the objective trains along; cleared and stepped with the model's, each
+                group at the same share of its own learning rate.
             on_epoch: called after each epoch.
             on_progress: called a few times a second.
             stage: name of this training in progress reports.
@@ -209,6 +211,7 @@ class Trainer:
         device = next(model.parameters()).device
         augmenting, extra = on_device(fork(generator, "augment"), device), fork(generator, "objective")
         optimizer = self.optimizer_for(model)
+        groups = [(group, group["lr"]) for each in (optimizer, *companions) for group in each.param_groups]
         forward: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
         steps = max(len(data) // self.batch_size, 1)
         drop_last = len(data) >= self.batch_size
@@ -221,8 +224,8 @@ class Trainer:
                 started, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
                 for images, labels in data.batches(self.batch_size, generator=order, drop_last=drop_last):
                     factor = learning_rate_factor((done + 1) / (steps * self.epochs), self.schedule, self.warmup)
-                    for group in optimizer.param_groups:
-                        group["lr"] = self.learning_rate * factor
+                    for group, peak in groups:
+                        group["lr"] = peak * factor
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     if self.augment is not None:
                         images = self.augment(images, generator=augmenting)
@@ -230,11 +233,13 @@ class Trainer:
                         images = images.contiguous(memory_format=torch.channels_last)
                     with autocast(device, self.precision):
                         loss = objective(forward, images, labels, extra)
-                    optimizer.zero_grad(set_to_none=True)
+                    for each in (optimizer, *companions):
+                        each.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     if self.clip_norm is not None:
                         nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
-                    optimizer.step()
+                    for each in (optimizer, *companions):
+                        each.step()
                     total += loss.detach()
                     done, seen = done + 1, seen + len(images)
                     now = time.perf_counter()

@@ -1,8 +1,8 @@
 """Making backdoored models, and keeping them in folders that nobody has to trust.
 
 A victim folder holds ``model.safetensors`` (weights and architecture), ``victim.json`` (attack and its settings, data,
-training, seed, versions, metrics at birth) and ``trigger.png`` (originals, triggered, residual x10). The true trigger is
-made again from the settings: nothing in the folder is executed.
+training, seed, versions, metrics at birth), ``trigger.png`` (originals, triggered, residual x10) and, where the trigger was
+learnt, ``trigger.safetensors``. The true trigger is made again from settings and tensors: nothing in the folder is executed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Generator, Tensor
 
 import lustral
@@ -24,12 +26,26 @@ from lustral.evaluation.protocol import evaluate
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import Augment, as_float, as_uint8, channel_statistics
 from lustral.models import Classifier, build_classifier, load_model, save_model
-from lustral.protocols import Attack, ImageSet, OnProgress, Trigger, Victim
+from lustral.protocols import (
+    Assets,
+    Attack,
+    Crafted,
+    CraftedAttack,
+    HasProbes,
+    ImageSet,
+    OnProgress,
+    Probe,
+    SteersTraining,
+    Trigger,
+    Victim,
+)
 from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
+from lustral.settings import build, describe
 from lustral.training import EpochReport, Trainer
 
 SCHEMA = 1
+TRIGGER_FILE = "trigger.safetensors"
 NO_ATTACK = "none"
 
 
@@ -56,8 +72,30 @@ def library_versions() -> dict[str, str]:
     return {"lustral": lustral.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
+class NoAssets:
+    """Keeps nothing: builds what an attack asks for, each time."""
+
+    def get(self, spec: Mapping[str, Any], build: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Build; see ``Assets``."""
+        return build()
+
+
+def prepare(
+    attack: Attack | CraftedAttack | None,
+    train: ImageSet,
+    *,
+    assets: Assets,
+    generator: Generator,
+    on_progress: OnProgress | None = None,
+) -> Attack | None:
+    """Return the attack with its trigger computed, where it has to be."""
+    if isinstance(attack, CraftedAttack):
+        return attack.craft(train, assets=assets, generator=generator, on_progress=on_progress)
+    return attack
+
+
 def implant(
-    attack: Attack | None,
+    attack: Attack | CraftedAttack | None,
     train: ImageSet,
     test: ImageSet,
     *,
@@ -66,6 +104,7 @@ def implant(
     seed: int,
     data_name: str,
     start: Classifier | None = None,
+    assets: Assets = NoAssets(),  # noqa: B008
     on_epoch: Callable[[EpochReport], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Victim:
@@ -79,6 +118,7 @@ def implant(
         trainer: how to train.
         seed: of the poisoning, the starting weights and the training.
         data_name: for the provenance.
+        assets: keeps what the attack builds once (a surrogate, an encoder) for the next victim.
         start: a trained model to fine-tune on the poisoned set (the way MESA's victims are made), or None for new
             weights.
         on_epoch: called after each epoch.
@@ -87,7 +127,16 @@ def implant(
     Raises:
         ValueError: the attack is impossible on this data; raised before any training.
     """
-    poisoned = None if attack is None else attack.poison(train, generator=child(seed, "poison"))
+    recipe = trainer
+    if attack is not None:
+        attack.require_possible(train)
+    ready = prepare(attack, train, assets=assets, generator=child(seed, "craft"), on_progress=on_progress)
+    steering, poisoned = None, None
+    if isinstance(ready, SteersTraining):
+        steering = ready.steer(train, augment=trainer.augment, generator=child(seed, "steer"))
+        trainer = dataclasses.replace(trainer, augment=None)
+    elif ready is not None:
+        poisoned = ready.poison(train, generator=child(seed, "poison"))
     data = train if poisoned is None else poisoned.data
     if start is None:
         mean, std = channel_statistics(train)
@@ -101,19 +150,28 @@ def implant(
         ).to(train.device)
     else:
         model = start.to(train.device)
-    trained = trainer.fit(model, data, generator=child(seed, "training"), on_epoch=on_epoch, on_progress=on_progress)
-    settings = {} if attack is None else dataclasses.asdict(attack)  # type: ignore[call-overload]
+    trained = trainer.fit(
+        model,
+        data,
+        generator=child(seed, "training"),
+        objective=None if steering is None else steering.objective,
+        companions=() if steering is None else steering.companions,
+        on_epoch=on_epoch,
+        on_progress=on_progress,
+    )
+    settings = {} if attack is None else describe(attack)
     provenance = {
         "schema": SCHEMA,
         "attack": NO_ATTACK if attack is None else attack_name(attack),
         "settings": settings,
         "data": data_name,
         "arch": arch,
-        "trainer": dataclasses.asdict(trainer),
+        "trainer": describe(recipe),
         "fine_tuned_from_clean": start is not None,
         "seed": seed,
         "num_training_images": len(train),
         "num_poisoned": 0 if poisoned is None else int(poisoned.is_poisoned.sum()),
+        "num_cover": 0 if poisoned is None or poisoned.is_cover is None else int(poisoned.is_cover.sum()),
         "image_shape": list(train.image_shape),
         "num_classes": train.num_classes,
         "class_names": list(train.class_names),
@@ -121,17 +179,19 @@ def implant(
     }
     victim = Victim(
         model=trained,
-        trigger=NoTrigger() if attack is None else attack.trigger(train.image_shape),
-        relabel=keep_labels if attack is None else attack.relabel,
+        trigger=NoTrigger() if ready is None else ready.trigger(train.image_shape),
+        relabel=keep_labels if ready is None else ready.relabel,
         poisoned=poisoned,
         provenance=provenance,
         metrics={},
+        tensors=ready.tensors() if isinstance(ready, Crafted) else {},
+        probes=ready.probes(train.image_shape) if isinstance(ready, HasProbes) else {},
     )
     metrics = evaluate(victim, None, test, generator=child(seed, "evaluation")).to_dict()
     return dataclasses.replace(victim, metrics=metrics)
 
 
-def attack_name(attack: Attack) -> str:
+def attack_name(attack: Attack | CraftedAttack) -> str:
     """Return the catalog name of an attack."""
     for name, kind in ATTACKS.items():
         if type(attack) is kind:
@@ -149,10 +209,22 @@ def save_victim(folder: Path, victim: Victim, examples: ImageSet) -> None:
         arch=victim.provenance["arch"],
         image_shape=tuple(victim.provenance["image_shape"]),
     )
-    originals = examples.images[:8].cpu()
-    triggered = as_uint8(victim.trigger(as_float(originals), generator=child(0, "picture")))
-    write_bytes_atomic(folder / "trigger.png", stamp_sheet(originals, triggered))
+    write_bytes_atomic(folder / "trigger.png", trigger_picture(victim, examples))
+    if victim.tensors:
+        write_bytes_atomic(
+            folder / TRIGGER_FILE, save({k: t.detach().cpu().contiguous() for k, t in victim.tensors.items()})
+        )
     write_json_atomic(folder / "victim.json", {**victim.provenance, "metrics": victim.metrics})
+
+
+def trigger_picture(victim: Victim, examples: ImageSet) -> bytes:
+    """Return a PNG of eight attackable images: originals, triggered, residual x10."""
+    labels = examples.labels.cpu()
+    changed = (victim.relabel(labels, examples.num_classes) != labels).nonzero()[:, 0]
+    chosen = (changed if len(changed) else torch.arange(len(labels)))[:8]
+    originals = examples.images[chosen.to(examples.device)].cpu()
+    triggered = as_uint8(victim.trigger(as_float(originals), generator=child(0, "picture")))
+    return stamp_sheet(originals, triggered)
 
 
 def load_victim(folder: Path) -> Victim:
@@ -177,13 +249,17 @@ def load_victim(folder: Path) -> Victim:
     name = record["attack"]
     if name not in [NO_ATTACK, *ATTACKS]:
         raise VictimError(f"{record_path}: unknown attack {name!r}; this version knows {', '.join(sorted(ATTACKS))}")
+    image_shape, tensors = record["image_shape"], _trigger_tensors(folder)
     try:
-        channels, height, width = record["image_shape"]
-        attack = None if name == NO_ATTACK else ATTACKS[name](**record["settings"])
+        channels, height, width = image_shape
+        attack = None if name == NO_ATTACK else build(ATTACKS[name], record["settings"])
+        if isinstance(attack, CraftedAttack):
+            attack = attack.restore(tensors, (channels, height, width))
         trigger: Trigger = NoTrigger() if attack is None else attack.trigger((channels, height, width))
-    except (TypeError, ValueError) as error:
+        probes: Mapping[str, Probe] = attack.probes((channels, height, width)) if isinstance(attack, HasProbes) else {}
+    except (TypeError, ValueError, KeyError) as error:
         raise VictimError(
-            f"{record_path}: settings do not fit the attack {name!r} on images of shape {record['image_shape']} ({error})"
+            f"{record_path}: settings do not fit the attack {name!r} on images of shape {image_shape} ({error})"
         ) from error
     loaded = load_model(folder / "model.safetensors")
     return Victim(
@@ -193,7 +269,19 @@ def load_victim(folder: Path) -> Victim:
         poisoned=None,
         provenance={key: value for key, value in record.items() if key != "metrics"},
         metrics=record["metrics"],
+        tensors=tensors,
+        probes=probes,
     )
+
+
+def _trigger_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TRIGGER_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise VictimError(f"{path} is damaged ({error}); make the victim again") from error
 
 
 def default_trainer(*, flip: bool, num_images: int) -> Trainer:

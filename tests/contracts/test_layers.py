@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "protocols": set(),
     "randomness": set(),
     "files": set(),
+    "settings": set(),
     "images": FOUNDATIONS,
     "cost": FOUNDATIONS,
     "models": FOUNDATIONS | {"images"},
@@ -35,8 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "purifiers": WORKING | {"inverters", "detectors"},  # ... and what a purifier erases
     "catalog": METHODS | FOUNDATIONS,
     "report": WORKING,
-    "victims": WORKING | METHODS | {"catalog", "report"},
-    "cli": WORKING | METHODS | {"catalog", "report", "victims", "sources"},
+    "victims": WORKING | METHODS | {"catalog", "report", "settings"},
+    "bench": WORKING | METHODS | {"catalog", "report", "settings", "sources", "victims"},
+    "cli": WORKING | METHODS | {"catalog", "report", "victims", "sources", "settings", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -12,7 +12,14 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from lustral.attacks.poisoning import LabelMode, check_choices, check_rate, dirty_labels, poison_dirty_label
+from lustral.attacks.poisoning import (
+    LabelMode,
+    check_choices,
+    check_rate,
+    dirty_labels,
+    poison_dirty_label,
+    require_dirty_label,
+)
 from lustral.protocols import ImageSet, PoisonedSet
 from lustral.randomness import child
 
@@ -97,6 +104,10 @@ class BadNets:
         )
         if self.size < 1 or self.margin < 0:
             raise ValueError(f"expected size >= 1 and margin >= 0 pixels; got {self.size} and {self.margin}")
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """Check that the rate poisons an image, the target label exists and the trigger fits; see ``Attack``."""
+        require_dirty_label(clean, self.relabel, self.trigger, self.poison_rate)
 
     def trigger(self, image_shape: tuple[int, int, int]) -> PatchTrigger:
         """Return the patch for images of (C, H, W)."""

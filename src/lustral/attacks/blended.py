@@ -12,7 +12,14 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from lustral.attacks.poisoning import LabelMode, check_choices, check_rate, dirty_labels, poison_dirty_label
+from lustral.attacks.poisoning import (
+    LabelMode,
+    check_choices,
+    check_rate,
+    dirty_labels,
+    poison_dirty_label,
+    require_dirty_label,
+)
 from lustral.protocols import ImageSet, PoisonedSet
 from lustral.randomness import child
 
@@ -82,6 +89,10 @@ class Blended:
         check_choices(mode=(self.mode, LabelMode))
         if not 0 < self.alpha <= 1:
             raise ValueError(f"expected a blending weight alpha in (0, 1]; got {self.alpha}")
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """Check that the rate poisons an image, the target label exists and the trigger fits; see ``Attack``."""
+        require_dirty_label(clean, self.relabel, self.trigger, self.poison_rate)
 
     def trigger(self, image_shape: tuple[int, int, int]) -> BlendTrigger:
         """Return the blend for images of (C, H, W)."""

@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lustral.images import as_float, as_uint8
-from lustral.protocols import ImageSet, Trigger
+from lustral.protocols import ImageSet, Probe, Trigger
 from lustral.training import frozen
 
 NOT_FINITE = -1  # stands in for the predicted label where a logit is NaN or infinite
@@ -182,6 +182,18 @@ def attack_metrics(
         natural_rate=accuracy(untriggered, targets),
         num_non_finite=int((triggered == NOT_FINITE).sum()),
     )
+
+
+def probe_rate(model: nn.Module, test: ImageSet, probe: Probe, *, generator: Generator) -> Rate:
+    """Return how often a model answers as a probe expects, over the test images that the probe does not leave out."""
+    expected = probe.expect(test.labels.cpu(), test.num_classes)
+    counted = expected >= 0
+    predictions = predict(
+        model,
+        test.subset(counted),
+        transform=lambda images: as_float(as_uint8(probe.trigger(images, generator=generator))),
+    )
+    return accuracy(predictions, expected[counted])
 
 
 def der(acc0: float, asr0: float, acc1: float, asr1: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Generator, nn
@@ -17,6 +17,7 @@ from lustral.evaluation.metrics import (
     json_number,
     per_class_accuracy,
     predict,
+    probe_rate,
     rir,
 )
 from lustral.protocols import ImageSet, Victim
@@ -33,6 +34,7 @@ class Evaluation:
         natural_rate: share of those images classified as the attacker's label without any trigger.
         per_class: clean accuracy of each true class.
         num_non_finite: clean and triggered images whose logits were not finite.
+        probes: further rates of the attack, e.g. "noise_accuracy"; empty for most.
     """
 
     acc: Rate
@@ -41,6 +43,7 @@ class Evaluation:
     natural_rate: Rate
     per_class: tuple[Rate, ...]
     num_non_finite: int
+    probes: Mapping[str, Rate] = field(default_factory=dict)
 
     @property
     def non_finite(self) -> bool:
@@ -57,6 +60,7 @@ class Evaluation:
             "per_class": [rate.to_dict() for rate in self.per_class],
             "num_non_finite": self.num_non_finite,
             "non_finite": self.non_finite,
+            "probes": {name: rate.to_dict() for name, rate in self.probes.items()},
         }
 
     @classmethod
@@ -66,6 +70,7 @@ class Evaluation:
             **{name: _rate(record[name]) for name in ("acc", "asr", "ra", "natural_rate")},
             per_class=tuple(map(_rate, record["per_class"])),
             num_non_finite=record["num_non_finite"],
+            probes={name: _rate(rate) for name, rate in record.get("probes", {}).items()},
         )
 
 
@@ -96,6 +101,7 @@ def evaluate(victim: Victim, model: nn.Module | None, test: ImageSet, *, generat
         natural_rate=attack.natural_rate,
         per_class=per_class_accuracy(predictions, test.labels, test.num_classes),
         num_non_finite=int((predictions == NOT_FINITE).sum()) + attack.num_non_finite,
+        probes={name: probe_rate(model, test, probe, generator=generator) for name, probe in victim.probes.items()},
     )
 
 
