@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
@@ -15,39 +12,15 @@ from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_
 import tyro
 
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.cli.bench_arguments import Bench
+from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 from lustral.images import Augment
 from lustral.training import Trainer
 from lustral.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-FLAT = tyro.conf.arg(name="")  # the fields become flags without a prefix
 DEFAULT_DETECTOR = "mask_area"
 DEFAULT_PURIFIER = "baeraser"
-BOX = "╭╮╰╯│─"  # what tyro draws around its messages
-
-
-class UsageError(ValueError):
-    """The command line cannot be understood."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    """Flags of every command.
-
-    Attributes:
-        seed: every random draw derives from it; equal seeds repeat a run exactly on one device.
-        device: "auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:1".
-        json: print one JSON object on standard output and nothing else there.
-        quiet: show no progress.
-        debug: show the traceback of an error.
-    """
-
-    seed: int = 0
-    device: str = "auto"
-    json: Switch = False
-    quiet: Switch = False
-    debug: Switch = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +158,7 @@ class Demo:
     common: Annotated[Common, FLAT] = Common()
 
 
-Command = Implant[Any] | Scan[Any] | Erase[Any] | Evaluate | Demo
-
-
-class HelpShown(Exception):
-    """The help was asked for and printed."""
+Command = Implant[Any] | Scan[Any] | Erase[Any] | Evaluate | Demo | Bench
 
 
 def setting_names(kind: type, prefix: str = "") -> list[str]:
@@ -255,10 +224,11 @@ def parse(argv: Sequence[str]) -> Command:
         "erase": Erase[purifier],  # type: ignore[valid-type]
         "evaluate": Evaluate,
         "implant": Implant[_attacks()],  # type: ignore[misc]
+        "bench": Bench,
     }
     settings = {"scan": setting_names(detector), "erase": setting_names(purifier), "implant": TRAINER_SETTINGS}
     every: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
-    command: Command = _run_tyro(every, expand(argv, settings.get(verb, [])))
+    command: Command = run_tyro(every, expand(argv, settings.get(verb, [])))
     return command
 
 
@@ -266,7 +236,7 @@ def parse_implant(argv: Sequence[str], recipe: Trainer) -> Implant[Any]:
     """Parse an ``implant`` line with a data set's own training recipe as the defaults of the trainer's flags."""
     defaults: Any = Implant(attack=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, trainer=recipe)
     words = expand(argv[1:], TRAINER_SETTINGS)
-    parsed: Implant[Any] = _run_tyro(Implant[_attacks()], words, default=defaults)  # type: ignore[misc]
+    parsed: Implant[Any] = run_tyro(Implant[_attacks()], words, default=defaults)  # type: ignore[misc]
     return parsed
 
 
@@ -295,24 +265,3 @@ def _attacks() -> Any:
     """Return the union of all attacks as subcommands named as in the catalog."""
     kinds = {**ATTACKS, NO_ATTACK: Benign}
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in kinds.items())]  # noqa: UP007
-
-
-def _run_tyro(kind: Any, argv: list[str], **options: Any) -> Any:
-    """Call ``tyro.cli``; its messages become ``UsageError``."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                kind,
-                args=argv,
-                prog="lustral",
-                description="Find, show and erase backdoors in image classifiers.",
-                config=(tyro.conf.CascadeSubcommandArgs,),
-                **options,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise HelpShown from None
-        lines = (line.strip(BOX + " ") for line in captured.getvalue().splitlines()[1:])
-        message = " ".join(line for line in lines if line)
-        raise UsageError(re.sub(r"Error parsing \S*__\S*: ", "", message)) from None  # a name of tyro's own

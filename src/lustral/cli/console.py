@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lustral import protocols
 from lustral.files import json_ready
+
+if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
+    from lustral import protocols
 
 
 class RateColumn(ProgressColumn):
@@ -64,6 +66,27 @@ class Screen:
         """Take the two flags that decide what is shown; ``hidden`` shows progress only."""
         self._json, self._quiet, self._hidden = json, quiet, hidden
         self._out, self._err = Console(), Console(stderr=True)
+
+    @property
+    def aside(self) -> Console:
+        """Standard error, for what is not the result."""
+        return self._err
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether progress is unwanted."""
+        return self._quiet
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str, int, int], None] | None]:
+        """Yield a callback for (what, done, total), shown as ``progress`` shows reports."""
+        with self.progress() as on_progress:
+            if on_progress is None:
+                yield None
+                return
+            from lustral.protocols import Progress as Report
+
+            yield lambda what, done, total: on_progress(Report(stage=what, done=done, total=total))
 
     def show(self, *parts: RenderableType) -> None:
         """Print tables and sentences for people; nothing with --json."""

@@ -1,0 +1,191 @@
+"""Working through a grid of cells: what is in the store stays, what is missing is computed, what fails is written down.
+
+One process does it here; ``ray_runner`` sends the same cells to a cluster. Several runners may share a store: each cell is
+claimed before it is computed, and looked up again after it was claimed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lustral.bench.cells import Workbench, failure
+from lustral.bench.plan import Cell, Grid
+from lustral.bench.store import Store
+from lustral.protocols import OnProgress, Progress
+
+State = Literal["computed", "present", "failed", "blocked", "busy"]
+WAIT_SECONDS = 0.5  # before looking again at cells that another runner is working on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What became of a cell.
+
+    Attributes:
+        cell: which.
+        state: "computed" now, "present" before, "failed" (now or before), "blocked" because its victim failed, "busy"
+            because another runner is at it.
+        seconds: time spent on it now.
+        error: for a failure, its last line.
+    """
+
+    cell: Cell
+    state: State
+    seconds: float = 0.0
+    error: str | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended: numbers of cells by state."""
+
+    computed: int = 0
+    present: int = 0
+    failed: int = 0
+    blocked: int = 0
+
+    @classmethod
+    def of(cls, states: Sequence[State]) -> Summary:
+        """Count."""
+        return cls(**{name: states.count(name) for name in ("computed", "present", "failed", "blocked")})
+
+
+def run_cell(
+    cell: Cell, bench: Workbench, *, retry_failed: bool = False, on_progress: OnProgress | None = None
+) -> Event:
+    """Bring one cell into the store, unless it is there, has failed before, or somebody else is at it.
+
+    Errors of the method become a record under "failures"; an interruption leaves nothing behind.
+    """
+    store = bench.store
+    known = _known(cell, store, retry_failed)
+    if known is not None:
+        return known
+    with store.claim(cell.key) as mine:
+        if not mine:
+            return Event(cell=cell, state="busy")
+        known = _known(cell, store, retry_failed)  # finished between the look and the claim
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        try:
+            outcome = bench.do(cell, on_progress)
+        except Exception as error:
+            seconds = time.perf_counter() - started
+            store.remove("failures", cell.key)
+            store.put("failures", cell.key, failure(cell, error, seconds, bench.device))
+            return Event(cell=cell, state="failed", seconds=seconds, error=f"{type(error).__name__}: {error}")
+        store.put(cell.kind, cell.key, outcome.record, outcome.files)
+        store.remove("failures", cell.key)
+        return Event(cell=cell, state="computed", seconds=time.perf_counter() - started)
+
+
+def _known(cell: Cell, store: Store, retry_failed: bool) -> Event | None:
+    if store.has(cell.kind, cell.key):
+        return Event(cell=cell, state="present")
+    if not retry_failed:
+        with suppress(KeyError):
+            return Event(cell=cell, state="failed", error=store.read("failures", cell.key)["error"])
+    if cell.victim_key is not None and not retry_failed and store.has("failures", cell.victim_key):
+        return Event(cell=cell, state="blocked", error="its victim failed")
+    return None
+
+
+def run_local(
+    grid: Grid,
+    store: Store,
+    *,
+    device: torch.device,
+    retry_failed: bool = False,
+    on_event: OnEvent | None = None,
+    on_progress: Callable[[Cell, Progress], None] | None = None,
+) -> Summary:
+    """Work through a grid in this process.
+
+    Cells that another runner is computing are left for later; the run ends when every cell is settled.
+
+    Args:
+        grid: the cells, victims before their results.
+        store: where they go.
+        device: where to compute.
+        retry_failed: try cells again that have failed before.
+        on_event: told what became of each cell.
+        on_progress: told what the cell at work reports.
+    """
+    bench = Workbench(store=store, device=device, keep_models=grid.plan.run.keep_models)
+    states: dict[str, State] = {}
+
+    def settle(event: Event) -> None:
+        states[event.cell.key] = event.state
+        if on_event is not None:
+            on_event(event)
+
+    finished = store.keys("victims") | store.keys("results")
+    waiting = []
+    for cell in grid.cells:
+        if cell.key in finished:
+            settle(Event(cell=cell, state="present"))
+        else:
+            waiting.append(cell)
+    with threads(grid.plan.run.threads):
+        while waiting:
+            left = []
+            for cell in waiting:
+                if states.get(cell.victim_key or "") in ("failed", "blocked"):
+                    settle(Event(cell=cell, state="blocked", error="its victim failed"))
+                    continue
+                if cell.victim_key is not None and not store.has("victims", cell.victim_key):
+                    left.append(cell)  # another runner is training it
+                    continue
+                report = None if on_progress is None else _reporter(cell, on_progress)
+                event = run_cell(cell, bench, retry_failed=retry_failed, on_progress=report)
+                if event.state == "busy":
+                    left.append(cell)
+                else:
+                    settle(event)
+            if len(left) == len(waiting):
+                time.sleep(WAIT_SECONDS)
+            waiting = left
+    return Summary.of(list(states.values()))
+
+
+def _reporter(cell: Cell, on_progress: Callable[[Cell, Progress], None]) -> OnProgress:
+    def report(progress: Progress) -> None:
+        on_progress(cell, progress)
+
+    return report
+
+
+def wait_for(attempt: Callable[[], Event]) -> Event:
+    """Try a cell until no other runner is at it."""
+    event = attempt()
+    while event.state == "busy":
+        time.sleep(WAIT_SECONDS)
+        event = attempt()
+    return event
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the block with so many CPU threads: rounding depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def pending(grid: Grid, store: Store) -> Iterator[Cell]:
+    """Yield the cells of a grid that the store does not have."""
+    finished = store.keys("victims") | store.keys("results")
+    return (cell for cell in grid.cells if cell.key not in finished)

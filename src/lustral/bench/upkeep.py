@@ -1,0 +1,316 @@
+"""Keeping a store honest and small: checks, measuring again, cleaning up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lustral.bench.cells import Workbench, brief
+from lustral.bench.plan import Cell, Grid
+from lustral.bench.runner import threads
+from lustral.bench.store import KINDS, Kind, Store, StoreError, content_key
+from lustral.evaluation import Evaluation, Rate, compare
+from lustral.protocols import OnProgress
+from lustral.randomness import child
+
+TOLERANCE = 0.002  # of a rate: other hardware rounds differently, and a few images change sides
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        faults: one sentence each; none if all is well.
+        records: number of records looked at, by kind.
+        files: number of files whose checksums were compared.
+        measured: titles of the cells that were measured again.
+        missing: cells of the plan that the store does not have (not a fault by itself: the run may not be over).
+        failed: cells of the plan that failed.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    records: dict[str, int] = field(default_factory=dict)
+    files: int = 0
+    measured: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def verify(
+    store: Store,
+    *,
+    grid: Grid | None = None,
+    sample: int = 3,
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Check a store: checksums, names, references, counts against a plan, and a sample of cells measured again.
+
+    Args:
+        store: what to check.
+        grid: the plan's cells, to count.
+        sample: how many cells with kept weights to measure again.
+        seed: draws the sample.
+        device: where to measure.
+        on_step: called with (what, done, total).
+    """
+    if sample < 0:
+        raise ValueError(f"expected a sample of 0 models or more; got {sample}")
+    report, good = Report(), {}
+    for kind in KINDS:
+        keys = sorted(store.keys(kind))
+        report.records[kind] = len(keys)
+        for number, key in enumerate(keys, 1):
+            if on_step is not None:
+                on_step(f"checking {kind}", number, len(keys))
+            record = _check(store, kind, key, report)
+            if record is not None:
+                good[kind, key] = record
+    for (kind, key), record in good.items():
+        needed = record["victim_key"] if kind in ("victims", "results") else None
+        if needed is None:
+            continue
+        victim, name = good.get(("victims", needed)), f"{kind}/{key[:12]} ({record['title']})"
+        if victim is None:
+            report.faults.append(f"{name}: its victim {needed[:12]} is missing or damaged")
+        elif kind == "results" and record["metrics"]["before"] != victim["metrics"]["before"]:
+            report.faults.append(f"{name}: its rates before the defence are not those of its victim {needed[:12]}")
+    if grid is not None:
+        for cell in grid.cells:
+            if (cell.kind, cell.key) not in good:
+                failed = ("failures", cell.key) in good
+                (report.failed if failed else report.missing).append(cell.title)
+    _measure_sample(
+        store,
+        [r for (kind, _), r in good.items() if kind in ("victims", "results")],
+        report,
+        sample,
+        seed,
+        device,
+        on_step,
+    )
+    return report
+
+
+def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any] | None:
+    """Check one record; returns it if nothing is wrong with it."""
+    name = f"{kind}/{key[:12]}"
+    try:
+        record = store.read(kind, key)
+        if record["key"] != key or content_key(record["spec"]) != key:
+            raise StoreError(f"{name}: its specification has another name than its file")
+        for file in record["files"]:
+            store.file(record, file)
+            report.files += 1
+        if kind in ("victims", "results"):
+            cell = Cell.of(record["spec"], attack=record["facts"]["attack"], defence=record["facts"].get("defence"))
+            if (cell.kind, cell.victim_key) != (kind, record["victim_key"]):
+                raise StoreError(f"{name}: it is filed as another kind, or names another victim, than it specifies")
+            faults = [f"{name} ({record['title']}): {line}" for line in inconsistencies(record["metrics"])]
+            report.faults += faults
+            return None if faults else record
+    except (StoreError, OSError) as error:
+        report.faults.append(str(error))
+    except (KeyError, TypeError, ValueError) as error:
+        report.faults.append(f"{name}: its record is not complete ({error!r})")
+    else:
+        return record
+    return None
+
+
+def inconsistencies(metrics: Mapping[str, Any]) -> list[str]:
+    """Return which numbers of a record do not follow from its counts of images."""
+    whole = {
+        when: Evaluation.from_dict({**metrics[when], "per_class": []})
+        for when in ("before", "after")
+        if when in metrics
+    }
+    again: dict[str, Any] = {when: brief(evaluation.to_dict())[0] for when, evaluation in whole.items()}
+    if len(whole) == 2:
+        again["compare"] = compare(whole["before"], whole["after"])
+    return [
+        f"{part}.{name} is {metrics[part].get(name)!r}, from the counts it is {value!r}"
+        for part, values in again.items()
+        for name, value in values.items()
+        if not _is_same(metrics[part].get(name), value)
+    ]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Compare plain data, floats give or take rounding."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_is_same(one[name], other[name]) for name in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(one == other)
+
+
+def _measure_sample(
+    store: Store,
+    records: Sequence[Mapping[str, Any]],
+    report: Report,
+    sample: int,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[str, int, int], None] | None,
+) -> None:
+    """Measure some models again from their weights and compare with what was written down."""
+    kept = [record for record in records if "model.safetensors" in record["files"]]
+    order = torch.randperm(len(kept), generator=child(seed, "verify"))[:sample].tolist()
+    bench = Workbench(store=store, device=device)
+    for number, index in enumerate(order, 1):
+        record = kept[index]
+        if on_step is not None:
+            on_step("measuring again", number, len(order))
+        try:
+            with threads(record["made"]["threads"]):
+                again = bench.measure_again(record)
+        except (ValueError, OSError, KeyError) as error:
+            report.faults.append(f"{record['title']} ({record['key'][:12]}) cannot be measured again: {error}")
+            continue
+        assert again is not None
+        stored = record["metrics"]["before" if record["kind"] == "victim" else "after"]
+        report.faults += [f"{record['title']} ({record['key'][:12]}): {line}" for line in differences(stored, again)]
+        report.measured.append(record["title"])
+
+
+def differences(stored: Mapping[str, Any], again: Evaluation) -> list[str]:
+    """Return what an evaluation does not confirm, give or take ``TOLERANCE`` and two images."""
+    found = []
+    rates: dict[str, Rate] = {name: getattr(again, name) for name in ("acc", "asr", "ra", "natural_rate")}
+    before = {**stored, **stored.get("probes", {})}
+    for name, now in {**rates, **again.probes}.items():
+        was = before[name]
+        if was["n"] != now.total or abs(was["hits"] - now.hits) > max(2, TOLERANCE * now.total):
+            found.append(f"{name} was {was['hits']} of {was['n']}, measured again it is {now.hits} of {now.total}")
+    return found
+
+
+@dataclass
+class Waste:
+    """What a clean-up removes.
+
+    Attributes:
+        leftovers: files and folders that killed processes left.
+        records: (kind, key, title) of records that no plan names, or that failed.
+    """
+
+    leftovers: list[str] = field(default_factory=list)
+    records: list[tuple[Kind, str, str]] = field(default_factory=list)
+
+
+def find_waste(
+    store: Store, *, keep: Sequence[Grid] = (), failures: bool = False, grace_seconds: float = 3600.0
+) -> Waste:
+    """Return what can go.
+
+    Args:
+        store: where to look.
+        keep: plans whose cells stay; none: all cells stay.
+        failures: whether failed cells go too, so that the next run tries them again.
+        grace_seconds: younger leftovers may be in use and stay.
+    """
+    waste = Waste(leftovers=store.leftovers(grace_seconds=grace_seconds))
+    named = {cell.key for grid in keep for cell in grid.cells}
+    for kind in KINDS:
+        if kind == "assets":  # attacks of other plans may need them again, and they are dear
+            continue
+        for record in store.records(kind):
+            if (failures and kind == "failures") or (keep and record["key"] not in named):
+                waste.records.append((kind, record["key"], record["title"]))
+    return waste
+
+
+def remove_waste(store: Store, waste: Waste) -> None:
+    """Remove what ``find_waste`` found; results go before the victims they need."""
+    order: dict[Kind, int] = {"results": 0, "failures": 1, "victims": 2, "assets": 3}
+    for kind, key, _ in sorted(waste.records, key=lambda entry: order[entry[0]]):
+        store.remove(kind, key)
+    for path in waste.leftovers:
+        store.discard(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """How long the rest of a plan may take.
+
+    Attributes:
+        done: cells in the store.
+        failed: cells that failed before.
+        left: cells to do.
+        seconds: estimate for those with a precedent.
+        unknown: cells without any precedent in the store, not in ``seconds``.
+    """
+
+    done: int
+    failed: int
+    left: int
+    seconds: float
+    unknown: int
+
+
+def estimate(grid: Grid, store: Store | None) -> tuple[Estimate, dict[str, str]]:
+    """Return an estimate from past costs, and the state of each cell by key: "done", "failed" or "to do".
+
+    A cell is expected to take as long as the median of those most like it: same method, data and architecture; else the same
+    data and architecture; else the same method.
+    """
+    past: dict[tuple[Any, ...], list[float]] = {}
+    states: dict[str, str] = {}
+    if store is not None:
+        for kind in ("victims", "results"):
+            for record in store.records(kind, check=False):
+                states[record["key"]] = "done"
+                for likeness in _likenesses(record["spec"]):
+                    past.setdefault(likeness, []).append(record["made"]["seconds"])
+        for key in store.keys("failures"):
+            states.setdefault(key, "failed")
+    seconds, unknown, of_plan = 0.0, 0, {}
+    for cell in grid.cells:
+        of_plan[cell.key] = states.get(cell.key, "to do")
+        if of_plan[cell.key] == "to do":
+            precedent = next((past[likeness] for likeness in _likenesses(cell.spec) if likeness in past), None)
+            if precedent is None:
+                unknown += 1
+            else:
+                seconds += sorted(precedent)[len(precedent) // 2]
+    counts = {state: list(of_plan.values()).count(state) for state in ("done", "failed", "to do")}
+    whole = Estimate(
+        done=counts["done"], failed=counts["failed"], left=counts["to do"], seconds=seconds, unknown=unknown
+    )
+    return whole, of_plan
+
+
+def _likenesses(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return what a cell has in common with others, the closest first."""
+    victim = spec["victim"] if spec["kind"] == "result" else spec
+    place = (victim["data"]["name"], victim["arch"])
+    method = spec["defence"]["method"] if spec["kind"] == "result" else victim["attack"]["method"]
+    return [(spec["kind"], method, *place), (spec["kind"], "", *place), (spec["kind"], method)]
+
+
+def repeat(
+    cell: Cell, store: Store, *, device: torch.device, num_threads: int, on_progress: OnProgress | None = None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Do a stored cell again without writing it; returns the new record and how its rates differ from the stored one."""
+    stored = store.read(cell.kind, cell.key)
+    with threads(num_threads):
+        record = Workbench(store=store, device=device).do(cell, on_progress).record
+    found = []
+    for when, metrics in stored["metrics"].items():
+        again = record["metrics"][when]
+        if when in ("before", "after"):
+            found += differences(metrics, Evaluation.from_dict({**again, "per_class": []}))
+        elif when == "detection":
+            found += [
+                f"{name} was {metrics[name]!r}, now it is {again[name]!r}"
+                for name in ("outcome", "suspects")
+                if metrics[name] != again[name]
+            ]
+    return record, found

@@ -1,0 +1,337 @@
+"""The commands of ``lustral bench``. Torch is imported only by those that compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lustral.bench.store import Kind, Store, StoreError
+from lustral.cli.bench_arguments import (
+    Action,
+    BenchCompare,
+    BenchGc,
+    BenchPlan,
+    BenchRepeat,
+    BenchRun,
+    BenchSite,
+    BenchTable,
+    BenchVerify,
+    parse_bench,
+)
+from lustral.cli.bench_console import Board
+from lustral.cli.console import Screen
+from lustral.cli.parsing import UsageError
+
+if TYPE_CHECKING:
+    from lustral.bench.plan import Grid
+
+SCHEMA = 1
+FAULTS = 1  # exit code of ``verify`` and ``repeat``
+SOME_FAILED = 1  # exit code of ``run``
+
+
+def run_bench(argv: Sequence[str]) -> int:
+    """Run a command line that begins with ``bench``."""
+    action: Action = parse_bench(argv)
+    screen = Screen(json=action.common.json, quiet=action.common.quiet)
+    match action:
+        case BenchRun():
+            return run(action, screen)
+        case BenchPlan():
+            return plan(action, screen)
+        case BenchTable():
+            return table(action, screen)
+        case BenchCompare():
+            return compare(action, screen)
+        case BenchSite():
+            return site(action, screen)
+        case BenchVerify():
+            return verify(action, screen)
+        case BenchGc():
+            return gc(action, screen)
+        case BenchRepeat():
+            return repeat(action, screen)
+
+
+def run(command: BenchRun, screen: Screen) -> int:
+    """Compute what is missing; exit code 1 if cells failed."""
+    index, count = read_shard(command.shard)
+    grid = open_grid(command.plan).shard(index, count)
+    from lustral.bench.runner import run_local
+    from lustral.cli.opening import pick_device
+
+    device = pick_device(command.common.device)
+    store = Store(absolute(command.store)).open(create=True)
+    with Board(screen, grid) as board:
+        if command.ray is None:
+            summary = run_local(
+                grid,
+                store,
+                device=device,
+                retry_failed=command.retry_failed,
+                on_event=board.settle,
+                on_progress=board.report,
+            )
+        else:
+            from lustral.bench.ray_runner import run_on_ray
+
+            summary = run_on_ray(
+                grid,
+                store,
+                address=command.ray,
+                device=command.common.device,
+                retry_failed=command.retry_failed,
+                on_event=board.settle,
+                on_progress=board.report,
+            )
+    counts = dataclasses.asdict(summary)
+    screen.show(
+        f"{summary.computed} cells computed, {summary.present} were there, {summary.failed} failed, "
+        f"{summary.blocked} not run because their victim failed."
+    )
+    if summary.failed:
+        screen.show(
+            "Failed cells are kept with their tracebacks; --retry-failed tries them again: "
+            f"{escape(command.store)}/failures"
+        )
+    if command.site is not None:
+        write_pages(store, command.site, None, grid.plan.name, screen)
+    screen.record({"schema": SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
+    return SOME_FAILED if summary.failed else 0
+
+
+def plan(command: BenchPlan, screen: Screen) -> int:
+    """Show what a plan holds and how much of it is done."""
+    grid = open_grid(command.plan)
+    from lustral.bench.upkeep import estimate
+
+    store = None
+    if command.store is not None:
+        store = Store(absolute(command.store)).open(create=False)
+    whole, states = estimate(grid, store)
+    kinds = {kind: [cell for cell in grid.cells if cell.kind == kind] for kind in ("victims", "results")}
+    shown = Table("", "cells", "done", "failed", "to do", title=f"Plan {escape(grid.plan.name)}")
+    for kind, cells in kinds.items():
+        counts = [sum(states[cell.key] == state for cell in cells) for state in ("done", "failed", "to do")]
+        shown.add_row(kind, str(len(cells)), *map(str, counts))
+    screen.show(shown)
+    for reason, number in grid.excluded.items():
+        screen.show(f"{number} left out: {escape(reason)}")
+    if command.cells:
+        listing = Table("state", "cell", "name")
+        for cell in grid.cells:
+            listing.add_row(states[cell.key], escape(cell.title), cell.key[:12])
+        screen.show(listing)
+    screen.show(f"Remaining time: {remaining(whole.left, whole.seconds, whole.unknown)}.")
+    cells_shown = [{"key": c.key, "kind": c.kind, "title": c.title, "state": states[c.key]} for c in grid.cells]
+    excluded = dict(grid.excluded)
+    screen.record({"schema": SCHEMA, **dataclasses.asdict(whole), "excluded": excluded, "cells": cells_shown})
+    return 0
+
+
+def table(command: BenchTable, screen: Screen) -> int:
+    """Average over seeds."""
+    from lustral.bench import exports, summary
+
+    cells = summary.load_cells(Store(absolute(command.store)).open(create=False))
+    query = summary.Query(
+        by=words(command.by),
+        metrics=words(command.metric),
+        where=read_filters(command.where),
+        least_asr=command.least_asr,
+    )
+    found = summary.table(cells, query)
+    if command.out is not None:
+        exports.write_summary(found, command.out)
+        screen.show(f"Written to {command.out}")
+    else:
+        screen.show(exports.rich_table(found))
+    screen.record({"schema": SCHEMA, "notes": list(found.notes), "rows": found.rows.to_pylist()})
+    return 0
+
+
+def compare(command: BenchCompare, screen: Screen) -> int:
+    """Compare two defences on the same victims."""
+    from lustral.bench import comparison, exports, summary
+
+    cells = summary.load_cells(Store(absolute(command.store)).open(create=False))
+    found = comparison.compare(
+        cells,
+        command.first,
+        command.second,
+        command.metric,
+        where=read_filters(command.where),
+        least_asr=command.least_asr,
+        seed=command.common.seed,
+    )
+    screen.show(*exports.comparison_lines(found))
+    screen.record({"schema": SCHEMA, **dataclasses.asdict(found)})
+    return 0
+
+
+def site(command: BenchSite, screen: Screen) -> int:
+    """Write the pages."""
+    store = Store(absolute(command.store)).open(create=False)
+    write_pages(store, command.out, command.cards, command.title, screen)
+    screen.record({"schema": SCHEMA, "out": str(command.out)})
+    return 0
+
+
+def verify(command: BenchVerify, screen: Screen) -> int:
+    """Check a store; exit code 1 on any fault."""
+    from lustral.bench import upkeep
+    from lustral.cli.opening import pick_device
+
+    store = Store(absolute(command.store)).open(create=False)
+    grid = None if command.plan is None else open_grid(command.plan)
+    with screen.steps() as on_step:
+        report = upkeep.verify(
+            store,
+            grid=grid,
+            sample=command.sample,
+            seed=command.common.seed,
+            device=pick_device(command.common.device),
+            on_step=on_step,
+        )
+    counted = ", ".join(f"{number} {kind}" for kind, number in report.records.items())
+    screen.show(f"Looked at {counted} and {report.files} files; measured {len(report.measured)} models again.")
+    faults = [*report.faults]
+    faults += [f"missing: {title}" for title in report.missing] + [f"failed: {title}" for title in report.failed]
+    for fault in faults:
+        screen.show(f"[red]fault[/red] {escape(fault)}")
+    screen.show(f"{len(faults)} faults." if faults else "No fault.")
+    screen.record({"schema": SCHEMA, **dataclasses.asdict(report)})
+    return FAULTS if faults else 0
+
+
+def gc(command: BenchGc, screen: Screen) -> int:
+    """Clean a store up."""
+    from lustral.bench import upkeep
+
+    store = Store(absolute(command.store)).open(create=False)
+    keep = [open_grid(path) for path in command.keep]
+    waste = upkeep.find_waste(store, keep=keep, failures=command.failures, grace_seconds=command.grace)
+    for kind, key, title in waste.records:
+        screen.show(f"{kind} {key[:12]} {escape(title)}")
+    for path in waste.leftovers:
+        screen.show(escape(path))
+    if not command.dry_run:
+        upkeep.remove_waste(store, waste)
+    verb = "would go" if command.dry_run else "removed"
+    screen.show(f"{len(waste.records)} records and {len(waste.leftovers)} leftovers {verb}.")
+    screen.record({"schema": SCHEMA, "dry_run": command.dry_run, **dataclasses.asdict(waste)})
+    return 0
+
+
+def repeat(command: BenchRepeat, screen: Screen) -> int:
+    """Compute a stored cell again; exit code 1 if its rates differ."""
+    from lustral.bench import upkeep
+    from lustral.bench.plan import Cell
+    from lustral.cli.opening import pick_device
+
+    store = Store(absolute(command.store)).open(create=False)
+    stored = find_record(store, command.key)
+    cell = Cell.of(stored["spec"], attack=stored["facts"]["attack"], defence=stored["facts"].get("defence"))
+    with screen.progress() as on_progress:
+        again, found = upkeep.repeat(
+            cell,
+            store,
+            device=pick_device(command.common.device),
+            num_threads=stored["made"]["threads"],
+            on_progress=on_progress,
+        )
+    screen.show(escape(cell.title))
+    for line in found:
+        screen.show(f"[red]differs[/red] {escape(line)}")
+    if not found:
+        screen.show("The rates are the stored ones.")
+    screen.record({"schema": SCHEMA, "key": cell.key, "metrics": again["metrics"], "differences": found})
+    return FAULTS if found else 0
+
+
+def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen: Screen) -> None:
+    """Write the site and say where it is."""
+    from lustral.bench.site import write_site
+
+    write_site(store, out, cards=cards, title=title)
+    screen.show(f"Pages: {out / 'index.html'}")
+
+
+def open_grid(path: Path) -> Grid:
+    """Read a plan and turn it into cells."""
+    from lustral.bench.plan import expand, read_plan
+    from lustral.bench.sources import Sources
+
+    return expand(read_plan(path), Sources())
+
+
+def find_record(store: Store, key: str) -> dict[str, Any]:
+    """Return the record of a result or victim by the start of its name."""
+    kinds: tuple[Kind, ...] = ("results", "victims")
+    matches = [(kind, full) for kind in kinds for full in store.keys(kind) if full.startswith(key)]
+    if len(matches) != 1 or not key:
+        advice = "give more of the name" if matches else "`lustral bench plan PLAN --cells` lists names"
+        raise StoreError(f"{key!r} is the start of {len(matches)} names in {store.url}; expected one: {advice}")
+    kind, full = matches[0]
+    return store.read(kind, full)
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Return (index from 0, count) of "I/N".
+
+    >>> read_shard("2/4")
+    (1, 4)
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UsageError(f"--shard {text!r}: expected I/N with 1 <= I <= N, e.g. 2/4")
+    return int(index) - 1, int(count)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the parts of a list with commas.
+
+    >>> words("defence, attack")
+    ('defence', 'attack')
+    """
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def read_filters(filters: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the admitted values by column of COLUMN=VALUE texts; commas part values, and a column may come twice.
+
+    >>> read_filters(["attack=badnets,blended", "seed=0"])
+    {'attack': ('badnets', 'blended'), 'seed': ('0',)}
+    """
+    admitted: dict[str, tuple[str, ...]] = {}
+    for text in filters:
+        column, equals, values = text.partition("=")
+        if not (equals and words(values)):
+            raise UsageError(f"--where {text!r}: expected COLUMN=VALUE, e.g. attack=badnets")
+        admitted[column.strip()] = (*admitted.get(column.strip(), ()), *words(values))
+    return admitted
+
+
+def remaining(left: int, seconds: float, unknown: int) -> str:
+    """Return an estimate as words.
+
+    >>> remaining(12, 3725, 2)
+    'about 1 h 02 min for 10 of 12 cells; 2 have no precedent in the store'
+    """
+    if not left:
+        return "nothing is left to do"
+    if unknown == left:
+        return f"unknown; none of the {left} cells has a precedent in the store"
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    text = f"about {hours} h {minutes:02d} min" if hours else f"about {minutes} min"
+    return f"{text} for {left - unknown} of {left} cells; {unknown} have no precedent in the store" if unknown else text
+
+
+def absolute(url: str) -> str:
+    """Return a local path as an absolute one, and any other URL as it is: workers may have another current folder."""
+    return url if "://" in url else str(Path(url).expanduser().resolve())

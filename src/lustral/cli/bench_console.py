@@ -1,0 +1,82 @@
+"""What ``lustral bench run`` shows while it works: a line per finished cell, and where it is."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lustral.cli.console import Screen
+
+if TYPE_CHECKING:
+    from lustral import protocols
+    from lustral.bench.plan import Cell, Grid
+    from lustral.bench.runner import Event
+
+LOG_SECONDS = 60.0  # between lines about the cell at work, where there is no terminal
+STYLES = {"computed": "green", "failed": "red", "blocked": "yellow"}
+
+
+class Board:
+    """Shows events and progress on standard error: bars on a terminal, otherwise lines."""
+
+    def __init__(self, screen: Screen, grid: Grid) -> None:
+        """Count the cells to come."""
+        self._console: Console = screen.aside
+        self._quiet = screen.is_quiet
+        self._total, self._settled, self._present = len(grid.cells), 0, 0
+        self._bars: Progress | None = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Start the bars."""
+        if not self._quiet and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=self._console)
+            self._whole = self._bars.add_task("cells", total=self._total)
+            self._now = self._bars.add_task("", total=None)
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the bars."""
+        if self._bars is not None:
+            self._bars.stop()
+        if isinstance(error, KeyboardInterrupt) and not self._quiet:
+            self._console.print(f"{self._settled} of {self._total} cells are settled; the same command goes on.")
+
+    def settle(self, event: Event) -> None:
+        """Note what became of a cell."""
+        self._settled += 1
+        self._present += event.state == "present"
+        if self._quiet:
+            return
+        if self._bars is not None:
+            self._bars.update(self._whole, completed=self._settled)
+        if event.state == "present":
+            return
+        took = f" in {event.seconds:.1f} s" if event.seconds else ""
+        reason = "" if event.error is None else f": {event.error}"
+        style = STYLES.get(event.state, "")
+        clock = time.strftime("%H:%M:%S")
+        self._console.print(
+            f"{clock} [{style}]{event.state}[/{style}] {self._settled}/{self._total} ", end="", highlight=False
+        )
+        self._console.print(f"{event.cell.title}{took}{reason}", markup=False, highlight=False, soft_wrap=True)
+
+    def report(self, cell: Cell, progress: protocols.Progress) -> None:
+        """Show what the cell at work is doing."""
+        text = f"{cell.title}: {progress.stage}"
+        if self._bars is not None:
+            self._bars.update(self._now, description=escape(text), completed=progress.done, total=progress.total)
+        elif not self._quiet and time.monotonic() - self._last > LOG_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(
+                f"{text} {progress.done}/{progress.total}", markup=False, highlight=False, soft_wrap=True
+            )

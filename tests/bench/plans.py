@@ -1,0 +1,42 @@
+"""Plans for the tests, as small as they can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lustral.bench.plan import Grid, expand, parse_plan
+from lustral.bench.runner import Event, run_local
+from lustral.bench.sources import Sources
+from lustral.bench.store import Store
+
+QUICK: dict[str, Any] = {
+    "name": "quick",
+    "seeds": [0, 1],
+    "clean": [60],
+    "data": [{"name": "digits", "arch": ["small_cnn:width=8"], "trainer": {"epochs": 2}}],
+    "attacks": [{"method": "badnets", "target_labels": [3, 5]}, {"method": "none"}],
+    "defences": [
+        {"method": "fine_tuning", "settings": {"least_steps": 4, "trainer": {"epochs": 1}}},
+        {"method": "bn_refresh"},
+    ],
+    "run": {"threads": 1},
+}
+
+
+def quick_grid(**changes: Any) -> Grid:
+    """Return the cells of the quick plan: 4 victims, 8 results."""
+    return expand(parse_plan({**QUICK, **changes}), Sources())
+
+
+def work_through(store: Path, log: Path) -> None:
+    """Run the quick plan in a process of its own, and log the keys of the cells it computed itself."""
+    with log.open("a", buffering=1) as lines:
+
+        def note(event: Event) -> None:
+            if event.state == "computed":
+                lines.write(event.cell.key + "\n")
+
+        run_local(quick_grid(), Store(str(store)).open(create=True), device=torch.device("cpu"), on_event=note)
