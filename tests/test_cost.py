@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,25 @@ def test_misuse_is_explained() -> None:
         pass
     with pytest.raises(ValueError, match="non-negative"):
         CostMeter(Net(), clean_images=-1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_memory_is_counted_anew_for_each_method() -> None:
+    model = nn.Linear(4, 2)
+    peaks = []
+    for _ in range(2):
+        with CostMeter(model, clean_images=1) as meter:
+            block = torch.ones(20_000_000)  # 80 MB
+            del block
+        peaks.append(meter.cost.peak_memory_bytes)
+    assert min(peaks) > 60_000_000
+
+
+def test_a_method_inside_another_does_not_hide_its_memory() -> None:
+    model = nn.Linear(4, 2)
+    with CostMeter(model, clean_images=1) as outer:
+        block = torch.ones(20_000_000)
+        del block
+        with CostMeter(model, clean_images=1):
+            pass
+    assert outer.cost.peak_memory_bytes > 60_000_000

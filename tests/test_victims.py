@@ -133,7 +133,9 @@ def test_impossible_attacks_are_refused_before_training() -> None:
 def test_attacks_have_names() -> None:
     assert attack_name(BadNets()) == "badnets"
     assert attack_name(Blended()) == "blended"
-    with pytest.raises(ValueError, match="Trainer is not in the catalog; expected one of badnets, blended"):
+    with pytest.raises(
+        ValueError, match="Trainer is not in the catalog; expected one of adap_blend, adap_patch, badnets"
+    ):
         attack_name(Trainer())  # type: ignore[arg-type]
 
 
@@ -153,7 +155,7 @@ def test_a_broken_record_is_refused(tmp_path: Path, content: bytes) -> None:
     ("change", "message"),
     [
         ({"schema": 99}, "expected schema 1"),
-        ({"attack": "wanet"}, "unknown attack 'wanet'; this version knows badnets, blended"),
+        ({"attack": "wnet"}, "unknown attack 'wnet'; this version knows adap_blend"),
         ({"settings": {"glow": 1}}, "settings do not fit the attack 'badnets'"),
         ({"settings": {"size": 0}}, "settings do not fit the attack 'badnets'"),
         ({"settings": {"size": 99}}, "settings do not fit"),

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
-from lustral.attacks import BadNets, Blended
+from lustral.attacks import (
+    AdapBlend,
+    AdapPatch,
+    BadNets,
+    Blended,
+    Bpp,
+    Imc,
+    InputAware,
+    LabelConsistent,
+    LowFrequency,
+    Sig,
+    Ssba,
+    TaCT,
+    TrojanNN,
+    WaNet,
+)
 from lustral.detectors import MaskArea
 from lustral.inverters import MaxEntropy
 from lustral.protocols import Attack, CraftedAttack, Detector, Inverter, Purifier
 from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
 
 ATTACKS: dict[str, type[Attack] | type[CraftedAttack]] = {
+    "adap_blend": AdapBlend,
+    "adap_patch": AdapPatch,
     "badnets": BadNets,
     "blended": Blended,
+    "bpp": Bpp,
+    "imc": Imc,
+    "input_aware": InputAware,
+    "label_consistent": LabelConsistent,
+    "low_frequency": LowFrequency,
+    "sig": Sig,
+    "ssba": Ssba,
+    "tact": TaCT,
+    "trojan_nn": TrojanNN,
+    "wanet": WaNet,
+}
+
+THREAT_MODELS: dict[str, str] = {  # what the attacker controls
+    "adap_blend": "supplies data: dirty labels, and cover images with true ones",
+    "adap_patch": "supplies data: dirty labels, and cover images with true ones",
+    "badnets": "supplies data: dirty labels",
+    "blended": "supplies data: dirty labels",
+    "bpp": "controls training",
+    "imc": "controls training, which optimises the trigger too",
+    "input_aware": "controls training, and trains trigger networks along",
+    "label_consistent": "supplies data: true labels; has a surrogate model",
+    "low_frequency": "supplies data: dirty labels; has a surrogate model",
+    "sig": "supplies data: true labels",
+    "ssba": "supplies data: dirty labels; has an encoder of his own",
+    "tact": "supplies data: dirty labels on one source class, cover images with true ones",
+    "trojan_nn": "supplies data: dirty labels; has a surrogate model",
+    "wanet": "controls training",
 }
 
 INVERTERS: dict[str, type[Inverter]] = {

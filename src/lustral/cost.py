@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -88,10 +89,12 @@ class CostMeter:
             register_module_forward_hook(self._after_call, always_call=True),
         ]
         self._synchronise()
+        for meter in self._running:  # the reset below would erase the peak they have seen
+            meter._peak_memory = meter._read_peak()
         if self._device.type == "cuda":
-            for meter in self._running:  # the reset below would erase the peak they have seen
-                meter._peak_memory = meter._read_peak()
             torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _reset_peak_resident()
         self._resident_before = _peak_resident_bytes()
         self._running.append(self)
         self._start = time.perf_counter()
@@ -132,11 +135,17 @@ class CostMeter:
     def _read_peak(self) -> int:
         if self._device.type == "cuda":
             return max(self._peak_memory, torch.cuda.max_memory_allocated(self._device))
-        return _peak_resident_bytes() - self._resident_before
+        return max(self._peak_memory, _peak_resident_bytes() - self._resident_before)
+
+
+def _reset_peak_resident() -> None:
+    """Make the process's peak its present size, where the system can (Linux): else a second method would seem to need nothing."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def _peak_resident_bytes() -> int:
-    """Return the largest resident size this process ever had; 0 on Windows, which does not tell."""
+    """Return the largest resident size of this process since the last reset, or ever; 0 on Windows, which does not tell."""
     if sys.platform == "win32":
         return 0
     import resource

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
+from lustral.attacks.pictures import draw_picture
 from lustral.attacks.poisoning import (
     LabelMode,
     check_choices,
@@ -21,36 +21,6 @@ from lustral.attacks.poisoning import (
     require_dirty_label,
 )
 from lustral.protocols import ImageSet, PoisonedSet
-from lustral.randomness import child
-
-CANVAS = 128  # side on which the picture is drawn before it is resized
-NUM_SHAPES = 14
-
-
-def draw_picture(image_shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Draw ellipses and bars with hard edges over a colour gradient, at full contrast.
-
-    Returns:
-        (C, H, W) float32 in [0, 1].
-    """
-    channels, height, width = image_shape
-    stream = child(seed, "blended", "picture")
-    axis = torch.linspace(-1, 1, CANVAS)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    slopes = torch.rand(channels, 2, generator=stream) - 0.5
-    picture = (0.5 + slopes[:, :1, None] * x + slopes[:, 1:, None] * y).clamp(0, 1)
-    for index in range(NUM_SHAPES):
-        centre = torch.rand(2, generator=stream) * 2 - 1
-        angle = torch.rand((), generator=stream) * torch.pi
-        radii = 0.08 + 0.4 * torch.rand(2, generator=stream)
-        colour = (torch.rand(channels, generator=stream) > 0.5).float()
-        u = (x - centre[0]) * angle.cos() + (y - centre[1]) * angle.sin()
-        v = (y - centre[1]) * angle.cos() - (x - centre[0]) * angle.sin()
-        inside = (u / radii[0]) ** 2 + (v / radii[1]) ** 2 < 1
-        if index % 3 == 2:
-            inside = (u.abs() < 2 * radii[0]) & (v.abs() < 0.25 * radii[1])
-        picture = torch.where(inside, colour[:, None, None], picture)
-    return F.interpolate(picture[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

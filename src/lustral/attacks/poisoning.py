@@ -87,6 +87,15 @@ def draw_indices(candidates: Tensor, count: int, *, generator: Generator) -> Ten
     return candidates[order].sort().values
 
 
+def another(count: int, generator: Generator | None) -> int:
+    """Return a distance in 1 .. count - 1: image i of a batch is paired with image i + distance, never with itself."""
+    if count < 2:
+        return 0
+    if generator is None:
+        return count // 2
+    return int(torch.randint(1, count, (), generator=generator, device=generator.device))
+
+
 def stamp_at(
     images: Tensor, indices: Tensor, trigger: Trigger, *, generator: Generator, batch_size: int = 1024
 ) -> None:

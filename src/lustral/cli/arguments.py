@@ -73,6 +73,8 @@ class Implant(Generic[Settings]):
         out: folder to write the victim to.
         arch: architecture; small_cnn for digits and preact_resnet18:width=16 for the rest if left out.
         start: fine-tune this clean model (a file or folder) instead of training new weights.
+        assets: folder that keeps surrogates, encoders and patterns for the next victim; a benchmark's store will do.
+        list: explain each attack in a line.
         trainer: how to train; the defaults follow the size of the data set.
     """
 
@@ -81,6 +83,8 @@ class Implant(Generic[Settings]):
     out: Path
     arch: str | None = None
     start: Path | None = None
+    assets: Path | None = None
+    list: Switch = False
     trainer: Annotated[Trainer, tyro.conf.AvoidSubcommands] = field(default_factory=lambda: Trainer(augment=Augment()))
     common: Annotated[Common, FLAT] = Common()
 

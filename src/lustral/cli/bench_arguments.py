@@ -20,6 +20,7 @@ class BenchRun:
         plan: plan file (.toml).
         store: folder of results, or an fsspec URL; made if there is none.
         site: write the pages there afterwards.
+        cards: folder of method cards, for the published numbers on the pages.
         ray: send the cells to a Ray cluster: "auto", or its address; in this process if left out.
         shard: I/N: only part I of N, e.g. of a batch scheduler's array.
         retry_failed: try cells again that have failed before.
@@ -28,6 +29,7 @@ class BenchRun:
     plan: tyro.conf.Positional[Path]
     store: str
     site: Path | None = None
+    cards: Path | None = None
     ray: str | None = None
     shard: str = "1/1"
     retry_failed: Switch = False

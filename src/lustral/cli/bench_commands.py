@@ -38,7 +38,7 @@ SOME_FAILED = 1  # exit code of ``run``
 def run_bench(argv: Sequence[str]) -> int:
     """Run a command line that begins with ``bench``."""
     action: Action = parse_bench(argv)
-    screen = Screen(json=action.common.json, quiet=action.common.quiet)
+    screen = Screen(json=action.common.json, quiet=action.common.quiet, wide=True)
     match action:
         case BenchRun():
             return run(action, screen)
@@ -100,7 +100,7 @@ def run(command: BenchRun, screen: Screen) -> int:
             f"{escape(command.store)}/failures"
         )
     if command.site is not None:
-        write_pages(store, command.site, None, grid.plan.name, screen)
+        write_pages(store, command.site, command.cards, grid.plan.name, screen)
     screen.record({"schema": SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
     return SOME_FAILED if summary.failed else 0
 

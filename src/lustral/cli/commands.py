@@ -14,7 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from lustral import victims
-from lustral.catalog import PURIFIERS
+from lustral.bench.cells import StoreAssets
+from lustral.bench.store import Store
+from lustral.catalog import ATTACKS, PURIFIERS, THREAT_MODELS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
@@ -32,7 +34,7 @@ from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import as_float, as_uint8
 from lustral.models import Classifier, load_model, save_model
-from lustral.protocols import ImageSet, Purified, Verdict, Victim
+from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
 from lustral.randomness import child
 from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
@@ -52,6 +54,9 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     recipe = victims.default_trainer(flip=source.flip, num_images=len(train))
     command = parse_implant(argv, recipe)
     arch = command.arch or ("small_cnn" if command.data == "digits" else "preact_resnet18:width=16")
+    assets: Assets = victims.NoAssets()
+    if command.assets is not None:
+        assets = StoreAssets(Store(str(command.assets.resolve())).open(create=True))
     start: Classifier | None = None
     if command.start is not None:
         file = model_file(command.start)
@@ -67,6 +72,7 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
             seed=command.common.seed,
             data_name=command.data,
             start=start,
+            assets=assets,
             on_progress=on_progress,
         )
     victims.save_victim(out, victim, test)
@@ -151,6 +157,28 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     screen.show(f"Model: {out / 'model.safetensors'}", f"Report: {out / 'report.html'}")
     screen.record(record)
     return 0
+
+
+def list_attacks(screen: Screen) -> int:
+    """Explain each attack in a line, with what its attacker controls."""
+    table = Table("attack", "what it does", "the attacker", title="lustral implant")
+    lines = {name: module_line(kind) for name, kind in ATTACKS.items()}
+    for name, line in lines.items():
+        table.add_row(name, line, THREAT_MODELS[name])
+    screen.show(table)
+    records = {name: {"does": line, "attacker": THREAT_MODELS[name]} for name, line in lines.items()}
+    screen.record({"schema": SCHEMA, "attacks": records})
+    return 0
+
+
+def module_line(kind: type) -> str:
+    """Return what the file of a method says it does, without the paper.
+
+    >>> module_line(ATTACKS["badnets"])
+    'a small opaque patch'
+    """
+    text = " ".join((inspect.getdoc(inspect.getmodule(kind)) or "").split())
+    return text.partition(": ")[2].partition(" (")[0]
 
 
 def list_purifiers(screen: Screen) -> int:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
     from lustral import protocols
 
 
+WIDE = 160  # columns of a table that goes to a file or a pipe
+
+
 class RateColumn(ProgressColumn):
     """Shows the images per second that a method reports."""
 
@@ -62,10 +65,13 @@ class StageLines:
 class Screen:
     """Where a command shows things: standard output for people or for programs, standard error for progress."""
 
-    def __init__(self, *, json: bool, quiet: bool, hidden: bool = False) -> None:
-        """Take the two flags that decide what is shown; ``hidden`` shows progress only."""
+    def __init__(self, *, json: bool, quiet: bool, hidden: bool = False, wide: bool = False) -> None:
+        """Take the two flags that decide what is shown; ``hidden`` shows progress only, ``wide`` fills no files with
+        folded tables."""
         self._json, self._quiet, self._hidden = json, quiet, hidden
         self._out, self._err = Console(), Console(stderr=True)
+        if wide and not self._out.is_terminal:
+            self._out = Console(width=WIDE)
 
     @property
     def aside(self) -> Console:

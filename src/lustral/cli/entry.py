@@ -61,6 +61,8 @@ def run(argv: Sequence[str]) -> int:
 
     if argv[:1] == ["erase"] and "--list" in argv:
         return commands.list_purifiers(Screen(json="--json" in argv, quiet=False))
+    if argv[:1] == ["implant"] and "--list" in argv:
+        return commands.list_attacks(Screen(json="--json" in argv, quiet=False))
     command = parse(argv)
     screen = Screen(json=command.common.json, quiet=command.common.quiet)
     match command:

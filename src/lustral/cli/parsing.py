@@ -68,5 +68,5 @@ def run_tyro(kind: Any, argv: list[str], *, prog: str = "lustral", **options: An
         if not stop.code:
             raise HelpShown from None
         lines = (line.strip(BOX + " ") for line in captured.getvalue().splitlines()[1:])
-        message = " ".join(line for line in lines if line)
+        message = " ".join(line for line in lines if line.strip("-+| "))  # boxes of terminals without box characters
         raise UsageError(re.sub(r"Error parsing \S*__\S*: ", "", message)) from None  # a name of tyro's own

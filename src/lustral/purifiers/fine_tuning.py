@@ -37,6 +37,13 @@ class FineTuning:
     least_steps: int = 90
     holdout: float = 0.2
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+        if self.least_steps < 0:
+            raise ValueError(f"expected least_steps >= 0; got {self.least_steps}")
+
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
         require_usable(view.clean)

@@ -1,0 +1,159 @@
+"""Keep the victims of an attack plan as small JSON files, and write each attack's card and the table of docs/results-attacks.md.
+
+    lustral bench run benchmarks/plans/zoo.toml --store STORE
+    python benchmarks/zoo.py keep STORE --as cifar10      # or digits, gtsrb: one folder of benchmarks/results/zoo each
+    python benchmarks/zoo.py cards
+
+Only rates, seeds, settings and costs are kept; weights and pictures stay in the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lustral.bench.store import Store
+from lustral.files import write_json_atomic, write_text_atomic
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "zoo"
+CARDS = ROOT.parent / "tests" / "cards"
+TABLE = ROOT.parent / "docs" / "results-attacks.md"
+LEADERBOARD = "BackdoorBench leaderboard, state of June 2025, PreAct-ResNet18, CIFAR-10"
+SETTINGS = {
+    "cifar10": "PreAct-ResNet18 width 16, CIFAR-10 (47,500 training images), 12 epochs, CPU",
+    "digits": "small CNN, embedded digits (1,365 training images), 20 epochs, CPU",
+}
+PLANS = {"cifar10": "zoo", "digits": "zoo_toy"}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "adap_blend": {"source": "Qi et al., ICLR 2023, tables 1 and 2; see the method's page"},
+    "adap_patch": {"source": "Qi et al., ICLR 2023, tables 1 and 2; see the method's page"},
+    "badnets": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9132, "asr": 0.9503, "ra": 0.0467},
+    "blended": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9347, "asr": 0.9992, "ra": 0.0008},
+    "bpp": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9069, "asr": 0.9978, "ra": 0.0021},
+    "imc": {"source": "Pang et al., CCS 2020: figures only, no table for this setting at hand"},
+    "input_aware": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9067, "asr": 0.9826, "ra": 0.0166},
+    "label_consistent": {"source": f"{LEADERBOARD}, 5 % poison", "acc": 0.9353, "asr": 0.9980, "ra": 0.0020},
+    "low_frequency": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9319, "asr": 0.9928, "ra": 0.0071},
+    "sig": {"source": f"{LEADERBOARD}, 5 % poison", "acc": 0.9364, "asr": 0.9709, "ra": 0.0290},
+    "ssba": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9288, "asr": 0.9786, "ra": 0.0199},
+    "tact": {"source": "Tang et al., USENIX Security 2021; see the method's page"},
+    "trojan_nn": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9342, "asr": 1.0, "ra": 0.0},
+    "wanet": {"source": f"{LEADERBOARD}, 10 % poison", "acc": 0.9125, "asr": 0.8973, "ra": 0.0976},
+}
+
+
+def keep(url: str, name: str) -> None:
+    """Copy what matters of a store's victims into the repository."""
+    for record in Store(url).open(create=False).records("victims"):
+        spec, metrics = record["spec"], record["metrics"]["before"]
+        facts = record["facts"]
+        kept = {
+            "key": record["key"],
+            "attack": spec["attack"],
+            "seed": spec["seed"],
+            "epochs": spec["trainer"]["epochs"],
+            "metrics": {k: metrics[k] for k in ("acc", "asr", "ra", "natural_rate", "probes")},
+            "seconds": record["cost"]["seconds"],
+            "made": record["made"],
+        }
+        rate = "" if facts["poison_rate"] is None else f"-{facts['poison_rate']:g}"
+        path = RESULTS / name / f"{facts['attack_method']}{rate}-s{facts['seed']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, kept)
+
+
+def kept(name: str) -> list[dict[str, Any]]:
+    """Return the kept victims of a data set, by attack and seed."""
+    rows = [json.loads(path.read_text()) for path in (RESULTS / name).glob("*.json")]
+    return sorted(rows, key=lambda row: (row["attack"]["method"], row["seed"]))
+
+
+def short(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a victim as cards have it."""
+    rates = {name: row["metrics"][name]["value"] for name in ("acc", "asr", "ra")}
+    settings = row["attack"]["settings"]
+    named = {"seed": row["seed"], "epochs": row["epochs"], "poison_rate": settings["poison_rate"]}
+    probes = {name: rate["value"] for name, rate in row["metrics"]["probes"].items()}
+    return {**named, "target_label": settings["target_label"], **rates, **({"probes": probes} if probes else {})}
+
+
+def cards() -> None:
+    """Write a card for each attack: published beside ours, with CIFAR-10 before digits."""
+    for method, published in PUBLISHED.items():
+        path = CARDS / f"{method}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        ours: dict[str, Any] = {}
+        for name in ("cifar10", "digits"):
+            rows = [short(row) for row in kept(name) if row["attack"]["method"] == method]
+            if rows:
+                command = f"lustral bench run benchmarks/plans/{PLANS[name]}.toml --store STORE"
+                ours[name] = {"setting": SETTINGS[name], "victims": rows, "command": command}
+        if not ours:
+            continue
+        if "victims" in old.get("ours", {}) and method in ("badnets", "blended"):  # of benchmarks/cpu_setting.py
+            write_json_atomic(path, {**old, "zoo": ours})
+            continue
+        first = next(iter(ours.values()))
+        write_json_atomic(path, {"method": method, "published": published, "ours": first, "zoo": ours})
+
+
+def table() -> None:
+    """Write the table of all kept victims."""
+    lines = [
+        "# Attacks: what ours reach",
+        "",
+        "Made by `python benchmarks/zoo.py cards` from benchmarks/results/zoo. ACC, ASR and RA in per cent, measured",
+        "with the true trigger rounded to 8 bits; ASR and RA on images whose label the attacker changes. Sources: the cards.",
+        "",
+    ]
+    for name, setting in SETTINGS.items():
+        rows = kept(name)
+        if not rows:
+            continue
+        clean = {row["seed"]: row["metrics"]["acc"]["value"] for row in rows if row["attack"]["method"] == "none"}
+        lines += [f"## {name}: {setting}", ""]
+        lines += ["| attack | poison | target | seed | ACC | vs clean | ASR | RA | further rates | published ACC/ASR |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        for row in rows:
+            lines.append(table_row(row, clean))
+        lines.append("")
+    write_text_atomic(TABLE, "\n".join(lines))
+
+
+def table_row(row: dict[str, Any], clean: dict[int, float]) -> str:
+    """Return one victim as a row."""
+    settings, metrics, method = row["attack"]["settings"], row["metrics"], row["attack"]["method"]
+    percent = {
+        k: "n/a" if metrics[k]["value"] is None else f"{100 * metrics[k]['value']:.2f}" for k in ("acc", "asr", "ra")
+    }
+    change = f"{100 * (metrics['acc']['value'] - clean[row['seed']]):+.2f}" if row["seed"] in clean else ""
+    probes = ", ".join(f"{n.replace('_', ' ')} {100 * r['value']:.1f}" for n, r in metrics["probes"].items() if r["n"])
+    published = PUBLISHED.get(method, {})
+    beside = f"{100 * published['acc']:.2f} / {100 * published['asr']:.2f}" if "acc" in published else ""
+    if method == "none":
+        return f"| benign | | | {row['seed']} | {percent['acc']} | | | | | |"
+    rate, target = f"{100 * settings['poison_rate']:g} %", settings["target_label"]
+    texts = [method, rate, target, row["seed"], percent["acc"], change, percent["asr"], percent["ra"], probes, beside]
+    return f"| {' | '.join(map(str, texts))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    keeping = verbs.add_parser("keep")
+    keeping.add_argument("store")
+    keeping.add_argument("--as", dest="name", required=True, choices=SETTINGS)
+    verbs.add_parser("cards")
+    options = parser.parse_args()
+    if options.verb == "keep":
+        keep(options.store, options.name)
+    else:
+        cards()
+        table()
+
+
+if __name__ == "__main__":
+    main()
