@@ -1,6 +1,6 @@
 """What the benchmark runner costs over doing the same cells by hand, in one run.
 
-    python benchmarks/overhead.py [--repeats 3]
+    python benchmarks/overhead.py [--repeats 2]
 
 By hand means: train the victim, measure it, run the defences, measure them, keep everything in memory. The runner does the same
 and plans, claims, writes records, weights, pictures and curves. Both ways take turns; the order alternates.
@@ -33,7 +33,7 @@ from lustral.victims import implant
 RESULT = Path(__file__).parent / "results" / "overhead_cpu.json"
 PLAN = {
     "name": "overhead",
-    "seeds": [0, 1],
+    "seeds": [0],
     "clean": [80],
     "data": [{"name": "digits"}],
     "attacks": [{"method": "badnets"}, {"method": "blended"}],
@@ -85,7 +85,7 @@ def by_runner(grid: Grid) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     repeats = parser.parse_args().repeats
     grid = expand(parse_plan(PLAN), Sources())
     seconds: dict[str, list[float]] = {"by_hand": [], "by_runner": []}

@@ -277,10 +277,15 @@ def failure(cell: Cell, error: BaseException, seconds: float, device: torch.devi
         "facts": facts(cell),
         "spec": cell.spec,
         "victim_key": cell.victim_key,
-        "error": f"{type(error).__name__}: {error}",
-        "traceback": "".join(traceback.format_exception(error)),
+        "error": writable(f"{type(error).__name__}: {error}"),
+        "traceback": writable("".join(traceback.format_exception(error))),
         "made": made(seconds, device),
     }
+
+
+def writable(text: str) -> str:
+    """Return a text with what UTF-8 cannot hold written out: messages quote file names, which may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def seed_name(defence_seed: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from rich.box import SIMPLE_HEAD
@@ -118,7 +118,8 @@ def rich_table(summary: Summary, title: str | None = None) -> Table:
         pad_edge=False,
     )
     for index, heading in enumerate(headings(summary)):
-        table.add_column(Text(heading), justify="left" if index < len(summary.query.by) else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if index < len(summary.query.by) else "right"
+        table.add_column(Text(heading), justify=justify, overflow="fold")
     for texts in cell_texts(summary):
         table.add_row(*map(Text, texts))
     return table

@@ -358,11 +358,12 @@ class _Expansion:
             source = self.open(data)
             if source is None:
                 continue
-            budgets = [(entry, settings, self.budgets(entry, data, source)) for entry, settings in defences]
+            archs, pool = self.archs(data, source), len(source.defender_pool())
+            budgets = [(entry, settings, self.budgets(entry, data, source, pool)) for entry, settings in defences]
             for where, entry, settings in attacks:
                 if entry.data and data.name not in entry.data:
                     continue
-                for arch in self.archs(data, source):
+                for arch in archs:
                     for cell in self.victim_cells(where, entry, settings, data, arch, source):
                         self.add(cell, budgets)
         if not self.problems:
@@ -432,7 +433,7 @@ class _Expansion:
                 )
             for column, words in columns.items():
                 if column in wanted and wanted[column] not in words:
-                    hint = suggest(wanted[column], dict.fromkeys(words))
+                    hint = suggest(wanted[column], dict.fromkeys(words)) if words else ""
                     self.complain(f"exclude {excluded.reason!r}: {column} {wanted[column]!r} is not in the plan{hint}")
         for number, entry in enumerate(self.plan.attacks, 1):
             for name in entry.data:
@@ -444,7 +445,7 @@ class _Expansion:
     def open(self, data: DataTable) -> DataSource | None:
         try:
             source = self.sources.open(data.name, data.image_size)
-            source.training_split()
+            self.sources.training_set(data.name, data.image_size)
         except (SourceError, OSError) as error:
             self.complain(f"data {data.name}: {' '.join(str(error).splitlines())}")
             return None
@@ -465,9 +466,9 @@ class _Expansion:
                 self.complain(f"data {data.name}: arch {arch!r}: {' '.join(str(error).splitlines())}")
         return names
 
-    def budgets(self, entry: DefenceTable, data: DataTable, source: DataSource) -> list[int]:
+    def budgets(self, entry: DefenceTable, data: DataTable, source: DataSource, pool: int) -> list[int]:
         """Return the clean budgets of a defence on a data set, in images."""
-        pool, found = len(source.defender_pool()), []
+        found = []
         for clean in entry.clean or data.clean or self.plan.clean:
             count = clean if isinstance(clean, int) else round(clean * len(source.train))
             if not 2 <= count <= pool:

@@ -143,7 +143,8 @@ def run_local(
                 if states.get(cell.victim_key or "") in ("failed", "blocked"):
                     settle(Event(cell=cell, state="blocked", error="its victim failed"))
                     continue
-                if cell.victim_key is not None and not store.has("victims", cell.victim_key):
+                victim = cell.victim_key
+                if victim is not None and victim not in states and not store.has("victims", victim):
                     left.append(cell)  # another runner is training it
                     continue
                 report = None if on_progress is None else _reporter(cell, on_progress)

@@ -157,12 +157,18 @@ class Store:
         paths = sorted(path for path in self._find(f"{self.root}/{kind}") if path.endswith(".json"))
         if self.is_local:
             for path in paths:
-                yield path, Path(path).read_bytes()
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    yield path, Path(path).read_bytes()
             return
         for start in range(0, len(paths), 500):  # asynchronous file systems fetch a block at once
             block = paths[start : start + 500]
-            found = self.fs.cat(block)
-            yield from ((path, found[path]) for path in block)
+            found = self.fs.cat(block, on_error="return")
+            for path in block:
+                if isinstance(found[path], FileNotFoundError):
+                    continue
+                if isinstance(found[path], Exception):  # to go on without it would make its files look like leftovers
+                    raise found[path]
+                yield path, found[path]
 
     def put(self, kind: Kind, key: str, record: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> bool:
         """Write a piece, whole or not at all.
@@ -304,10 +310,11 @@ class Store:
         Args:
             grace_seconds: younger ones may be in use and are left out.
         """
+        ages = list(self._ages(self.root))  # before the records: what gets its record in between is named
         named = {record["folder"] for kind in KINDS for record in self.records(kind) if "folder" in record}
         found: dict[str, float] = {}
         oldest = time.time() - grace_seconds
-        for path, age in self._ages(self.root):
+        for path, age in ages:
             relative = path.removeprefix(self.root + "/")
             parts = relative.split("/")
             if parts[0] == "files" and len(parts) >= 4:
@@ -404,7 +411,7 @@ def _parse(content: bytes, path: str, *, check: bool = True) -> dict[str, Any]:
         for name in (record["key"], record.get("folder", "-"), *record["files"]):
             if name in ("", ".", "..") or "/" in name or "\\" in name:  # a store may come from anywhere
                 raise StoreError(f"{path} names a file outside of its folder: {name!r}")
-        if check and record["checksum"] != checksum_of(record):
+        if check and (record["checksum"] != checksum_of(record) or content != canonical(record)):  # to the byte
             raise StoreError(f"{path} has changed since it was written: its checksum differs")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, StoreError):

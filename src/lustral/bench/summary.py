@@ -221,8 +221,9 @@ def load_cells(store: Store) -> pa.Table:
     """Read every record of a store into one table with the columns of ``SCHEMA``.
 
     A row is a result; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is attacked, no
-    cost); or a cell of either kind that failed (status "failed", nothing measured). ``victim_key`` is the victim that was
-    measured, so a victim's own key in its row. ``acc`` and the like are after the defence and null for detectors.
+    cost, "erased" null); or a cell of either kind that failed (status "failed", nothing measured). ``victim_key`` is the
+    victim that was measured, so a victim's own key in its row. ``acc`` and the like are after the defence and null for
+    detectors.
 
     Raises:
         StoreError: a record cannot be read.
@@ -540,4 +541,4 @@ def _notes(query: Query, rows: Sequence[Mapping[str, Any]], mixed: int) -> Itera
     if broken := sum(row["broken"] for row in rows):
         yield f"{broken:,} cells have models whose logits are not finite: their low ASR means nothing."
     if mixed:
-        yield f"{mixed:,} times, victims that agree in attack and seed differ in training or label: averaged as one seed."
+        yield f"Victims of equal attack and seed but other training or label were averaged as one seed ({mixed:,} times)."

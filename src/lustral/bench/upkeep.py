@@ -135,10 +135,10 @@ def inconsistencies(metrics: Mapping[str, Any]) -> list[str]:
     if len(whole) == 2:
         again["compare"] = compare(whole["before"], whole["after"])
     return [
-        f"{part}.{name} is {metrics[part].get(name)!r}, from the counts it is {value!r}"
+        f"{part}.{name} is {metrics[part][name]!r}, from the counts it is {value!r}"
         for part, values in again.items()
         for name, value in values.items()
-        if not _is_same(metrics[part].get(name), value)
+        if name in metrics[part] and not _is_same(metrics[part][name], value)
     ]
 
 
@@ -304,7 +304,7 @@ def repeat(
         record = Workbench(store=store, device=device).do(cell, on_progress).record
     found = []
     for when, metrics in stored["metrics"].items():
-        again = record["metrics"][when]
+        again = record["metrics"].get(when, {})
         if when in ("before", "after"):
             found += differences(metrics, Evaluation.from_dict({**again, "per_class": []}))
         elif when == "detection":

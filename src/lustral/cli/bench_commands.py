@@ -255,11 +255,15 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
 
 
 def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen: Screen) -> None:
-    """Write the site and say where it is."""
+    """Write the site, say where it is and what it had to leave out."""
     from lustral.bench.site import write_site
 
-    write_site(store, out, cards=cards, title=title)
-    screen.show(f"Pages: {out / 'index.html'}")
+    with screen.steps() as on_step:
+        report = None if on_step is None else lambda done, total: on_step("writing pages", done, total)
+        summary = write_site(store, out, cards=cards, title=title, on_progress=report)
+    for problem in summary.problems:
+        screen.show(f"[yellow]left out[/yellow] {escape(problem)}")
+    screen.show(f"Pages: {escape(str(out / 'index.html'))}")
 
 
 def open_grid(path: Path) -> Grid:

@@ -1,0 +1,509 @@
+"""A store of results as static pages: overview with heat maps, table of all cells, charts, a page per cell, victim and method.
+
+    OUT/index.html table.html charts.html methods.html
+    OUT/cells/KEY.html victims/KEY.html methods/NAME.html
+    OUT/pictures/SHA256.png   each picture once
+    OUT/assets/               style, scripts, and the data as scripts, because pages opened as files may not fetch anything
+    OUT/lustral-site.json     says that this folder is a site of ours and may be replaced by the next one
+
+The pages need no network and no server. They are written into a folder beside OUT that takes its place at the end, so a
+killed run leaves the site that was there before. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import lustral
+from lustral.bench.site_data import cells_script, means_of, settings_of, settings_script
+from lustral.bench.site_pages import (
+    PICTURES,
+    Link,
+    Picture,
+    Relatives,
+    file_name,
+    method_page,
+    png_size,
+    read_cards,
+    record_page,
+)
+from lustral.bench.site_words import count, duration, page_of, table_link
+from lustral.bench.store import Kind, Store, StoreError
+from lustral.bench.summary import BENIGN, UNDEFENDED, load_cells
+
+TITLE = "Backdoor benchmark"
+MARKER = "lustral-site.json"
+LAYOUT = 1
+PAGES = ("index.html", "table.html", "charts.html", "methods.html")
+FOLDERS = ("assets", "cells", "victims", "methods", "pictures")
+ASSETS = ("site.css", "theme.js", "common.js", "heat.js", "table.js", "charts.js")
+DETAIL_FILE = "detail.json"  # as lustral.bench.cells writes it
+SEPARATOR = "\x1f"  # ASCII's own; it has no business in a page
+KEY = re.compile(r"[0-9a-f]{64}")
+STALE_SECONDS = 3600.0  # unfinished folders of killed runs are removed once they are so old
+
+OnPages = Callable[[int, int], None]
+
+
+class SiteError(ValueError):
+    """The site cannot be written; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSummary:
+    """What was written.
+
+    Attributes:
+        path: the site; open index.html in it.
+        cells: pages of results, finished and failed.
+        victims: pages of victims, finished and failed.
+        methods: pages of methods.
+        pictures: pictures.
+        size: bytes of all files.
+        seconds: wall time.
+        problems: files of the store that are missing or damaged; their pages say so too.
+    """
+
+    path: Path
+    cells: int
+    victims: int
+    methods: int
+    pictures: int
+    size: int
+    seconds: float
+    problems: tuple[str, ...]
+
+
+def write_site(
+    store: Store,
+    out: Path,
+    *,
+    cards: Path | None = None,
+    title: str = TITLE,
+    store_name: str = "STORE",
+    on_progress: OnPages | None = None,
+) -> SiteSummary:
+    """Write the pages of a store, in place of the site that may be there.
+
+    Args:
+        store: the results.
+        out: the folder to write: new, empty, or a site of ours.
+        cards: folder with a JSON file for each method: the published number and ours.
+        title: of the site.
+        store_name: what commands on the pages call the store; its real path is nobody's business.
+        on_progress: told (pages written, pages in all).
+
+    Raises:
+        SiteError: ``out`` holds something else, or a record has no proper key.
+        CardError: the cards cannot be read.
+        StoreError: a record cannot be read.
+        OSError: the disk is full, ``out`` cannot be written, ...
+    """
+    started = time.perf_counter()
+    out = Path(os.path.realpath(out))
+    _recover(out)
+    _require_ours(out)
+    contents = read_cards(cards)
+    cells = load_cells(store)
+    rows = sorted(cells.to_pylist(), key=_order)
+    _require_keys(rows)
+    with _replacing(out) as folder:
+        press = _Press(folder, title, on_progress)
+        site = _Site(press, store, store_name, rows, contents)
+        site.write(settings_of(cells), means_of(cells))
+    is_victim = [row["kind"] == "victim" for row in rows]
+    return SiteSummary(
+        path=out,
+        cells=len(rows) - sum(is_victim),
+        victims=sum(is_victim),
+        methods=len(site.methods),
+        pictures=len(site.shelf.made),
+        size=press.size,
+        seconds=time.perf_counter() - started,
+        problems=tuple(site.problems),
+    )
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return where a row comes in the table: victims first, what belongs together side by side."""
+    names = ("data", "arch", "attack", "poison_rate", "defence", "clean_images", "seed", "defence_seed")
+    return row["kind"] != "victim", *((row[name] is not None, row[name]) for name in names)
+
+
+# -- the folder -----------------------------------------------------------------------------------------------------
+
+
+def _require_ours(out: Path) -> None:
+    """Raise ``SiteError`` unless a folder may be replaced: it is not there, empty, or a site and nothing else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise SiteError(f"{out} is a file; name a folder")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    try:
+        layout = json.loads((out / MARKER).read_text(encoding="utf-8"))["lustral_site"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise SiteError(f"{out} is not empty and no site of lustral: name a new folder, or an existing site") from None
+    if layout != LAYOUT:
+        raise SiteError(
+            f"{out} is a site of layout {layout}, this version writes {LAYOUT}; remove it, or name a new folder"
+        )
+    if others := sorted(names - {MARKER, *PAGES, *FOLDERS}):
+        raise SiteError(
+            f"{out} also holds {', '.join(others[:5])}, which the new site would remove; move that away first"
+        )
+
+
+def _require_keys(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        for name in ("key", "victim_key"):
+            if row[name] is not None and not KEY.fullmatch(row[name]):
+                raise SiteError(f"a record has the {name} {row[name]!r}; expected 64 hexadecimal digits")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the place of ``out`` when the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(6)}.new")
+    folder.mkdir()
+    try:
+        yield folder
+        _require_ours(out)  # whoever put something there meanwhile keeps it
+        if out.exists():
+            aside = folder.with_suffix(".old")
+            os.rename(out, aside)
+            try:
+                os.rename(folder, out)
+            except OSError:
+                os.rename(aside, out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Put back a site whose replacement was killed between its two renames, and remove what older killed runs left."""
+    pattern = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{12}\.(new|old)")
+    if not out.parent.is_dir():
+        return
+    for path in sorted(out.parent.iterdir()):
+        found = pattern.fullmatch(path.name)
+        if found is None or not path.is_dir():
+            continue
+        if found[1] == "old" and not out.exists():
+            os.rename(path, out)
+        elif time.time() - path.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass
+class _Press:
+    """Renders templates and writes files below a folder."""
+
+    folder: Path
+    title: str
+    on_progress: OnPages | None
+    size: int = 0
+    pages: int = 0
+    total: int = 0
+    made: dict[Link, Markup] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.environment = Environment(
+            loader=PackageLoader("lustral.bench"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links)
+        self.environment.globals["site"] = {
+            "title": self.title,
+            "version": lustral.__version__,
+            "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        }
+        for name in FOLDERS:
+            (self.folder / name).mkdir()
+
+    def links(self, links: Sequence[Link]) -> Markup:
+        """Return links to cells as items of a list; each is escaped once, however many pages show it."""
+        for link in links:
+            if link not in self.made:
+                text, href, number = link
+                self.made[link] = Markup('<li><a href="{}">{}</a> <span class="soft">{}</span></li>').format(
+                    href, text, number
+                )
+        return Markup("").join(self.made[link] for link in links)
+
+    def page(self, template: str, path: str, **values: Any) -> None:
+        """Write a page."""
+        root = "../" * path.count("/")
+        self.file(path, self.environment.get_template(template).render(root=root, page=path, **values))
+        self.pages += 1
+        if self.on_progress is not None:
+            self.on_progress(self.pages, self.total)
+
+    def file(self, path: str, content: str | bytes) -> None:
+        """Write a file. No waiting for the disk: the folder gets its name only when all are written."""
+        data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+        with open(f"{self.folder}/{path}", "xb", buffering=0) as file:
+            file.write(data)
+        self.size += len(data)
+
+
+# -- the pages ------------------------------------------------------------------------------------------------------
+
+
+def table_cells(texts: Sequence[str]) -> Markup:
+    """Return texts as cells of a table; escaped in one go, because the pages have a million of them.
+
+    >>> table_cells(["1", "<b>"])
+    Markup('<td>1</td><td>&lt;b&gt;</td>')
+    """
+    return _split(texts, "<td>", "</td><td>", "</td>")
+
+
+def table_lines(texts: Sequence[str]) -> Markup:
+    """Return texts as one cell of a table, those after the first in small print.
+
+    >>> table_lines(["98%", "n = 9"])
+    Markup('<td>98%<span class="soft">n = 9</span></td>')
+    """
+    first, *rest = texts
+    small = _split(rest, '<span class="soft">', '</span><span class="soft">', "</span>") if rest else ""
+    return Markup(f"<td>{escape(first)}{small}</td>")
+
+
+def _split(texts: Sequence[str], start: str, between: str, end: str) -> Markup:
+    joined = SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts)
+    return Markup(start + str(escape(joined)).replace(SEPARATOR, between) + end)
+
+
+@dataclass
+class _Shelf:
+    """Puts pictures of records into the site, each content once."""
+
+    press: _Press
+    store: Store
+    made: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def take(self, record: Mapping[str, Any], name: str) -> Picture:
+        """Return a picture of a record.
+
+        Raises:
+            StoreError: the file is missing, damaged, or no PNG.
+        """
+        digest = record["files"][name]["sha256"]
+        if digest not in self.made:
+            content = self.store.file(record, name)
+            size = png_size(content)
+            if size is None:
+                raise StoreError(f"{name} of {record['key']} is no PNG")
+            self.press.file(f"pictures/{digest}.png", content)
+            self.made[digest] = size
+        width, height = self.made[digest]
+        return Picture(path=f"pictures/{digest}.png", width=width, height=height, caption=PICTURES[name])
+
+
+@dataclass
+class _Site:
+    press: _Press
+    store: Store
+    store_name: str
+    rows: list[dict[str, Any]]
+    cards: Mapping[str, Mapping[str, Any]]
+    problems: list[str] = field(default_factory=list)
+    triggers: dict[str, Picture] = field(default_factory=dict)  # by victim
+
+    def __post_init__(self) -> None:
+        self.shelf = _Shelf(self.press, self.store)
+        self.press.total = len(self.rows) + len(self.methods) + len(PAGES)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Names of all methods that have a card or a cell."""
+        used = {row[name] for row in self.rows for name in ("attack_method", "defence_method")}
+        return sorted({*self.cards, *used} - {UNDEFENDED, None})
+
+    @cached_property
+    def relatives(self) -> Relatives:
+        return Relatives(self.rows)
+
+    def write(self, settings: Sequence[Mapping[str, Any]], means: Sequence[Mapping[str, Any]]) -> None:
+        """Write everything; the marker comes last."""
+        templates = package_files("lustral.bench") / "templates"
+        for name in ASSETS:
+            self.press.file(f"assets/{name}", (templates / name).read_bytes())
+        self.press.file("assets/settings.js", settings_script(settings, means))
+        self.press.file("assets/cells.js", cells_script(self.rows))
+        for row in sorted(
+            self.rows, key=lambda row: row["kind"] != "victim"
+        ):  # victims first: results show their trigger
+            self.record(row)
+        kinds = {name: self.method(name, settings, means) for name in self.methods}
+        self.press.page("index.html.j2", "index.html", is_wide=True, it=self.overview())
+        self.press.page("table.html.j2", "table.html", is_wide=True)
+        self.press.page("charts.html.j2", "charts.html", is_wide=True)
+        self.press.page("methods.html.j2", "methods.html", is_wide=False, methods=self.method_list(kinds))
+        marker = {"lustral_site": LAYOUT, "version": lustral.__version__, "cells": len(self.rows)}
+        self.press.file(MARKER, json.dumps(marker) + "\n")
+
+    # -- one record -------------------------------------------------------------------------------------------------
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Write the page of a cell or a victim."""
+        problems: list[str] = []
+        record = self.read(row, problems)
+        detail = self.detail(record, problems)
+        pictures = []
+        if row["victim_key"] in self.triggers:
+            pictures.append(self.triggers[row["victim_key"]])
+        for name in PICTURES:
+            if name in record["files"]:
+                try:
+                    pictures.append(self.shelf.take(record, name))
+                except StoreError as error:
+                    problems.append(self.unnamed(error))
+                    continue
+                if row["kind"] == "victim":
+                    self.triggers[row["key"]] = pictures[-1]
+        self.problems += problems
+        page = record_page(
+            record,
+            row,
+            detail,
+            pictures=pictures,
+            relatives=self.relatives,
+            problems=problems,
+            store_name=self.store_name,
+        )
+        self.press.page("record.html.j2", page_of(row), is_wide=False, **page)
+
+    def read(self, row: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        """Return a row's record; if it is gone or damaged, as much as the row tells."""
+        kind: Kind = "failures" if row["status"] != "done" else "victims" if row["kind"] == "victim" else "results"
+        try:
+            return self.store.read(kind, row["key"])
+        except KeyError:
+            problems.append(f"The record {row['key'][:12]} went away while the site was being made.")
+        except StoreError as error:
+            problems.append(self.unnamed(error))
+        names = ("key", "kind", "status", "title", "victim_key")
+        made = {"seconds": None, **{name: row[name] for name in ("at", "device", "threads")}}
+        empty = {"files": {}, "spec": {}, "made": made, "error": row["error"] or "", "traceback": ""}
+        return {**{name: row[name] for name in names}, **empty}
+
+    def detail(self, record: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        """Return a record's curves and evidence, or nothing."""
+        if DETAIL_FILE not in record["files"]:
+            return {}
+        try:
+            found = json.loads(self.store.file(record, DETAIL_FILE))
+        except StoreError as error:
+            problems.append(self.unnamed(error))
+            return {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            problems.append(f"{DETAIL_FILE} of {record['key'][:12]} is not readable.")
+            return {}
+        return found
+
+    def unnamed(self, error: StoreError) -> str:
+        """Return an error without the place of the store: pages are for others to see."""
+        return str(error).replace(f"{self.store.root}/", "")
+
+    # -- methods and overview ---------------------------------------------------------------------------------------
+
+    def method(self, name: str, settings: Sequence[Mapping[str, Any]], means: Sequence[Mapping[str, Any]]) -> str:
+        """Write a method's page and return its kind."""
+        own = [row for row in settings if name in (row["attack_method"], row["defence_method"])]
+        page = method_page(name, self.cards.get(name), own, [row for row in means if row["defence_method"] == name])
+        self.press.page("method.html.j2", f"methods/{file_name(name)}.html", is_wide=True, it=page)
+        return str(page["kind"])
+
+    def method_list(self, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
+        counts = dict.fromkeys(self.methods, 0)
+        for row in self.rows:
+            for name in {row["attack_method"], row["defence_method"]} & counts.keys():
+                counts[name] += 1
+        return [
+            {
+                "name": name,
+                "file": file_name(name),
+                "kind": kinds[name],
+                "cells": count(counts[name]),
+                "has_card": name in self.cards,
+            }
+            for name in self.methods
+        ]
+
+    def overview(self) -> dict[str, Any]:
+        """Return what the first page shows beside the heat maps."""
+        done = [row for row in self.rows if row["status"] == "done"]
+        results = [row for row in done if row["kind"] == "result"]
+        victims = [row for row in done if row["kind"] == "victim"]
+        failures = len(self.rows) - len(done)
+        spent = sum(row["seconds"] or 0.0 for row in results) + sum(row["victim_seconds"] or 0.0 for row in victims)
+        tiles = [
+            ("results", count(len(results))),
+            ("victims", count(len(victims))),
+            ("attacks", count(len({row["attack"] for row in done} - {BENIGN}))),
+            ("defences", count(len({row["defence"] for row in results}))),
+            ("data sets", count(len({row["data"] for row in done}))),
+            ("seeds", count(len({row["seed"] for row in done}))),
+            ("computing time", duration(spent)),
+            ("failed cells", count(failures)),
+        ]
+        return {
+            "tiles": tiles,
+            "is_empty": not self.rows,
+            "columns": ("victims", "attacks", "poison rates", "defences", "clean images", "seeds", "results", "failed"),
+            "holdings": [
+                _holding(data, arch, self.rows) for data, arch in sorted({(r["data"], r["arch"]) for r in self.rows})
+            ],
+            "failures": failures,
+            "problems": self.problems,
+        }
+
+
+def _holding(data: str, arch: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the line of one data set and network."""
+    mine = [row for row in rows if row["data"] == data and row["arch"] == arch]
+    done = [row for row in mine if row["status"] == "done"]
+    results = [row for row in done if row["kind"] == "result"]
+    rates = sorted({row["poison_rate"] for row in done} - {None})
+    budgets = sorted({row["clean_images"] for row in results})
+    texts = [
+        count(len(done) - len(results)),
+        count(len({row["attack"] for row in done} - {BENIGN})),
+        ", ".join(f"{100 * rate:.4g}%" for rate in rates) or "–",
+        count(len({row["defence"] for row in results})),
+        ", ".join(count(budget) for budget in budgets) or "–",
+        count(len({row["seed"] for row in done})),
+        count(len(results)),
+        count(len(mine) - len(done)),
+    ]
+    return {"data": data, "arch": arch, "href": table_link("", data=data, arch=arch), "texts": texts}
