@@ -4,7 +4,7 @@
 
 The runner works through a small plan while the calls that anyone would make by hand are timed inside it: training the victim,
 running the defence, measuring the result. What is left is the runner's own: planning, claims, loading victims, records, weights,
-pictures, curves, checksums. (Timing two whole runs against each other was tried: pairs of one-minute runs differed by up to 20 %.)
+pictures, curves, checksums. (Two whole runs against each other were tried: such pairs differed by up to 20 %.)
 """
 
 from __future__ import annotations
