@@ -42,7 +42,11 @@ def test_every_method_has_a_card_and_a_page(name: str) -> None:
     assert rates
     assert all(0 <= rate <= 1 for rate in rates)
     page = {"fine_tuning": "controls", "bn_refresh": "controls"}.get(name, name)
-    assert (CARDS.parent.parent / "docs" / "methods" / f"{page}.md").is_file()
+    docs = CARDS.parent.parent / "docs"
+    text = (docs / "methods" / f"{page}.md").read_text()
+    if name in ATTACKS:
+        assert f"(../images/attacks/{name}.png)" in text
+        assert (docs / "images" / "attacks" / f"{name}.png").is_file()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, THREAT_MODELS
 from lustral.cli import main
 from lustral.cli.arguments import (
     TOP_FLAGS,
@@ -266,6 +266,28 @@ def test_purifiers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(json.loads(capsys.readouterr().out)["methods"]) == sorted(PURIFIERS)
     assert run("erase", "--list") == 0
     assert "baeraser" in capsys.readouterr().out
+
+
+def test_attacks_are_listed_with_what_their_attacker_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("implant", "--list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["attacks"]
+    assert sorted(listed) == sorted(ATTACKS) == sorted(THREAT_MODELS)
+    assert all(entry["does"] and entry["attacker"] for entry in listed.values())
+    assert run("implant", "--list") == 0
+    assert "badnets" in capsys.readouterr().out
+
+
+def test_assets_are_kept_for_the_next_victim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "implant trojan_nn --data digits --arch small_cnn:width=4 --epochs 1 --steps 2 --quiet"
+    line += " --surrogate.arch small_cnn:width=4 --surrogate.epochs 1"
+    folder = tmp_path / "assets"
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        assert run(*line.split(), "--assets", str(folder), "--seed", seed, "--out", str(out)) == 0
+        assert (out / "trigger.safetensors").is_file()
+    kept = sorted(path.name for path in (folder / "assets").rglob("*.json"))
+    assert len(kept) == 2  # the surrogate and the patch, both of the first run
+    capsys.readouterr()
 
 
 # What it returns and prints
