@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lustral.bench import cells
-from lustral.bench.plan import expand, parse_plan
+from lustral.bench.expansion import expand
+from lustral.bench.plan import parse_plan
 from lustral.bench.runner import run_local
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store

@@ -1,7 +1,8 @@
-"""Atomic writing: a killed process or a full disk leaves the old file intact, never half of a new one."""
+"""Atomic writing: a killed process or a full disk leaves the old file intact, never half of a new one; and canonical JSON."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  # of file systems without hard links
 
 
 @contextmanager
@@ -27,7 +30,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the disk is full, the folder is missing or not writable, ...; names ``path``.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = _beside(target)
     try:
         with temporary.open("xb") as file:
             yield file
@@ -46,6 +49,41 @@ def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file, or leave the old one; see ``atomic_write``."""
     with atomic_write(path) as file:
         file.write(content)
+
+
+def write_bytes_once(path: str | os.PathLike[str], content: bytes) -> bool:
+    """Make a file appear whole, in one step, unless there is one already.
+
+    Returns:
+        Whether this call made it; of several at once, one does.
+
+    Raises:
+        OSError: the disk is full, ...; nothing was written.
+    """
+    target = Path(path)
+    temporary = _beside(target)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, target)  # unlike a rename, this refuses to replace
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if target.exists():
+            return False
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _beside(target: Path) -> Path:
+    """Return a new temporary name in the folder of a file."""
+    return target.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def write_text_atomic(path: str | os.PathLike[str], content: str) -> None:
@@ -74,3 +112,9 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_ready(item) for item in value]
     return value
+
+
+def canonical(content: Any) -> bytes:
+    """Return plain data as the one JSON text that stands for it: sorted keys, no blanks."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return text.encode()

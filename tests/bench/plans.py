@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from lustral.bench.plan import Grid, expand, parse_plan
+from lustral.bench.expansion import expand
+from lustral.bench.grid import Grid
+from lustral.bench.plan import parse_plan
 from lustral.bench.runner import Event, run_local
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store

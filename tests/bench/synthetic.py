@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from lustral.bench.store import LAYOUT, Store, canonical, checksum_of, content_key
+from lustral.bench.store import LAYOUT, Store, checksum_of, content_key
+from lustral.files import canonical
 
 NUM_CLASSES = 10
 # name, how it prints, settings beside rate and label, success before a defence, how hard to erase (0 .. 1)

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from lustral.bench.store import Store, canonical, checksum_of
+from lustral.bench.store import Store, checksum_of
 from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
 from lustral.cli.bench_console import Board
 from lustral.cli.console import Screen
+from lustral.files import canonical
 from lustral.protocols import Progress
 from lustral.purifiers import BNRefresh, FineTuning
 

@@ -10,7 +10,8 @@ import pytest
 from synthetic import synthetic_store
 
 from lustral.bench.comparison import Comparison, compare
-from lustral.bench.summary import SCHEMA, QueryError, load_cells
+from lustral.bench.rows import SCHEMA, load_cells
+from lustral.bench.summary import QueryError
 
 
 def cell(defence: str, seed: int = 0, *, attack: str = "badnets", **columns: Any) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from lustral.bench.exports import (
     to_parquet,
     write_summary,
 )
-from lustral.bench.summary import EXTREMES, METRICS, SCHEMA, Query, Summary, table
+from lustral.bench.rows import SCHEMA
+from lustral.bench.summary import EXTREMES, METRICS, Query, Summary, table
 
 ODD = r"50%_of & #1 [red]|~^{x}\ $y$ <b> `c` *"
 

@@ -17,18 +17,9 @@ from hypothesis import strategies as st
 from bench.plans import QUICK, quick_grid
 from lustral.attacks import BadNets
 from lustral.attacks.sig import Sig
-from lustral.bench.plan import (
-    Cell,
-    Grid,
-    Plan,
-    PlanError,
-    attack_label,
-    default_arch,
-    defence_label,
-    expand,
-    parse_plan,
-    read_plan,
-)
+from lustral.bench.expansion import expand
+from lustral.bench.grid import Cell, Grid, attack_label, default_arch, defence_label
+from lustral.bench.plan import Plan, PlanError, parse_plan, read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import content_key
 from lustral.catalog import ATTACKS

@@ -21,12 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import synthetic_store
 
-from lustral.bench.site import MARKER, SiteError, SiteSummary, table_cells, write_site
+from lustral.bench.rows import load_cells
+from lustral.bench.site import SiteSummary, write_site
 from lustral.bench.site_charts import curves
 from lustral.bench.site_data import means_of, script_json, settings_of
-from lustral.bench.site_pages import CardError, file_name, png_size, read_cards
+from lustral.bench.site_folder import MARKER, SiteError
+from lustral.bench.site_methods import CardError, read_cards
+from lustral.bench.site_press import table_cells
+from lustral.bench.site_records import png_size
+from lustral.bench.site_words import file_name
 from lustral.bench.store import Store, content_key
-from lustral.bench.summary import Query, load_cells, table
+from lustral.bench.summary import Query, table
 
 CARDS = Path(__file__).parent.parent / "cards"
 EVIL = """<img src=x onerror="window.evil=1"></script><script>window.evil=1</script>'"`{{ 7*7 }}"""

@@ -23,8 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lustral.bench import store as store_module
-from lustral.bench.store import KINDS, Store, StoreError, canonical, checksum_of, content_key
+from lustral.bench import claims as claims_module
+from lustral.bench.store import KINDS, Store, StoreError, checksum_of, content_key
+from lustral.files import canonical
 
 KEY = "ab" + 62 * "0"
 LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere only silence tells who is dead")
@@ -42,7 +43,7 @@ def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]
     url = str(tmp_path / "store") if request.param == "local" else f"memory://{secrets.token_hex(8)}/store"
     store = Store(url).open(create=True)
     yield store
-    store.fs.rm(store.root, recursive=True)
+    store.disk.fs.rm(store.root, recursive=True)
 
 
 def spec_of(number: int) -> dict[str, Any]:
@@ -55,13 +56,13 @@ def put(store: Store, number: int = 0, files: dict[str, bytes] | None = None, **
 
 
 def all_files(store: Store) -> dict[str, bytes]:
-    return {path: store.fs.cat_file(path) for path in store.fs.find(store.root)}
+    return {path: store.disk.fs.cat_file(path) for path in store.disk.fs.find(store.root)}
 
 
 def rewrite(store: Store, key: str, **changes: Any) -> None:
     """Change a record as somebody would who wants it to look right."""
     record = {**store.read("victims", key), **changes}
-    store.fs.pipe_file(store.path("victims", key), canonical({**record, "checksum": checksum_of(record)}))
+    store.disk.fs.pipe_file(store.path("victims", key), canonical({**record, "checksum": checksum_of(record)}))
 
 
 def start(code: str, *words: object) -> subprocess.Popen[str]:
@@ -188,7 +189,7 @@ def test_any_record_reads_back_as_it_was(content: dict[str, Any]) -> None:
     store = Store(f"memory://{secrets.token_hex(8)}").open(create=True)
     store.put("results", KEY, {"content": content})
     assert store.read("results", KEY)["content"] == content
-    store.fs.rm(store.root, recursive=True)
+    store.disk.fs.rm(store.root, recursive=True)
 
 
 # Damage
@@ -210,7 +211,7 @@ def test_any_record_reads_back_as_it_was(content: dict[str, Any]) -> None:
 def test_a_damaged_record_is_said_to_be(any_store: Store, damage: Any) -> None:
     key, _ = put(any_store, rate=0.5)
     path = any_store.path("victims", key)
-    any_store.fs.pipe_file(path, damage(any_store.fs.cat_file(path)))
+    any_store.disk.fs.pipe_file(path, damage(any_store.disk.fs.cat_file(path)))
     with pytest.raises(StoreError, match=key):
         any_store.read("victims", key)
     with pytest.raises(StoreError, match=key):
@@ -249,7 +250,7 @@ def test_a_record_that_cannot_be_read_is_not_passed_over(any_store: Store, monke
     """Only one that was removed meanwhile is; else a bad connection would make its files look like leftovers."""
     keys = sorted(put(any_store, number)[0] for number in range(3))
     path = any_store.path("victims", keys[1])
-    cat_file, read_bytes = any_store.fs.cat_file, Path.read_bytes
+    cat_file, read_bytes = any_store.disk.fs.cat_file, Path.read_bytes
 
     for trouble in (FileNotFoundError(path), PermissionError(path), TimeoutError(path)):
 
@@ -259,7 +260,7 @@ def test_a_record_that_cannot_be_read_is_not_passed_over(any_store: Store, monke
             return False
 
         with monkeypatch.context() as patch:
-            patch.setattr(any_store.fs, "cat_file", lambda where, **_: fail(where) or cat_file(where))
+            patch.setattr(any_store.disk.fs, "cat_file", lambda where, **_: fail(where) or cat_file(where))
             patch.setattr(Path, "read_bytes", lambda where: fail(where) or read_bytes(where))
             if isinstance(trouble, FileNotFoundError):
                 assert [record["key"] for record in any_store.records("victims")] == [keys[0], keys[2]]
@@ -275,10 +276,10 @@ def test_a_damaged_or_missing_file_is_said_to_be(any_store: Store) -> None:
     record = any_store.read("victims", key)
     path = f"{any_store.folder(record)}/model.safetensors"
     for content in (b"weightz", b"weight", b""):
-        any_store.fs.pipe_file(path, content)
+        any_store.disk.fs.pipe_file(path, content)
         with pytest.raises(StoreError, match=r"model\.safetensors has changed"):
             any_store.file(record, "model.safetensors")
-    any_store.fs.rm(path)
+    any_store.disk.fs.rm(path)
     with pytest.raises(StoreError, match=r"model\.safetensors is missing"), any_store.as_folder(record):
         pass
     with pytest.raises(StoreError, match=r"no file 'model\.onnx'; it has model\.safetensors, trigger\.png"):
@@ -295,7 +296,7 @@ def test_a_strangers_record_reaches_no_file_outside(store: Store, tmp_path: Path
     with pytest.raises(StoreError, match="outside"):
         store.read("victims", key)
     rewrite_folder = {"folder": "../../../precious", "files": {}}
-    store.fs.rm(store.path("victims", key))
+    store.disk.fs.rm(store.path("victims", key))
     put(store)
     rewrite(store, key, **rewrite_folder)
     with pytest.raises(StoreError, match="outside"):
@@ -338,7 +339,7 @@ def test_an_unreadable_marker(store: Store, marker: bytes) -> None:
 
 
 def test_another_layout_is_refused(any_store: Store) -> None:
-    any_store.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": 2}))
+    any_store.disk.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": 2}))
     with pytest.raises(StoreError, match="layout 2, this version reads 1"):
         any_store.open(create=False)
 
@@ -398,7 +399,7 @@ def test_a_full_disk_writes_no_record(store: Store, monkeypatch: pytest.MonkeyPa
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for place in ("lustral.files.os.fsync", "lustral.bench.store.os.link"):
+    for place in ("lustral.files.os.fsync", "lustral.bench.disk.os.link"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             with pytest.raises(OSError, match="No space"):
@@ -415,12 +416,12 @@ store = module.Store(sys.argv[1])
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "before the second file":
-    write, count = store._write_file, []
-    store._write_file = lambda *words: die() if count else (count.append(1), write(*words))
+    write, count = store.disk.write_file, []
+    store.disk.write_file = lambda *words: die() if count else (count.append(1), write(*words))
 elif sys.argv[2] == "before the record":
-    store._write_once = die
+    store.disk.write_once = die
 elif sys.argv[2] == "before its name":
-    module.os.link = die
+    os.link = die
 print("ready", flush=True)
 store.put("victims", sys.argv[3], {"spec": {}}, {"a": b"1", "b": b"2"})
 """
@@ -451,8 +452,8 @@ def test_leftovers_of_a_remote_store(any_store: Store) -> None:
     put(any_store)
     whole = all_files(any_store)
     orphan = f"{any_store.root}/files/ab/{KEY}-0123456789ab"
-    any_store.fs.makedirs(orphan, exist_ok=True)
-    any_store.fs.pipe_file(f"{orphan}/model.safetensors", b"half")
+    any_store.disk.fs.makedirs(orphan, exist_ok=True)
+    any_store.disk.fs.pipe_file(f"{orphan}/model.safetensors", b"half")
     assert any_store.leftovers(grace_seconds=3600) == []
     assert any_store.leftovers(grace_seconds=0) == [orphan]
     any_store.discard(orphan)
@@ -532,8 +533,8 @@ def test_a_new_process_with_an_old_number_is_another(store: Store) -> None:
 
 def forge(store: Store, claim: Any) -> str:
     path = f"{store.root}/claims/{KEY}.json"
-    store.fs.makedirs(f"{store.root}/claims", exist_ok=True)
-    store.fs.pipe_file(path, claim if isinstance(claim, bytes) else canonical(claim))
+    store.disk.fs.makedirs(f"{store.root}/claims", exist_ok=True)
+    store.disk.fs.pipe_file(path, claim if isinstance(claim, bytes) else canonical(claim))
     return path
 
 
@@ -545,7 +546,7 @@ def test_the_claim_of_another_machine_ends_with_silence(
     any_store: Store, claim: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     forge(any_store, claim)
 
     def is_mine(after: float) -> bool:
@@ -576,15 +577,15 @@ def test_old_claims_of_other_machines_are_leftovers(store: Store) -> None:
 
 
 def test_a_claim_beats_and_survives_a_bad_moment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "BEAT_SECONDS", 0.01)
-    write, troubles = store._write_file, [OSError(errno.EIO, "the network is away"), OSError(errno.ENOSPC, "full")]
+    monkeypatch.setattr(claims_module, "BEAT_SECONDS", 0.01)
+    write, troubles = store.disk.write_file, [OSError(errno.EIO, "the network is away"), OSError(errno.ENOSPC, "full")]
 
     def trouble(path: str, content: bytes) -> None:
         if troubles:
             raise troubles.pop()
         write(path, content)
 
-    monkeypatch.setattr(store, "_write_file", trouble)
+    monkeypatch.setattr(store.disk, "write_file", trouble)
     with store.claim(KEY):
         path = Path(store.root, "claims", f"{KEY}.json")
         patience = time.monotonic() + 10
@@ -596,7 +597,7 @@ def test_a_claim_beats_and_survives_a_bad_moment(store: Store, monkeypatch: pyte
 
 
 def test_who_has_lost_his_claim_leaves_the_new_one_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claims_module, "BEAT_SECONDS", 0.01)
     with store.claim(KEY):
         path = forge(store, ELSEWHERE)
         time.sleep(0.1)
@@ -617,7 +618,7 @@ def test_a_claim_is_never_free_while_it_is_taken_over(store: Store, monkeypatch:
     a_dead_claim(store)
     slow, third = Store(store.url), Store(store.url)
     intrusions: list[bool] = []
-    is_dead = slow._is_dead
+    is_dead = slow.claims._is_dead
 
     with ExitStack() as held:
 
@@ -625,8 +626,8 @@ def test_a_claim_is_never_free_while_it_is_taken_over(store: Store, monkeypatch:
             dead = is_dead(path, content)
             if dead and not intrusions:
                 assert held.enter_context(store.claim(KEY))
-                for name in ("_content", "_write_once", "_write_file", "_discard"):
-                    monkeypatch.setattr(slow, name, intruded(getattr(slow, name)))
+                for name in ("content", "write_once", "write_file", "discard"):
+                    monkeypatch.setattr(slow.disk, name, intruded(getattr(slow.disk, name)))
             return dead
 
         def intruded(step: Any) -> Any:
@@ -640,7 +641,7 @@ def test_a_claim_is_never_free_while_it_is_taken_over(store: Store, monkeypatch:
 
             return act
 
-        monkeypatch.setattr(slow, "_is_dead", find_dead)
+        monkeypatch.setattr(slow.claims, "_is_dead", find_dead)
         with slow.claim(KEY) as mine:
             assert not mine
         assert intrusions
@@ -652,7 +653,7 @@ TAKER = """
 import os, sys
 from lustral.bench.store import Store
 store = Store(sys.argv[1])
-store._write_file = lambda *_: os._exit(9)
+store.disk.write_file = lambda *_: os._exit(9)
 print("ready", flush=True)
 with store.claim(sys.argv[2]):
     pass

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import synthetic_store
 
-from lustral.bench.store import Store, StoreError, canonical, content_key
-from lustral.bench.summary import METRICS, SCHEMA, Query, QueryError, load_cells, table
+from lustral.bench.rows import SCHEMA, load_cells
+from lustral.bench.store import Store, StoreError, content_key
+from lustral.bench.summary import METRICS, Query, QueryError, table
 from lustral.evaluation.metrics import wilson_interval
+from lustral.files import canonical
 
 NUMBERS = itertools.count()
 
@@ -473,7 +475,7 @@ def test_stores_behind_a_url_are_read_too(store: Store) -> None:
     remote = Store("memory://summary-test").open(create=True)
     for kind in ("victims", "results", "failures"):
         for path, content in store.contents(kind):
-            remote.fs.pipe_file(f"{remote.root}/{kind}/ab/{Path(path).name}", content)
+            remote.disk.fs.pipe_file(f"{remote.root}/{kind}/ab/{Path(path).name}", content)
     assert sorted(load_cells(remote).to_pylist(), key=str) == sorted(load_cells(store).to_pylist(), key=str)
 
 
@@ -514,7 +516,8 @@ def test_ten_thousand_results_take_two_seconds(tmp_path: Path) -> None:
     root = tmp_path / "bench"
     synthetic_store(root, results=10_000, attacks=24, defences=20, seeds=3, pictures=False, details=False)
     code = (
-        "import time; from lustral.bench.store import Store; from lustral.bench.summary import Query, load_cells, table\n"
+        "import time; from lustral.bench.rows import load_cells; from lustral.bench.store import Store\n"
+        "from lustral.bench.summary import Query, table\n"
         f"made = table(load_cells(Store({str(root)!r}).open(create=False)), Query())\n"
         "assert made.rows.num_rows == 42; print(time.process_time())"
     )

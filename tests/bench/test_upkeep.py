@@ -17,9 +17,9 @@ from safetensors.torch import load, save
 from bench.plans import QUICK, quick_grid
 from bench.synthetic import synthetic_store
 from lustral.bench.cells import StoreAssets
-from lustral.bench.plan import Cell, Grid
+from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, Summary, run_local
-from lustral.bench.store import KINDS, Kind, Store, StoreError, canonical, checksum_of
+from lustral.bench.store import KINDS, Kind, Store, StoreError, checksum_of
 from lustral.bench.upkeep import (
     Waste,
     differences,
@@ -32,6 +32,7 @@ from lustral.bench.upkeep import (
 )
 from lustral.detectors import MaskArea
 from lustral.evaluation import Evaluation, Rate, compare
+from lustral.files import canonical
 from lustral.images import as_float
 from lustral.models import load_model
 from lustral.protocols import Cost, Verdict
@@ -93,7 +94,7 @@ def flip(path: str, position: int = -5) -> None:
 
 
 def whole(store: Store) -> dict[str, bytes]:
-    return {path: Path(path).read_bytes() for path in store.fs.find(store.root)}
+    return {path: Path(path).read_bytes() for path in store.disk.fs.find(store.root)}
 
 
 # Verify
@@ -393,7 +394,7 @@ def test_a_run_ends_though_its_victim_is_taken_away(store: Store, grid: Grid, mo
 
 def test_what_gets_its_record_meanwhile_is_no_leftover(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer names its files between the two looks of a clean-up without any grace."""
-    ages, key = store._ages, "e" * 64
+    ages, key = store.disk.ages, "e" * 64
 
     def late(folder: str) -> Any:
         written = store.put("assets", key, {"spec": {}}, {"trigger.safetensors": b"new"}) if not seen else None
@@ -401,7 +402,7 @@ def test_what_gets_its_record_meanwhile_is_no_leftover(store: Store, monkeypatch
         return ages(folder)
 
     seen: list[Any] = []
-    monkeypatch.setattr(store, "_ages", late)
+    monkeypatch.setattr(store.disk, "ages", late)
     remove_waste(store, find_waste(store, grace_seconds=0))
     assert seen == [True]
     assert store.file(store.read("assets", key), "trigger.safetensors") == b"new"

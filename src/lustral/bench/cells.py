@@ -24,9 +24,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import lustral
-from lustral.bench.plan import DEFENCES, Cell
+from lustral.bench.grid import DEFENCES, Cell
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store, content_key
+from lustral.bench.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.evaluation import Evaluation, compare, evaluate
 from lustral.files import json_ready
@@ -40,10 +40,6 @@ from lustral.training import EpochReport, Trainer
 from lustral.victims import NO_ATTACK, TRIGGER_FILE, implant, library_versions, load_victim, save_victim
 
 SCHEMA = 1
-MODEL_FILE = "model.safetensors"
-DETAIL_FILE = "detail.json"
-VICTIM_PICTURE = "trigger.png"
-RECOVERED_PICTURE = "recovered.png"
 
 
 class CellError(ValueError):

@@ -19,17 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lustral.bench.summary import (
-    CONFIDENCE,
-    IDENTITY,
-    METRICS,
-    UNDEFENDED,
-    Query,
-    QueryError,
-    require_values,
-    selection,
-    value_sql,
-)
+from lustral.bench.rows import IDENTITY, UNDEFENDED
+from lustral.bench.summary import CONFIDENCE, METRICS, Query, QueryError, require_values, selection, value_sql
 from lustral.settings import suggest
 
 LEAST_RESAMPLES = 1_000

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lustral.bench.cells import Workbench, failure
-from lustral.bench.plan import Cell, Grid
+from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, OnEvent, Summary, run_cell, threads, wait_for
 from lustral.bench.store import Store
 from lustral.protocols import Progress

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from lustral.bench.cells import Workbench, failure
-from lustral.bench.plan import Cell, Grid
+from lustral.bench.grid import Cell, Grid
 from lustral.bench.store import Store
 from lustral.protocols import OnProgress, Progress
 

@@ -15,53 +15,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
 import lustral
+from lustral.bench.rows import BENIGN, UNDEFENDED, load_cells
 from lustral.bench.site_data import cells_script, means_of, settings_of, settings_script
-from lustral.bench.site_pages import (
-    PICTURES,
-    Link,
-    Picture,
-    Relatives,
-    file_name,
-    method_page,
-    png_size,
-    read_cards,
-    record_page,
-)
-from lustral.bench.site_words import count, duration, page_of, table_link
-from lustral.bench.store import Kind, Store, StoreError
-from lustral.bench.summary import BENIGN, UNDEFENDED, load_cells
+from lustral.bench.site_folder import LAYOUT, MARKER, PAGES, SiteError, recover, replacing, require_ours
+from lustral.bench.site_methods import method_page, read_cards
+from lustral.bench.site_press import OnPages, Press
+from lustral.bench.site_records import PICTURES, Picture, Relatives, png_size, record_page
+from lustral.bench.site_words import count, duration, file_name, page_of, table_link
+from lustral.bench.store import DETAIL_FILE, Kind, Store, StoreError
 
 TITLE = "Backdoor benchmark"
-MARKER = "lustral-site.json"
-LAYOUT = 1
-PAGES = ("index.html", "table.html", "charts.html", "methods.html")
-FOLDERS = ("assets", "cells", "victims", "methods", "pictures")
 ASSETS = ("site.css", "theme.js", "common.js", "heat.js", "table.js", "charts.js")
-DETAIL_FILE = "detail.json"  # as lustral.bench.cells writes it
-SEPARATOR = "\x1f"  # ASCII's own; it has no business in a page
 KEY = re.compile(r"[0-9a-f]{64}")
-STALE_SECONDS = 3600.0  # unfinished folders of killed runs are removed once they are so old
-
-OnPages = Callable[[int, int], None]
-
-
-class SiteError(ValueError):
-    """The site cannot be written; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +90,14 @@ def write_site(
     """
     started = time.perf_counter()
     out = Path(os.path.realpath(out))
-    _recover(out)
-    _require_ours(out)
+    recover(out)
+    require_ours(out)
     contents = read_cards(cards)
     cells = load_cells(store)
     rows = sorted(cells.to_pylist(), key=_order)
     _require_keys(rows)
-    with _replacing(out) as folder:
-        press = _Press(folder, title, on_progress)
+    with replacing(out) as folder:
+        press = Press(folder, title, on_progress)
         site = _Site(press, store, store_name, rows, contents)
         site.write(settings_of(cells), means_of(cells))
     is_victim = [row["kind"] == "victim" for row in rows]
@@ -145,32 +119,6 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["kind"] != "victim", *((row[name] is not None, row[name]) for name in names)
 
 
-# -- the folder -----------------------------------------------------------------------------------------------------
-
-
-def _require_ours(out: Path) -> None:
-    """Raise ``SiteError`` unless a folder may be replaced: it is not there, empty, or a site and nothing else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise SiteError(f"{out} is a file; name a folder")
-    names = {path.name for path in out.iterdir()}
-    if not names:
-        return
-    try:
-        layout = json.loads((out / MARKER).read_text(encoding="utf-8"))["lustral_site"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise SiteError(f"{out} is not empty and no site of lustral: name a new folder, or an existing site") from None
-    if layout != LAYOUT:
-        raise SiteError(
-            f"{out} is a site of layout {layout}, this version writes {LAYOUT}; remove it, or name a new folder"
-        )
-    if others := sorted(names - {MARKER, *PAGES, *FOLDERS}):
-        raise SiteError(
-            f"{out} also holds {', '.join(others[:5])}, which the new site would remove; move that away first"
-        )
-
-
 def _require_keys(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         for name in ("key", "victim_key"):
@@ -178,134 +126,11 @@ def _require_keys(rows: Sequence[Mapping[str, Any]]) -> None:
                 raise SiteError(f"a record has the {name} {row[name]!r}; expected 64 hexadecimal digits")
 
 
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Yield a new folder that takes the place of ``out`` when the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(6)}.new")
-    folder.mkdir()
-    try:
-        yield folder
-        _require_ours(out)  # whoever put something there meanwhile keeps it
-        if out.exists():
-            aside = folder.with_suffix(".old")
-            os.rename(out, aside)
-            try:
-                os.rename(folder, out)
-            except OSError:
-                os.rename(aside, out)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _recover(out: Path) -> None:
-    """Put back a site whose replacement was killed between its two renames, and remove what older killed runs left."""
-    pattern = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{12}\.(new|old)")
-    if not out.parent.is_dir():
-        return
-    for path in sorted(out.parent.iterdir()):
-        found = pattern.fullmatch(path.name)
-        if found is None or not path.is_dir():
-            continue
-        if found[1] == "old" and not out.exists():
-            os.rename(path, out)
-        elif time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@dataclass
-class _Press:
-    """Renders templates and writes files below a folder."""
-
-    folder: Path
-    title: str
-    on_progress: OnPages | None
-    size: int = 0
-    pages: int = 0
-    total: int = 0
-    made: dict[Link, Markup] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.environment = Environment(
-            loader=PackageLoader("lustral.bench"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links)
-        self.environment.globals["site"] = {
-            "title": self.title,
-            "version": lustral.__version__,
-            "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        }
-        for name in FOLDERS:
-            (self.folder / name).mkdir()
-
-    def links(self, links: Sequence[Link]) -> Markup:
-        """Return links to cells as items of a list; each is escaped once, however many pages show it."""
-        for link in links:
-            if link not in self.made:
-                text, href, number = link
-                self.made[link] = Markup('<li><a href="{}">{}</a> <span class="soft">{}</span></li>').format(
-                    href, text, number
-                )
-        return Markup("").join(self.made[link] for link in links)
-
-    def page(self, template: str, path: str, **values: Any) -> None:
-        """Write a page."""
-        root = "../" * path.count("/")
-        self.file(path, self.environment.get_template(template).render(root=root, page=path, **values))
-        self.pages += 1
-        if self.on_progress is not None:
-            self.on_progress(self.pages, self.total)
-
-    def file(self, path: str, content: str | bytes) -> None:
-        """Write a file. No waiting for the disk: the folder gets its name only when all are written."""
-        data = content.encode("utf-8", "replace") if isinstance(content, str) else content
-        with open(f"{self.folder}/{path}", "xb", buffering=0) as file:
-            file.write(data)
-        self.size += len(data)
-
-
-# -- the pages ------------------------------------------------------------------------------------------------------
-
-
-def table_cells(texts: Sequence[str]) -> Markup:
-    """Return texts as cells of a table; escaped in one go, because the pages have a million of them.
-
-    >>> table_cells(["1", "<b>"])
-    Markup('<td>1</td><td>&lt;b&gt;</td>')
-    """
-    return _split(texts, "<td>", "</td><td>", "</td>")
-
-
-def table_lines(texts: Sequence[str]) -> Markup:
-    """Return texts as one cell of a table, those after the first in small print.
-
-    >>> table_lines(["98%", "n = 9"])
-    Markup('<td>98%<span class="soft">n = 9</span></td>')
-    """
-    first, *rest = texts
-    small = _split(rest, '<span class="soft">', '</span><span class="soft">', "</span>") if rest else ""
-    return Markup(f"<td>{escape(first)}{small}</td>")
-
-
-def _split(texts: Sequence[str], start: str, between: str, end: str) -> Markup:
-    joined = SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts)
-    return Markup(start + str(escape(joined)).replace(SEPARATOR, between) + end)
-
-
 @dataclass
 class _Shelf:
     """Puts pictures of records into the site, each content once."""
 
-    press: _Press
+    press: Press
     store: Store
     made: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -329,7 +154,7 @@ class _Shelf:
 
 @dataclass
 class _Site:
-    press: _Press
+    press: Press
     store: Store
     store_name: str
     rows: list[dict[str, Any]]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from lustral.bench.rows import BENIGN, UNDEFENDED
 from lustral.bench.site_words import is_number
-from lustral.bench.summary import BENIGN, UNDEFENDED, Query, table
+from lustral.bench.summary import Query, table
 
 CELL_COLUMNS = (
     *("key", "kind", "status", "title", "data", "arch", "attack", "attack_method", "poison_rate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
@@ -150,3 +151,12 @@ def table_link(root: str, **values: Any) -> str:
 def page_of(row: Mapping[str, Any]) -> str:
     """Return where the page of a cell is, from the root of the site."""
     return f"{'victims' if row['kind'] == 'victim' else 'cells'}/{row['key']}.html"
+
+
+def file_name(method: str) -> str:
+    """Return a method's name as the name of a file, one for each method.
+
+    >>> file_name("i_bau"), file_name("../a b")
+    ('i_bau', '-002e-002e-002fa-0020b')
+    """
+    return re.sub(r"[^A-Za-z0-9_]", lambda found: f"-{ord(found[0]):04x}", method) or "-"

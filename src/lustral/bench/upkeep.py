@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lustral.bench.cells import Workbench, brief
-from lustral.bench.plan import Cell, Grid
+from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import threads
-from lustral.bench.store import KINDS, Kind, Store, StoreError, content_key
+from lustral.bench.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
 from lustral.evaluation import Evaluation, Rate, compare
 from lustral.protocols import OnProgress
 from lustral.randomness import child
@@ -161,7 +161,7 @@ def _measure_sample(
     on_step: Callable[[str, int, int], None] | None,
 ) -> None:
     """Measure some models again from their weights and compare with what was written down."""
-    kept = [record for record in records if "model.safetensors" in record["files"]]
+    kept = [record for record in records if MODEL_FILE in record["files"]]
     order = torch.randperm(len(kept), generator=child(seed, "verify"))[:sample].tolist()
     bench = Workbench(store=store, device=device)
     for number, index in enumerate(order, 1):

@@ -28,7 +28,7 @@ from lustral.cli.console import Screen
 from lustral.cli.parsing import UsageError
 
 if TYPE_CHECKING:
-    from lustral.bench.plan import Grid
+    from lustral.bench.grid import Grid
 
 SCHEMA = 1
 FAULTS = 1  # exit code of ``verify`` and ``repeat``
@@ -136,9 +136,9 @@ def plan(command: BenchPlan, screen: Screen) -> int:
 
 def table(command: BenchTable, screen: Screen) -> int:
     """Average over seeds."""
-    from lustral.bench import exports, summary
+    from lustral.bench import exports, rows, summary
 
-    cells = summary.load_cells(Store(absolute(command.store)).open(create=False))
+    cells = rows.load_cells(Store(absolute(command.store)).open(create=False))
     query = summary.Query(
         by=words(command.by),
         metrics=words(command.metric),
@@ -157,9 +157,9 @@ def table(command: BenchTable, screen: Screen) -> int:
 
 def compare(command: BenchCompare, screen: Screen) -> int:
     """Compare two defences on the same victims."""
-    from lustral.bench import comparison, exports, summary
+    from lustral.bench import comparison, exports, rows
 
-    cells = summary.load_cells(Store(absolute(command.store)).open(create=False))
+    cells = rows.load_cells(Store(absolute(command.store)).open(create=False))
     found = comparison.compare(
         cells,
         command.first,
@@ -231,7 +231,7 @@ def gc(command: BenchGc, screen: Screen) -> int:
 def repeat(command: BenchRepeat, screen: Screen) -> int:
     """Compute a stored cell again; exit code 1 if its rates differ."""
     from lustral.bench import upkeep
-    from lustral.bench.plan import Cell
+    from lustral.bench.grid import Cell
     from lustral.cli.opening import pick_device
 
     store = Store(absolute(command.store)).open(create=False)
@@ -268,7 +268,8 @@ def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen:
 
 def open_grid(path: Path) -> Grid:
     """Read a plan and turn it into cells."""
-    from lustral.bench.plan import expand, read_plan
+    from lustral.bench.expansion import expand
+    from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
 
     return expand(read_plan(path), Sources())

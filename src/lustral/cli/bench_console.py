@@ -14,7 +14,7 @@ from lustral.cli.console import Screen
 
 if TYPE_CHECKING:
     from lustral import protocols
-    from lustral.bench.plan import Cell, Grid
+    from lustral.bench.grid import Cell, Grid
     from lustral.bench.runner import Event
 
 LOG_SECONDS = 60.0  # between lines about the cell at work, where there is no terminal

@@ -1,45 +1,44 @@
-"""What the pages of single cells, victims and methods show, made from records, rows and cards: texts and positions, no markup."""
+"""What the pages of single cells and victims show, made from records and rows: texts and positions, no markup."""
 
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
+from lustral.bench.rows import BENIGN
 from lustral.bench.site_charts import curves
+from lustral.bench.site_press import Link
 from lustral.bench.site_words import (
     MISSING,
-    PRINTS,
     count,
     duration,
+    file_name,
     is_number,
     is_share,
     memory,
     page_of,
     percent,
     plain,
-    plus_minus,
     points,
     score,
     spaced,
     table_link,
 )
-from lustral.bench.store import canonical
-from lustral.bench.summary import BENIGN, UNDEFENDED
+from lustral.bench.store import RECOVERED_PICTURE, TRIGGER_PICTURE
+from lustral.files import canonical
 
 MOST_LINKS = 24  # to other cells in one list
 MOST_ENTRIES = 120  # of a history or an evidence table; the file beside the record has all
 SHORT_KEY = 12  # digits of a key that commands take
 LARGEST_PIXELATED = 200  # pixels; smaller pictures are drawn with sharp edges
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PICTURES = {"trigger.png": "The attacker’s trigger", "recovered.png": "The trigger that the defence recovered"}
+PICTURES = {TRIGGER_PICTURE: "The attacker’s trigger", RECOVERED_PICTURE: "The trigger that the defence recovered"}
 RATES = (
     ("acc", "Clean accuracy (ACC)", "test images classified correctly"),
     ("asr", "Attack success rate (ASR)", "triggered images that go to the attacker’s class"),
@@ -73,13 +72,6 @@ def png_size(content: bytes) -> tuple[int, int] | None:
         return None
     width, height = struct.unpack(">II", content[16:24])
     return (width, height) if width and height else None
-
-
-# -- cells and victims ----------------------------------------------------------------------------------------------
-
-
-Link = tuple[str, str, str]
-"""A link to another cell: its text, its address, and its most telling number."""
 
 
 @dataclass
@@ -428,184 +420,3 @@ def _method_links(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     if row["kind"] == "result":
         names.append(row["defence_method"])
     return [(name, f"../methods/{file_name(name)}.html") for name in names]
-
-
-# -- methods --------------------------------------------------------------------------------------------------------
-
-CARD_FORMS = {  # fields of cards, in the order of the table: heading and how they print
-    "acc": ("ACC", "percent"),
-    "asr": ("ASR", "percent"),
-    "ra": ("RA", "percent"),
-    "der": ("DER", "score"),
-    "correct": ("right verdicts", "percent"),
-    "acc_loss": ("ACC loss, points", "points"),
-    "asr_before": ("ASR before", "percent"),
-    "asr_drop": ("ASR lowered by, points", "points"),
-    "worst_asr": ("largest ASR", "percent"),
-    "worst_acc_loss": ("largest ACC loss, points", "points"),
-    "seconds": ("time", "seconds"),
-    "image_passes": ("image passes", "passes"),
-}
-CARD_NAMES = {"accuracy_loss": "acc_loss", "worst_accuracy_loss": "worst_acc_loss", "asr0": "asr_before"}
-STORE_FIELDS = ("acc", "asr", "ra", "der", "correct", "acc_loss", "asr_before", "seconds")
-
-
-class CardError(ValueError):
-    """Cards cannot be used; the message has one line for each problem."""
-
-
-def read_cards(folder: Path | None) -> dict[str, dict[str, Any]]:
-    """Return the cards of a folder (its \\*.json) by method.
-
-    Raises:
-        CardError: the folder is missing, or a card is no object with a "method"; one line for each.
-    """
-    if folder is None:
-        return {}
-    if not folder.is_dir():
-        raise CardError(f"{folder} is no folder of cards")
-    cards, problems = dict[str, dict[str, Any]](), []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            card = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problems.append(f"{path} is not readable JSON: {error}")
-            continue
-        if not isinstance(card, dict) or not isinstance(card.get("method"), str):
-            problems.append(f'{path} is no card: expected an object with a "method"')
-        elif card["method"] in cards:
-            problems.append(f"{path}: a second card of {card['method']!r}")
-        else:
-            cards[card["method"]] = card
-    if problems:
-        raise CardError("\n".join(problems))
-    return cards
-
-
-def file_name(method: str) -> str:
-    """Return a method's name as the name of a file, one for each method.
-
-    >>> file_name("i_bau"), file_name("../a b")
-    ('i_bau', '-002e-002e-002fa-0020b')
-    """
-    return re.sub(r"[^A-Za-z0-9_]", lambda found: f"-{ord(found[0]):04x}", method) or "-"
-
-
-def method_page(
-    method: str,
-    card: Mapping[str, Any] | None,
-    settings: Sequence[Mapping[str, Any]],
-    means: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return what a method's page shows: the published number, the card's and the store's under each other.
-
-    Args:
-        method: its name in the catalog.
-        card: its card, or None.
-        settings: means over seeds, as ``lustral.bench.site_data.settings_of`` returns them, of this method only.
-        means: means over attacks, of this method only.
-    """
-    is_attack = any(row["attack_method"] == method for row in settings)
-    groups = [("Published", _card_rows((card or {}).get("published"), "published"))]
-    groups.append(("Our number on the card", _card_rows((card or {}).get("ours"), "card")))
-    if is_attack:
-        victims = [row for row in settings if row["defence"] == UNDEFENDED]
-        groups.append(("This store: victims, mean over seeds", [_store_row(row) for row in victims]))
-    else:
-        groups.append(("This store: mean over attacks", [_store_row(row) for row in means]))
-        groups.append(("This store: mean over seeds", [_store_row(row) for row in settings]))
-    if any("asr_drop" in row["values"] for _, rows in groups for row in rows):
-        for row in (row for _, rows in groups for row in rows):
-            _add_drop(row["values"])
-    found = {name for _, rows in groups for row in rows for name in row["values"]}
-    others = sorted(found - set(CARD_FORMS))
-    columns = [name for name in CARD_FORMS if name in found] + others
-    ours = (card or {}).get("ours")
-    ours = ours if isinstance(ours, Mapping) else {}
-    return {
-        "title": method,
-        "kind": "attack" if is_attack else "defence" if settings else "",
-        "columns": [CARD_FORMS[name][0] if name in CARD_FORMS else spaced(name) for name in columns],
-        "groups": [
-            {"title": title, "rows": [{**row, "cells": [_card_cell(row, name) for name in columns]} for row in rows]}
-            for title, rows in groups
-            if rows
-        ],
-        "source": _sources((card or {}).get("published")),
-        "setting": plain(ours.get("setting")) if ours.get("setting") else "",
-        "command": str(ours["command"]) if ours.get("command") else "",
-        "has_card": card is not None,
-        "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
-        "card": "" if card is None else json.dumps(card, indent=2, ensure_ascii=False),
-    }
-
-
-def _add_drop(values: dict[str, Any]) -> None:
-    """Add by how much the attack success rate fell, where the numbers before and after are there."""
-    if "asr_before" in values and "asr" in values:
-        values.setdefault("asr_drop", values["asr_before"] - values["asr"])
-
-
-def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
-    """Return the rows of a part of a card: its own numbers, and those of every object inside it, whatever its shape."""
-    rows: list[dict[str, Any]] = []
-
-    def walk(node: Any, name: str) -> None:
-        if isinstance(node, Mapping):
-            label = str(node.get("name") or name)
-            values = {CARD_NAMES.get(key, key): value for key, value in node.items() if is_number(value)}
-            if values:
-                rows.append({"name": label, "values": values, "halves": {}, "href": "", "setting": "", "runs": ""})
-            for key, value in node.items():
-                if isinstance(value, Mapping | list):
-                    walk(value, str(key) if isinstance(value, Mapping) else label)
-        elif isinstance(node, list):
-            for number, item in enumerate(node, 1):
-                walk(item, f"{name} {number}")
-
-    walk(part, fallback)
-    return rows
-
-
-def _sources(published: Any) -> list[str]:
-    parts = published if isinstance(published, list) else [published]
-    return [str(part["source"]) for part in parts if isinstance(part, Mapping) and part.get("source")]
-
-
-def _store_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    own = {**row, **{f"asr_before{end}": row.get(f"asr0{end}") for end in ("", "_half")}}
-    is_victim = row["defence"] == UNDEFENDED
-    names = ("acc", "asr", "ra") if is_victim else STORE_FIELDS
-    where = {name: row.get(name) for name in ("data", "arch", "attack", "poison_rate", "clean_images")}
-    parts = [row["data"], row["arch"]]
-    parts += [f"{100 * row['poison_rate']:.4g}% poison"] if row["poison_rate"] is not None else []
-    parts += [f"{count(row['clean_images'])} clean images"] if row["clean_images"] is not None else []
-    title = (
-        row["attack"]
-        if is_victim
-        else f"{row['defence']} against {row['attack']}"
-        if "attack" in row
-        else row["defence"]
-    )
-    over = [f"{row['attacks']} attacks"] if "attack" not in row else []
-    over += [f"{row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}"]
-    over += [f"{row['failed']} failed"] if row["failed"] else []
-    return {
-        "name": title,
-        "setting": ", ".join(str(part) for part in parts),
-        "runs": ", ".join(over),
-        "values": {name: own[name] for name in names if own.get(name) is not None},
-        "halves": {name: own.get(f"{name}_half") for name in names},
-        "href": table_link("../", **where, defence=row["defence"]),
-    }
-
-
-def _card_cell(row: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Return (value, interval) as texts."""
-    value = row["values"].get(name)
-    if value is None:
-        return MISSING, ""
-    if name not in CARD_FORMS:
-        return plain(value), ""
-    form = CARD_FORMS[name][1]
-    return PRINTS[form](value), plus_minus(form, row["halves"].get(name))

@@ -1,0 +1,148 @@
+"""Cells, the pieces of work that a plan makes: a victim to train, or a defence to run on one.
+
+A cell is named by the hash of its specification, in which every default is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lustral.bench.plan import DataTable, Plan, PlanError
+from lustral.bench.store import content_key
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.settings import describe
+from lustral.training import Trainer
+from lustral.victims import NO_ATTACK
+
+DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
+OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One piece of work.
+
+    Attributes:
+        kind: "victims" or "results", as the store calls them.
+        spec: everything that the outcome depends on; plain data.
+        attack: what tables call the attack.
+        defence: what tables call the defence; None for a victim.
+        key: its name in the store.
+        victim_key: for a result, the victim it needs; for a fine-tuned victim, the benign model it starts from.
+    """
+
+    kind: Literal["victims", "results"]
+    spec: Mapping[str, Any]
+    attack: str
+    defence: str | None = None
+    key: str = field(init=False)
+    victim_key: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out the names."""
+        inner = self.spec["victim"] if self.kind == "results" else self.spec["start"]
+        object.__setattr__(self, "key", content_key(self.spec))
+        object.__setattr__(self, "victim_key", None if inner is None else content_key(inner))
+
+    @property
+    def title(self) -> str:
+        """A line that says what it is."""
+        victim = self.spec["victim"] if self.kind == "results" else self.spec
+        text = f"{self.attack} on {victim['data']['name']}, seed {victim['seed']}"
+        return text if self.defence is None else f"{self.defence} against {text}"
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], *, attack: str | None = None, defence: str | None = None) -> Cell:
+        """Return the cell of a specification; names that are not given are made from it."""
+        if spec["kind"] == "victim":
+            return cls(kind="victims", spec=spec, attack=attack or attack_label(spec))
+        return cls(
+            kind="results",
+            spec=spec,
+            attack=attack or attack_label(spec["victim"]),
+            defence=defence or defence_label(spec["defence"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The cells of a plan, each victim before its results.
+
+    Attributes:
+        plan: the plan.
+        cells: victims and results without repetition.
+        excluded: number of cells left out, by reason; a victim counts once, for itself and all results on it.
+    """
+
+    plan: Plan
+    cells: tuple[Cell, ...]
+    excluded: Mapping[str, int]
+
+    def shard(self, index: int, count: int) -> Grid:
+        """Return part ``index`` of ``count`` (from 0): victims in turn, each with all that depends on it."""
+        if not 0 <= index < count:
+            raise PlanError(f"expected a shard I/N with 1 <= I <= N; got {index + 1}/{count}")
+        roots: dict[str, str] = {}
+        for cell in self.cells:
+            roots[cell.key] = roots.get(cell.victim_key or "", cell.key)
+        order = {root: number for number, root in enumerate(dict.fromkeys(roots.values()))}
+        mine = tuple(cell for cell in self.cells if order[roots[cell.key]] % count == index)
+        return replace(self, cells=mine)
+
+
+def victim_spec(
+    data: DataTable,
+    arch: str,
+    method: str,
+    settings: Mapping[str, Any],
+    trainer: Trainer,
+    seed: int,
+    start: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the specification of a victim."""
+    return {
+        "kind": "victim",
+        "data": {"name": data.name, "image_size": data.image_size},
+        "arch": arch,
+        "attack": {"method": method, "settings": dict(settings)},
+        "trainer": describe(trainer),
+        "seed": seed,
+        "start": start,
+    }
+
+
+def default_arch(data: str) -> str:
+    """Return the architecture of a data set where none is named."""
+    return "small_cnn" if data == "digits" else "preact_resnet18:width=16"
+
+
+def attack_label(victim: Mapping[str, Any]) -> str:
+    """Return an attack's name with what differs from its defaults, e.g. "blended alpha=0.1"."""
+    method = victim["attack"]["method"]
+    if method == NO_ATTACK:
+        return "benign"
+    label = _label(method, victim["attack"]["settings"], ATTACKS[method], OWN_COLUMNS)
+    return label if victim["start"] is None else f"{label} (fine-tuned)"
+
+
+def defence_label(defence: Mapping[str, Any]) -> str:
+    """Return a defence's name with what differs from its defaults."""
+    return _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
+
+
+def _label(method: str, settings: Mapping[str, Any], kind: Any, apart: Iterable[str]) -> str:
+    differences = [
+        f"{name}={value}" for name, value in _differences(settings, describe(kind()), "") if name not in apart
+    ]
+    return " ".join([method, *differences])
+
+
+def _differences(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _differences(value, default, f"{prefix}{name}.")
+        elif value != default:
+            yield prefix + name, value
