@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lustral.bench import runner
 from lustral.bench.expansion import expand
 from lustral.bench.grid import Grid
 from lustral.bench.plan import parse_plan
-from lustral.bench.runner import Event, run_local
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store
 
@@ -33,12 +34,14 @@ def quick_grid(**changes: Any) -> Grid:
     return expand(parse_plan({**QUICK, **changes}), Sources())
 
 
-def work_through(store: Path, log: Path) -> None:
+def work_through(store: Path, log: Path, seeds: list[int], ready: Event) -> None:
     """Run the quick plan in a process of its own, and log the keys of the cells it computed itself."""
     with log.open("a", buffering=1) as lines:
 
-        def note(event: Event) -> None:
+        def note(event: runner.Event) -> None:
             if event.state == "computed":
                 lines.write(event.cell.key + "\n")
 
-        run_local(quick_grid(), Store(str(store)).open(create=True), device=torch.device("cpu"), on_event=note)
+        grid, place = quick_grid(seeds=seeds), Store(str(store)).open(create=True)
+        ready.set()
+        runner.run_local(grid, place, device=torch.device("cpu"), on_event=note)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import random
 import signal
 import time
 from collections import Counter
+from multiprocessing.synchronize import Event as Signal
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def start(store: Path, log: Path) -> multiprocessing.process.BaseProcess:
-    worker = processes.Process(target=work_through, args=(store, log))
+def start(store: Path, log: Path, seeds: list[int]) -> tuple[multiprocessing.process.BaseProcess, Signal]:
+    """Start a worker; the event says when it begins with the cells."""
+    ready = processes.Event()
+    worker = processes.Process(target=work_through, args=(store, log, seeds, ready))
     worker.start()
-    return worker
+    return worker, ready
+
+
+def wait_for_lines(log: Path, count: int) -> None:
+    """Wait until a worker has logged so many cells."""
+    until = time.monotonic() + 120
+    while len(log.read_text().split()) < count:
+        assert time.monotonic() < until, "no cell was finished in two minutes"
+        time.sleep(0.01)
 
 
 def test_a_second_run_computes_nothing(undisturbed: Store) -> None:
@@ -69,42 +81,55 @@ def test_shards_add_up(undisturbed: Store, tmp_path: Path) -> None:
     assert outcome(store) == outcome(undisturbed)
 
 
-def test_killed_at_any_moment_and_resumed(undisturbed: Store, tmp_path: Path) -> None:
-    """SIGKILL at 20 moments drawn over start, training, defences and writing; then one run to the end."""
+def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
+    """SIGKILL at 20 moments, drawn over the start and over training, defences and writing; then one run to the end.
+
+    Kills follow what a worker has done and not the clock alone, so that a slow machine tests as much as a fast one.
+    """
+    seeds, alone = [0, 1, 2, 3], Store(str(tmp_path / "alone")).open(create=True)
+    grid, began = quick_grid(seeds=seeds), time.perf_counter()
+    assert run_local(grid, alone, device=CPU) == Summary(computed=24)
+    cell_seconds = (time.perf_counter() - began) / 24
     folder, log = tmp_path / "store", tmp_path / "log"
     log.touch()
     moments = random.Random(0)
-    kills = 0
-    for _ in range(20):
-        worker = start(folder, log)
-        time.sleep(moments.uniform(0.2, 1.5))
+    kept = [0]  # cells finished when each kill came
+    for number in range(20):
+        worker, ready = start(folder, log, seeds)
+        if number % 5:  # at work
+            assert ready.wait(60)
+            wait_for_lines(log, min(kept[-1] + moments.randint(0, 1), 20))
+            time.sleep(moments.uniform(0, cell_seconds))
+        else:  # still starting, or just at work
+            time.sleep(moments.uniform(0, 0.5))
         worker.kill()
         worker.join()
-        kills += worker.exitcode == -signal.SIGKILL
+        assert worker.exitcode == -signal.SIGKILL, "it ended before it was killed"
+        kept.append(len(log.read_text().split()))
         if (folder / "store.json").exists():
             assert not verify(Store(str(folder)), sample=0).faults
-    last = start(folder, log)
+    assert len(set(kept)) >= 3, "hardly a cell was finished between the kills: too little was tested"
+    last, _ = start(folder, log, seeds)
     last.join(timeout=300)
     assert last.exitcode == 0
-    assert kills >= 5, "most runs ended before their kill: too little was tested"
     store = Store(str(folder)).open(create=False)
-    assert outcome(store) == outcome(undisturbed)
-    report = verify(store, grid=quick_grid(), sample=2)
+    assert outcome(store) == outcome(alone)
+    report = verify(store, grid=grid, sample=2)
     assert (report.faults, report.missing, report.failed) == ([], [], [])
     computed = Counter(log.read_text().split())
     assert max(computed.values()) == 1, "a finished cell was computed again"
     for path in store.leftovers(grace_seconds=0):
         store.discard(path)
-    assert outcome(store) == outcome(undisturbed)
+    assert outcome(store) == outcome(alone)
 
 
 def test_two_runners_on_one_store(undisturbed: Store, tmp_path: Path) -> None:
     folder, log = tmp_path / "store", tmp_path / "log"
     log.touch()
-    workers = [start(folder, log) for _ in range(2)]
-    for worker in workers:
+    workers = [start(folder, log, [0, 1]) for _ in range(2)]
+    for worker, _ in workers:
         worker.join(timeout=300)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [worker.exitcode for worker, _ in workers] == [0, 0]
     computed = Counter(log.read_text().split())
     assert len(computed) == 12
     assert max(computed.values()) == 1, "both computed one cell"
