@@ -165,7 +165,10 @@ def test_one_line_says_what_to_change(changes: dict[str, Any], parts: list[str])
     [
         *({name: []} for name in ("seeds", "defence_seeds", "poison_rates", "clean", "data", "attacks")),
         *({"data": [{**DIGITS, name: []}]} for name in ("arch", "clean")),
-        *({"attacks": [{"method": "badnets", name: []}]} for name in ("poison_rates", "target_labels", "data")),
+        *(
+            {"attacks": [{"method": "badnets", name: []}]}
+            for name in ("poison_rates", "target_labels", "data", "seeds")
+        ),
         {"attacks": [{"method": "badnets", "grid": {"size": []}}]},
         {"defences": [{"method": "bn_refresh", "clean": []}]},
         {"defences": [{"method": "bn_refresh", "grid": {"passes": []}}]},
@@ -363,6 +366,8 @@ def test_target_labels_go_with_the_seeds() -> None:
     assert labels(seeds=[5, 8, 6], attacks=[{"method": "badnets", "target_labels": [3, 8]}]) == [(5, 3), (8, 8), (6, 3)]
     assert labels(seeds=[4, 5], attacks=[{"method": "badnets"}]) == [(4, 0), (5, 0)]
     assert labels(seeds=[4], attacks=[{"method": "badnets", "settings": {"target_label": 6}}]) == [(4, 6)]
+    own = [{"method": "badnets", "seeds": [7, 9], "target_labels": [3, 8]}, {"method": "blended"}]
+    assert labels(seeds=[4], attacks=own) == [(7, 3), (9, 8), (4, 0)]
 
 
 def test_poison_rates_of_settings_attack_and_plan() -> None:

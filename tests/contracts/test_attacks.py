@@ -175,6 +175,47 @@ def test_poison_is_8_bit_and_leaves_the_given_set(attack: Attack) -> None:
         assert torch.equal(poisoned.data.labels[poisoned.is_cover], labels[poisoned.is_cover])
 
 
+TRAINED_OTHERWISE = {  # by design, training images do not carry what test images do; tests/attacks says what they carry
+    "adap_blend": "pieces of the picture, fainter",
+    "adap_patch": "one of four patches, fainter",
+    "badnets at random places": "a place drawn anew for each image",
+    "label_consistent": "a perturbation under the patches",
+}
+
+
+def test_training_images_are_stamped_as_test_images_are(name: str, attack: Attack, trigger: Trigger) -> None:
+    if name in TRAINED_OTHERWISE:
+        pytest.skip(TRAINED_OTHERWISE[name])
+    clean = toy_images(210, seed=6)
+    poisoned = attack.poison(clean, generator=child(1))
+    chosen = poisoned.is_poisoned
+    expected = as_uint8(trigger(as_float(clean.images[chosen]), generator=child(2)))
+    assert torch.equal(poisoned.data.images[chosen], expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["bpp", "bpp dithered", "imc", "wanet"]
+)  # input_aware: its generator is still being trained
+def test_batches_are_stamped_as_test_images_are(name: str, attack: Attack, trigger: Trigger) -> None:
+    assert isinstance(attack, SteersTraining)
+    clean = toy_images(64, seed=5)
+    steering = attack.steer(clean, augment=None, generator=child(1))
+    seen: list[Tensor] = []
+
+    class Witness(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.detach())
+            return images.flatten(1)[:, :NUM_CLASSES]
+
+    images = as_float(clean.images)
+    steering.objective(Witness(), images, clean.labels, child(2))
+    (batch,) = seen
+    count = int(VARIANTS[name].poison_rate * 64)
+    assert count >= 3
+    assert torch.equal(as_uint8(batch[:count]), as_uint8(trigger(images[:count])))
+    assert not torch.equal(as_uint8(batch[:count]), clean.images[:count])
+
+
 def test_poisoned_as_many_images_as_were_asked_for(name: str, attack: Attack) -> None:
     poisoned = attack.poison(toy_images(210, seed=6), generator=child(1))
     assert int(poisoned.is_poisoned.sum()) == round(VARIANTS[name].poison_rate * 210)

@@ -203,7 +203,8 @@ class _Expansion:
         if benign and (entry.settings or entry.grid or entry.poison_rates or entry.target_labels or entry.fine_tune):
             self.complain(f"{where}: a benign model takes no settings, rates or labels")
             return
-        for rate, (number, seed) in product(self.rates(entry, settings), enumerate(self.plan.seeds)):
+        seeds = enumerate(entry.seeds or self.plan.seeds)
+        for rate, (number, seed) in product(self.rates(entry, settings), seeds):
             values = dict(settings)
             if rate is not None:
                 values["poison_rate"] = rate

@@ -64,6 +64,7 @@ class AttackTable(_Table):
         settings: fields of the method that differ from its defaults.
         grid: fields with a list of values each; every combination is an attack.
         poison_rates: instead of the plan's.
+        seeds: instead of the plan's.
         target_labels: one for each seed, in turn; 0 if left out.
         data: names of the data sets to use it on; all if left out.
         trainer: changes to the training recipe.
@@ -75,6 +76,7 @@ class AttackTable(_Table):
     settings: dict[str, Any] = {}
     grid: dict[str, Some[Any]] = {}
     poison_rates: Some[Rate] = []
+    seeds: Some[int] = []
     target_labels: Some[int] = []
     data: Some[str] = []
     trainer: dict[str, Any] = {}
