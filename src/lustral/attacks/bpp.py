@@ -109,9 +109,9 @@ class Bpp:
         target_label: class the trigger leads to, with "all_to_one".
         poison_rate: fraction of each training batch that is quantised and relabelled; 0.1 in BackdoorBench, 0.2 in the
             authors' code.
-        negative_rate: fraction of each batch that gets another image's residual, labels kept; 0.1 and 0.2 there, for 100
-            epochs and more. A classifier learns late to tell levels from residuals. Until then it gives both the label
-            that is more frequent, so a short training needs fewer negatives ("negative_accuracy" tells what that costs).
+        negative_rate: fraction of each batch that gets another image's residual, labels kept; 0.1 in BackdoorBench, 0.2 in the
+            authors' code. A classifier learns late to tell levels from residuals. Until then it gives both the label that
+            is more frequent, so a training of few steps needs fewer ("negative_accuracy" tells what that costs).
         levels: values per channel, ``squeeze_num`` of the published code; 8 there (3 bits).
         dithered: diffuse the error (Floyd-Steinberg); off in the published code's defaults.
         mode: "all_to_one", or "all_to_all" for label y + 1.
@@ -119,7 +119,7 @@ class Bpp:
 
     target_label: int = 0
     poison_rate: float = 0.1
-    negative_rate: float = 0.03
+    negative_rate: float = 0.1
     levels: int = 8
     dithered: bool = False
     mode: LabelMode = "all_to_one"

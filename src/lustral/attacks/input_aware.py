@@ -135,7 +135,7 @@ class InputAware:
     The published budgets are 25 epochs for the mask network and 600 for the classifier (100 in BackdoorBench), at a learning
     rate of 0.01 with steps down. The defaults suit the ``cpu`` setting, in which the pattern network's learning rate climbs
     and falls with the classifier's. A classifier learns late to tell an image's own trigger from another's. Until then it
-    gives both the label that is more frequent, so a short training needs more own triggers than crossed ones.
+    gives both the label that is more frequent: a training of few steps needs more own triggers than crossed ones.
 
     Attributes:
         target_label: class the trigger leads to, with "all_to_one".
@@ -156,7 +156,7 @@ class InputAware:
 
     target_label: int = 0
     poison_rate: float = 0.1
-    cross_rate: float = 0.03
+    cross_rate: float = 0.1
     diversity_weight: float = 1.0
     mask_density: float = 0.032
     density_weight: float = 100.0
