@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, THREAT_MODELS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
 from lustral.cli import main
 from lustral.cli.arguments import (
     TOP_FLAGS,
@@ -263,7 +263,9 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_purifiers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("erase", "--list", "--json") == 0
-    assert sorted(json.loads(capsys.readouterr().out)["methods"]) == sorted(PURIFIERS)
+    listed = json.loads(capsys.readouterr().out)["methods"]
+    assert sorted(listed) == sorted(PURIFIERS) == sorted(PURIFIER_NEEDS)
+    assert all(entry["does"] and entry["needs"] for entry in listed.values())
     assert run("erase", "--list") == 0
     assert "baeraser" in capsys.readouterr().out
 

@@ -21,7 +21,24 @@ from lustral.attacks import (
 from lustral.detectors import MaskArea
 from lustral.inverters import MaxEntropy
 from lustral.protocols import Attack, CraftedAttack, Detector, Inverter, Purifier
-from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
+from lustral.purifiers import (
+    ANP,
+    CLP,
+    FST,
+    FTSAM,
+    IBAU,
+    NAD,
+    RNP,
+    SAU,
+    TSBD,
+    BaEraser,
+    BNRefresh,
+    FinePruning,
+    FineTuning,
+    Mesa,
+    NeuralCleanse,
+    NeuralPolarizer,
+)
 
 ATTACKS: dict[str, type[Attack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -66,8 +83,39 @@ DETECTORS: dict[str, type[Detector]] = {
 }
 
 PURIFIERS: dict[str, type[Purifier]] = {
+    "anp": ANP,
     "baeraser": BaEraser,
     "bn_refresh": BNRefresh,
+    "clp": CLP,
+    "fine_pruning": FinePruning,
     "fine_tuning": FineTuning,
+    "fst": FST,
+    "ft_sam": FTSAM,
+    "i_bau": IBAU,
     "mesa": Mesa,
+    "nad": NAD,
+    "neural_cleanse": NeuralCleanse,
+    "neural_polarizer": NeuralPolarizer,
+    "rnp": RNP,
+    "sau": SAU,
+    "tsbd": TSBD,
+}
+
+PURIFIER_NEEDS: dict[str, str] = {  # beyond clean images
+    "anp": "batch normalisation",
+    "baeraser": "a backdoor whose trigger can be searched",
+    "bn_refresh": "batch normalisation; a control",
+    "clp": "convolutions that go straight into batch normalisation",
+    "fine_pruning": "a linear head",
+    "fine_tuning": "nothing; a control",
+    "fst": "a linear head",
+    "ft_sam": "nothing",
+    "i_bau": "second derivatives",
+    "mesa": "a backdoor whose trigger can be searched",
+    "nad": "feature maps",
+    "neural_cleanse": "a backdoor whose trigger can be searched; five classes",
+    "neural_polarizer": "a convolution or linear layer before the head",
+    "rnp": "batch normalisation",
+    "sau": "nothing",
+    "tsbd": "nothing",
 }

@@ -176,7 +176,7 @@ class Trainer:
         generator: Generator,
         objective: Objective | None = None,
         companions: Sequence[torch.optim.Optimizer] = (),
-        on_epoch: Callable[[EpochReport], None] | None = None,
+        on_epoch: Callable[[EpochReport], bool | None] | None = None,
         on_progress: OnProgress | None = None,
         stage: str = "training",
     ) -> nn.Module:
@@ -191,7 +191,7 @@ class Trainer:
             objective: maps (model, images, labels, generator) to a scalar loss; None is cross-entropy.
             companions: optimizers of networks that the objective trains along; cleared and stepped with the model's, each
                 group at the same share of its own learning rate.
-            on_epoch: called after each epoch.
+            on_epoch: called after each epoch; training ends with the epoch after which it returns True.
             on_progress: called a few times a second.
             stage: name of this training in progress reports.
 
@@ -253,11 +253,13 @@ class Trainer:
                 if on_epoch is not None:
                     mean = total.item() / steps
                     rate_now = seen / (time.perf_counter() - started)
-                    on_epoch(
+                    enough = on_epoch(
                         EpochReport(
                             epoch=epoch + 1, epochs=self.epochs, loss=mean, images_per_second=rate_now, model=model
                         )
                     )
+                    if enough:
+                        break
                     set_training_mode(model, self.batch_norm)
         if on_progress is not None:
             on_progress(Progress(stage=stage, done=done, total=done))

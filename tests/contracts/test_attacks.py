@@ -111,6 +111,14 @@ def test_a_trigger_keeps_shape_type_device_and_range(trigger: Trigger, dtype: to
     assert 0 <= float(out.min()) <= float(out.max()) <= 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_trigger_follows_its_images_to_the_gpu(trigger: Trigger) -> None:
+    images = pictures()
+    out = trigger(images.cuda(), generator=child(1))
+    assert out.device.type == "cuda"
+    assert (as_uint8(out.cpu()).int() - as_uint8(trigger(images, generator=child(1))).int()).abs().max() <= 1
+
+
 def test_extreme_images_stay_in_range(trigger: Trigger) -> None:
     for value in (0.0, 1.0):
         out = trigger(torch.full((2, *SHAPE), value), generator=child(1))

@@ -16,12 +16,30 @@ from torch import Tensor, nn
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.evaluation import evaluate
+from lustral.inverters import MaskSearch
 from lustral.protocols import DefenderView, ImageSet, Progress, Purified, Verdict, Victim
-from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
+from lustral.purifiers import (
+    ANP,
+    FST,
+    FTSAM,
+    IBAU,
+    NAD,
+    RNP,
+    SAU,
+    TSBD,
+    BaEraser,
+    BNRefresh,
+    FinePruning,
+    FineTuning,
+    Mesa,
+    NeuralCleanse,
+    NeuralPolarizer,
+)
 from lustral.randomness import child
-from toy import gentle_trainer, quick_detector, quick_inverter, toy_images
+from lustral.training import Trainer
+from toy import gentle_trainer, quick_detector, quick_inverter, toy_images, toy_trainer
 
-CLAIM_ERASING = ("baeraser", "mesa")
+CLAIM_ERASING = ("baeraser", "i_bau", "mesa", "neural_polarizer", "sau", "tsbd")
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
     "mask_area": quick_detector,
@@ -31,6 +49,21 @@ SMALL: dict[str, Callable[[], Any]] = {
     "mesa": lambda: Mesa(detector=quick_detector(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
     "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2), least_steps=1),
     "bn_refresh": lambda: BNRefresh(batch_size=64, passes=1),
+    "anp": lambda: ANP(trainer=toy_trainer(epochs=4, learning_rate=0.2, augment=None), least_steps=1),
+    "fine_pruning": lambda: FinePruning(trainer=gentle_trainer(epochs=2), least_steps=1),
+    "fst": lambda: FST(trainer=gentle_trainer(epochs=20, learning_rate=0.02, batch_norm="train"), least_steps=1),
+    "ft_sam": lambda: FTSAM(rho=0.5, trainer=gentle_trainer(batch_norm="train"), least_steps=1),
+    "i_bau": lambda: IBAU(least_steps=40),
+    "nad": lambda: NAD(teacher_trainer=gentle_trainer(epochs=1), trainer=gentle_trainer(epochs=2), least_steps=1),
+    "neural_cleanse": lambda: NeuralCleanse(
+        search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=2), least_steps=1
+    ),
+    "neural_polarizer": lambda: NeuralPolarizer(
+        trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.005, schedule="constant"), least_steps=100
+    ),
+    "rnp": lambda: RNP(least_steps=20),
+    "sau": lambda: SAU(steps=3, least_steps=100),
+    "tsbd": lambda: TSBD(neuron_ratios=(0.3, 0.5), least_steps=60),
 }
 METHODS: dict[str, type[Any]] = {**INVERTERS, **DETECTORS, **PURIFIERS}
 

@@ -13,11 +13,13 @@ from lustral.evaluation.metrics import (
     wilson_interval,
 )
 from lustral.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
+from lustral.evaluation.reactivation import Reactivation, resistance
 
 __all__ = [
     "AttackMetrics",
     "Evaluation",
     "Rate",
+    "Reactivation",
     "accuracy",
     "attack_metrics",
     "clean_accuracy",
@@ -26,6 +28,7 @@ __all__ = [
     "evaluate",
     "per_class_accuracy",
     "predict",
+    "resistance",
     "rir",
     "unmet_criteria",
     "wilson_interval",

@@ -1,0 +1,208 @@
+"""Keep what erasers reached in a plan as one small JSON file, and write their cards and the tables of docs/results-erasers.md.
+
+lustral bench run benchmarks/plans/erasers_toy.toml --store STORE
+python benchmarks/erasers.py keep STORE --plan benchmarks/plans/erasers_toy.toml
+python benchmarks/erasers.py cards
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lustral.bench.expansion import expand
+from lustral.bench.grid import attack_label
+from lustral.bench.plan import read_plan
+from lustral.bench.sources import Sources
+from lustral.bench.store import Store
+from lustral.files import write_json_atomic, write_text_atomic
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "erasers"
+CARDS = ROOT.parent / "tests" / "cards"
+TABLE = ROOT.parent / "docs" / "results-erasers.md"
+SETTINGS = {  # by plan
+    "erasers_toy": "small CNN, embedded digits (1,365 training images, 72 clean ones), CPU",
+}
+WORKED = 0.5  # attack success rate above which a victim counts in means of ASR and DER
+LEADERBOARD = (
+    "BackdoorBench leaderboard, June 2025, PreAct-ResNet18, CIFAR-10, 10 % poison, 5 % clean: mean of 8 attacks"
+)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "anp": {"source": LEADERBOARD, "acc": 0.859, "asr": 0.008, "ra": 0.791, "der": 0.952},
+    "clp": {"source": LEADERBOARD, "acc": 0.901, "asr": 0.659, "ra": 0.298, "der": 0.648},
+    "fine_pruning": {"source": LEADERBOARD, "acc": 0.923, "asr": 0.537, "ra": 0.335, "der": 0.718},
+    "fine_tuning": {"source": LEADERBOARD, "acc": 0.924, "asr": 0.348, "ra": 0.586, "der": 0.811},
+    "fst": {
+        "source": "Min et al., NeurIPS 2023: its tables were not at hand, and the BackdoorBench leaderboard leaves it out"
+    },
+    "ft_sam": {
+        "source": "Zhu et al., ICCV 2023, table 1: CIFAR-10, 10 % poison, 5 % clean: mean of 10 attacks",
+        "acc": 0.9210,
+        "asr": 0.0247,
+        "der": 0.9662,
+    },
+    "i_bau": {"source": LEADERBOARD, "acc": 0.885, "asr": 0.178, "ra": 0.687, "der": 0.880},
+    "nad": {"source": LEADERBOARD, "acc": 0.922, "asr": 0.320, "ra": 0.614, "der": 0.824},
+    "neural_cleanse": {"source": LEADERBOARD, "acc": 0.917, "asr": 0.153, "ra": 0.754, "der": 0.906},
+    "neural_polarizer": {
+        "source": "Zhu et al., NeurIPS 2023: its tables were not at hand, and the BackdoorBench leaderboard leaves it out"
+    },
+    "rnp": {
+        "source": "Li et al., ICML 2023: its tables were not at hand, and the BackdoorBench leaderboard leaves it out"
+    },
+    "sau": {
+        "source": "Wei et al., NeurIPS 2023: its tables were not at hand, and the BackdoorBench leaderboard leaves it out"
+    },
+    "tsbd": {
+        "source": "Lin et al., NeurIPS 2024: its tables were not at hand, and the BackdoorBench leaderboard leaves it out"
+    },
+}
+
+
+def keep(url: str, plan: Path) -> None:
+    """Copy what matters of the results that a store has of a plan into the repository."""
+    store, rows = Store(url).open(create=False), []
+    for cell in expand(read_plan(plan), Sources()).cells:
+        if cell.kind != "results" or not store.has("results", cell.key):
+            continue
+        record = store.read("results", cell.key)
+        spec, metrics, facts = record["spec"], record["metrics"], record["facts"]
+        rates = {
+            when: {name: metrics[when][name]["value"] for name in ("acc", "asr", "ra", "natural_rate")}
+            for when in ("before", "after")
+        }
+        rows.append(
+            {
+                "key": record["key"][:16],
+                "defence": facts["defence_method"],
+                "settings": facts["defence"],
+                "attack": attack_label(spec["victim"]),
+                "poison_rate": facts["poison_rate"],
+                "target_label": facts["target_label"],
+                "seed": facts["seed"],
+                "clean_images": facts["clean_images"],
+                **rates,
+                "der": metrics["compare"]["der"],
+                "seconds": round(record["cost"]["seconds"], 1),
+                "image_passes": round(record["cost"]["image_passes"]),
+                "code": record["made"]["code"],
+            }
+        )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(RESULTS / f"{plan.stem}.json", {"plan": plan.stem, "results": rows})
+
+
+def kept() -> dict[str, list[dict[str, Any]]]:
+    """Return the kept results by plan."""
+    found = {path.stem: json.loads(path.read_text())["results"] for path in sorted(RESULTS.glob("*.json"))}
+    return {name: found[name] for name in SETTINGS if name in found}
+
+
+def short(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a result as cards have it."""
+    named = {name: row[name] for name in ("attack", "poison_rate", "target_label", "seed", "clean_images")}
+    before = {f"{name}_before": row["before"][name] for name in ("acc", "asr")}
+    after = {name: row["after"][name] for name in ("acc", "asr", "ra")}
+    rates = {name: value for name, value in {**before, **after}.items() if value is not None}
+    return {**named, **rates, "der": row["der"], "seconds": row["seconds"], "image_passes": row["image_passes"]}
+
+
+def cards() -> None:
+    """Write a card for each eraser: published beside ours."""
+    for method, published in PUBLISHED.items():
+        ours = {}
+        for plan, rows in kept().items():
+            own = [short(row) for row in rows if row["defence"] == method]
+            if own:
+                command = f"lustral bench run benchmarks/plans/{plan}.toml --store STORE"
+                ours[plan] = {"setting": SETTINGS[plan], "victims": own, "command": command}
+        if not ours:
+            continue
+        path = CARDS / f"{method}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        if "families" in old.get("ours", {}):  # of benchmarks/cpu_setting.py
+            write_json_atomic(path, {**old, "published": published, "erasers": ours})
+        else:
+            write_json_atomic(
+                path, {"method": method, "published": published, "ours": next(iter(ours.values())), "erasers": ours}
+            )
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction in per cent."""
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def mean(values: list[float]) -> float | None:
+    """Return the mean, or None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+def table() -> None:
+    """Write the tables: a row for each eraser, a column for each victim."""
+    lines = [
+        "# Erasers: what ours reach",
+        "",
+        "Made by `python benchmarks/erasers.py cards` from benchmarks/results/erasers. ACC / ASR / RA in per cent after",
+        "erasing, with the true trigger, on the test set; the first row is before. Means are over victims whose attack had",
+        "worked (ASR above 50 %).",
+        "",
+    ]
+    for plan, rows in kept().items():
+        lines += [f"## {plan}: {SETTINGS[plan]}", ""]
+        victims = list(dict.fromkeys((row["attack"], row["seed"], row["clean_images"]) for row in rows))
+        titles = [f"{attack}, seed {seed}" for attack, seed, _ in victims]
+        lines += [f"| eraser | {' | '.join(titles)} | mean ASR | mean ACC loss | mean DER | seconds |"]
+        lines += ["|---" * (len(victims) + 5) + "|"]
+        before = {(r["attack"], r["seed"], r["clean_images"]): r["before"] for r in rows}
+        lines.append(f"| none | {' | '.join(cell(before[victim]) for victim in victims)} | | | | |")
+        for method in dict.fromkeys(row["defence"] for row in rows):
+            own = {(r["attack"], r["seed"], r["clean_images"]): r for r in rows if r["defence"] == method}
+            worked = [r for r in own.values() if (r["before"]["asr"] or 0) > WORKED]
+            asr = mean([r["after"]["asr"] for r in worked])
+            loss = mean([r["before"]["acc"] - r["after"]["acc"] for r in worked])
+            der = mean([r["der"] for r in worked])
+            cells = [cell(own[victim]["after"]) if victim in own else "" for victim in victims]
+            seconds = statistics.median(r["seconds"] for r in own.values())
+            lines.append(
+                f"| {method} | {' | '.join(cells)} | {percent(asr)} | {percent(loss)} | "
+                f"{'' if der is None else f'{der:.3f}'} | {seconds:.0f} |"
+            )
+        lines.append("")
+    write_text_atomic(TABLE, "\n".join(lines) + REMARKS)
+
+
+def cell(rates: dict[str, float | None]) -> str:
+    """Return ACC / ASR / RA, or ACC alone for a benign model."""
+    return " / ".join(percent(rates[name]) for name in ("acc", "asr", "ra") if rates[name] is not None)
+
+
+REMARKS = """
+72 clean images, of which 58 are trained on, are hard for most: only FST, Neural Polarizer, TSBD and SAU cut the attack success
+of both victims by more than half, FST at the price of 15 points. Pruning by channels (ANP, CLP, RNP) finds nothing to cut in a
+network of 160 channels. I-BAU loses a third of the accuracy of one victim. CIFAR-10 with 2,500 clean images, the setting that
+the methods are meant for, is still to be run: until then these numbers say that the methods run, not how good they are.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    keeping = verbs.add_parser("keep")
+    keeping.add_argument("store")
+    keeping.add_argument("--plan", type=Path, required=True)
+    verbs.add_parser("cards")
+    options = parser.parse_args()
+    if options.verb == "keep":
+        keep(options.store, options.plan)
+    else:
+        cards()
+        table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""ANP: cut the channels that an adversary would use to make the network fail (Wu, Wang, "Adversarial Neuron Pruning Purifies
+Backdoored Deep Models", NeurIPS 2021, arXiv 2110.14430).
+
+Each batch-normalised channel has a mask m in [0, 1] on its weight:
+
+    min_m  a CE(m) + (1 - a) max_{|d|, |e| <= eps} CE((m + d) w, (1 + e) b)
+
+Channels whose mask ends below a threshold are cut. The threshold is the largest that keeps the held-out accuracy; published
+benchmarks choose it on the test set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from lustral.protocols import DefenderView, OnProgress, Purified
+from lustral.purifiers.channels import MaskedNorms, cutting_note, prune_by_masks, require_norms
+from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.selection import accuracy_floor
+from lustral.randomness import fork
+from lustral.training import Trainer
+
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 19))  # 0.05 to 0.9, as in BackdoorBench
+
+
+@dataclass(frozen=True, kw_only=True)
+class ANP:
+    """Learn channel masks against adversarial shifts, then cut.
+
+    Attributes:
+        epsilon: largest relative shift of weight and bias; 0.4 in the paper.
+        alpha: weight of the loss without shifts; 0.2 in the paper.
+        trainer: of the masks; 2000 steps of SGD at 0.2, momentum 0.9, batches of 128 in the paper.
+        least_steps: small clean sets get more epochs, until there are this many steps.
+        thresholds: to choose from.
+        accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
+        holdout: share of the clean images kept to choose the threshold on.
+    """
+
+    epsilon: float = 0.4
+    alpha: float = 0.2
+    trainer: Trainer = field(
+        default_factory=lambda: Trainer(
+            epochs=25, batch_size=128, learning_rate=0.2, schedule="constant", weight_decay=0.0
+        )
+    )
+    least_steps: int = 400
+    thresholds: tuple[float, ...] = THRESHOLDS
+    accuracy_loss: float = 0.03
+    holdout: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_holdout(self.holdout)
+        if not 0 < self.epsilon <= 1 or not 0 <= self.alpha <= 1 or not self.thresholds:
+            raise ValueError(
+                f"expected epsilon in (0, 1], alpha in [0, 1] and some thresholds; got {self.epsilon}, {self.alpha}, "
+                f"{self.thresholds}"
+            )
+
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
+        """Return the pruned model; see ``Purifier``."""
+        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+            names = require_norms("ANP", view.model)
+            masked = repair.follow(MaskedNorms(repair.copy(), names))
+            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trained = trainer.fit(
+                masked,
+                repair.fit,
+                generator=fork(generator, "masks"),
+                objective=self.objective,
+                on_progress=on_progress,
+                stage="learning masks",
+            )
+            assert isinstance(trained, MaskedNorms)
+            floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
+            model, threshold, count = prune_by_masks(repair, trained.by_name(), self.thresholds, floor)
+        return repair.result(model, cutting_note(threshold, count))
+
+    def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
+        """Return the loss of a batch: shifts by one signed step from a random start, then both terms."""
+        assert isinstance(model, MaskedNorms)
+        model.clip()
+        shifts = [
+            torch.empty(mask.shape)
+            .uniform_(-self.epsilon, self.epsilon, generator=generator)
+            .to(x.device)
+            .requires_grad_()
+            for mask in (*model.masks, *model.masks)
+        ]
+        count = len(model.masks)
+        worst = F.cross_entropy(model(x, shifts[:count], shifts[count:]).float(), y)
+        slopes = torch.autograd.grad(worst, shifts, allow_unused=True)
+        moved = [
+            (shift.detach() + self.epsilon * (0 if slope is None else slope.sign())).clamp(-self.epsilon, self.epsilon)
+            for shift, slope in zip(shifts, slopes, strict=True)
+        ]
+        robust = F.cross_entropy(model(x, moved[:count], moved[count:]).float(), y)
+        return self.alpha * F.cross_entropy(model(x).float(), y) + (1 - self.alpha) * robust

@@ -1,0 +1,303 @@
+"""Neural Polarizer: one linear layer before a late convolution filters the trigger out of the features (Zhu, Wei, Zha, Wu,
+"Neural Polarizer: A Lightweight and Effective Backdoor Defense via Purifying Poisoned Features", NeurIPS 2023,
+arXiv 2306.16697; NPD).
+
+The network F is frozen but for the polarizer, a 1x1 convolution with batch normalisation. For each batch, t is the runner-up
+class and x~ = clip(x + d) with ||d||_2 <= radius, aimed at t. Then the polarizer minimises
+
+    w_clean CE(F(x), y) + w_restore CE(F(x~), yhat) - w_margin log(1 - s_m) - w_target log(1 - s_t),      s = softmax F(x~)
+
+with yhat = argmax F(x) and m the most probable class of x~ but y.
+
+Both the polarizer and the convolution behind it are linear, so the filtered network has the given architecture again: the
+product of the two is one convolution. The paper pads what the polarizer returns; here it is applied to the padded features, so
+that the product is exact at the borders too. A bias that the convolution has no room for goes into the running mean of the
+normalisation that follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from lustral.models.wiring import Wiring, late_layer, trace
+from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
+from lustral.purifiers.perturbation import project
+from lustral.purifiers.repair import Repair, check_holdout
+from lustral.training import Trainer, autocast, frozen
+
+LEAST_VARIANCE = (
+    0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
+)
+ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
+
+
+Start = Literal["identity", "standardised"]
+
+
+class Polarizer(nn.Module):
+    """A linear map of channels and a normalisation, the identity at birth: (B, C, H, W) or (..., C) to the same."""
+
+    def __init__(self, channels: int, *, last: bool) -> None:
+        """Build it for C channels; ``last``: channels are the last axis (tokens) and not the second (maps)."""
+        super().__init__()
+        self.last = last
+        self.weight = nn.Parameter(torch.eye(channels))
+        self.norm = nn.BatchNorm1d(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return A h + b for every place, with what ``affine`` says."""
+        matrix, offset = self.affine()
+        if self.last:
+            return F.linear(features, matrix, offset)
+        return F.conv2d(features, matrix[:, :, None, None], offset)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return A (C, C) and b (C,): the normalisation with its running statistics after the linear map."""
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return scale[:, None] * self.weight, norm.bias - scale * norm.running_mean
+
+    @torch.no_grad()
+    def settle(self, mean: Tensor, variance: Tensor, *, identity: bool) -> None:
+        """Set the running statistics, (C,) each; ``identity``: and weight and bias so that they change nothing yet."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(variance)
+        if identity:
+            self.norm.weight.copy_((variance + self.norm.eps).sqrt())
+            self.norm.bias.copy_(mean)
+
+
+class Polarized(nn.Module):
+    """A convolution or linear layer with a polarizer in front of it."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """Take the layer; its weights stay as they are."""
+        super().__init__()
+        self.layer = layer
+        channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        self.polarizer = Polarizer(channels, last=isinstance(layer, nn.Linear)).to(layer.weight.device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return layer(polarizer(pad(h))), the padding before the polarizer."""
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            out: Tensor = layer(self.polarizer(features))
+            return out
+        padded = self.polarizer(pad_for(layer, features))
+        return F.conv2d(padded, layer.weight, layer.bias, layer.stride, 0, layer.dilation)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the one layer that does the same: W' = W A, bias' = bias + W b summed over the kernel."""
+        matrix, offset = self.polarizer.affine()
+        weight = self.layer.weight
+        bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias
+        kernel = weight[..., None, None] if weight.ndim == 2 else weight
+        product = torch.einsum("ochw,cd->odhw", kernel, matrix)
+        return product.reshape(weight.shape), bias + torch.einsum("ochw,c->o", kernel, offset)
+
+
+def pad_for(layer: nn.Conv2d, features: Tensor) -> Tensor:
+    """Return features padded as a convolution pads them."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(features, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def insert(model: nn.Module, name: str) -> Polarized:
+    """Put a polarizer in front of a layer of ``model``, in place, and return the pair.
+
+    Raises:
+        ValueError: the layer is no convolution without groups and no linear layer.
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        raise ValueError(
+            f"a polarizer goes before a linear layer or a convolution without groups; {name} is {layer}: name another layer"
+        )
+    polarized = Polarized(layer)
+    replace_module(model, name, polarized)
+    return polarized
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted name, in place."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str, wiring: Wiring) -> bool:
+    """Multiply the polarizer at ``name`` into its layer, in place; the network computes the same as before.
+
+    Returns:
+        Whether the architecture is the given one: False where the layer had to be given a bias that it did not have.
+    """
+    polarized = model.get_submodule(name)
+    assert isinstance(polarized, Polarized)
+    layer, (weight, bias) = polarized.layer, polarized.folded()
+    layer.weight.copy_(weight)
+    replace_module(model, name, layer)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+        return True
+    norm = model.get_submodule(wiring.normed[name]) if name in wiring.normed else None
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        norm.running_mean.sub_(bias)
+        return True
+    layer.bias = nn.Parameter(bias.clone())
+    return False
+
+
+@torch.no_grad()
+def feature_statistics(model: nn.Module, name: str, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, (C,) each, of what enters a layer on clean images."""
+    layer = model.get_submodule(name)
+    sums: list[tuple[Tensor, Tensor, int]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features = inputs[0].float()
+        flat = features.flatten(0, -2) if isinstance(layer, nn.Linear) else features.transpose(0, 1).flatten(1).T
+        sums.append((flat.sum(0), flat.square().sum(0), len(flat)))
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        with frozen(model):
+            for x, _ in data.batches(batch_size):
+                with autocast(x.device):
+                    model(x.contiguous(memory_format=torch.channels_last))
+    finally:
+        handle.remove()
+    count = sum(n for _, _, n in sums)
+    mean = torch.stack([s for s, _, _ in sums]).sum(0) / count
+    variance = (torch.stack([q for _, q, _ in sums]).sum(0) / count - mean.square()).clamp_min(0)
+    return mean, variance.clamp_min(LEAST_VARIANCE * float(variance.mean()))
+
+
+def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each image's most probable class other than its label, (B,) int64."""
+    return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuralPolarizer:
+    """Train one linear layer before a late convolution, and multiply it in.
+
+    Attributes:
+        start: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as it is after the
+            authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers.
+        layer: name of the layer that the polarizer goes before; None: the first layer with weights of the last block
+            (``lustral.models.wiring.late_layer``), which is the published place in a PreAct-ResNet18.
+        clean_weight: 1 in the paper.
+        restore_weight: 0.4 on CIFAR-10 in the authors' code.
+        margin_weight: 0.4 likewise.
+        target_weight: 0.4 likewise.
+        radius: largest L2 norm of the perturbation at 3x32x32 pixels on the [0, 1] scale, in proportion to the root of
+            their number elsewhere; 3 on CIFAR-10, 5 on GTSRB in the authors' code.
+        step_size: of a signed step; 0.1 there, after which one step reaches the ball's surface.
+        steps: most steps; 2 there.
+        enough: share of a batch that is called t after which no further step is taken; 0.6 there.
+        trainer: SGD at 0.01, constant, for 50 epochs with batches of 128 in the authors' code, after five epochs of warm-up
+            whose one effect is that the normalisation knows its features: here these statistics are computed. At 0.01 a
+            network without a shortcut around the polarizer may lose its accuracy.
+        least_steps: small clean sets get more epochs, until there are this many steps.
+        holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
+    """
+
+    start: Start = "identity"
+    layer: str | None = None
+    clean_weight: float = 1.0
+    restore_weight: float = 0.4
+    margin_weight: float = 0.4
+    target_weight: float = 0.4
+    radius: float = 3.0
+    step_size: float = 0.1
+    steps: int = 2
+    enough: float = 0.6
+    trainer: Trainer = field(
+        default_factory=lambda: Trainer(epochs=20, batch_size=128, learning_rate=1e-3, schedule="constant")
+    )
+    least_steps: int = 300
+    holdout: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_holdout(self.holdout)
+        if self.radius <= 0 or self.step_size <= 0 or self.steps < 1:
+            raise ValueError(
+                f"expected radius > 0, step_size > 0 and steps >= 1; got {self.radius}, {self.step_size} and {self.steps}"
+            )
+        if min(self.clean_weight, self.restore_weight, self.margin_weight, self.target_weight) < 0:
+            raise ValueError("expected weights of at least 0")
+        if not 0 <= self.enough <= 1:
+            raise ValueError(f"expected a share in [0, 1] for enough; got {self.enough}")
+
+    def published(self) -> NeuralPolarizer:
+        """Return the published budget: 50 epochs at 0.01 in float32, from standardised features."""
+        trainer = dataclasses.replace(self.trainer, epochs=50, learning_rate=0.01, precision="float32")
+        return dataclasses.replace(self, start="standardised", trainer=trainer, least_steps=0)
+
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
+        """Return the model with a polarizer multiplied in; see ``Purifier``."""
+        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+            model = repair.copy()
+            needed = [parameter.requires_grad for parameter in model.parameters()]
+            wiring = trace(model, next(repair.fit.batches(1))[0])
+            name = late_layer(model, wiring) if self.layer is None else self.layer
+            if name not in wiring.layers:
+                raise ValueError(
+                    f"no layer {name!r} before the head; the last ones are {', '.join(wiring.layers[-5:])}"
+                )
+            statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
+            model.requires_grad_(False)
+            insert(model, name).polarizer.settle(*statistics, identity=self.start == "identity")
+            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
+            same = fold(trained, name, wiring)
+            for parameter, need in zip(trained.parameters(), needed, strict=False):
+                parameter.requires_grad_(need)
+        note = f"A polarizer before {name} was multiplied into it."
+        if not same:
+            note += f" {name} has a bias now that it did not have: a file of these weights has one tensor more."
+        return repair.result(trained, note)
+
+    def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
+        """Return the loss of a batch; the network stays in evaluation mode."""
+        model.eval()
+        moved, own, target = self.aim(model, x, y)
+        clean, fooled = model(torch.cat([x, moved])).float().split(len(x))
+        s = fooled.softmax(1)
+        rival = runner_up(fooled.detach(), y)
+        loss = self.clean_weight * F.cross_entropy(clean, y) + self.restore_weight * F.cross_entropy(fooled, own)
+        for weight, label in ((self.margin_weight, rival), (self.target_weight, target)):
+            loss = loss - weight * (ALMOST_ONE - s.gather(1, label[:, None])).log().mean()
+        return loss
+
+    def aim(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (x~, own prediction on x, target): a perturbation of each image towards its runner-up class.
+
+        The pass over the clean images gives prediction, target and the first slope at once.
+        """
+        radius = self.radius * (x[0].numel() / (3 * 32 * 32)) ** 0.5
+        moved = x
+        own = target = y
+        with frozen(model), torch.enable_grad():
+            for step in range(self.steps):
+                moved = moved.detach().requires_grad_(True)
+                logits = model(moved).float()
+                if step == 0:
+                    own, target = logits.detach().argmax(1), runner_up(logits.detach(), y)
+                elif float((logits.detach().argmax(1) == target).float().mean()) > self.enough:
+                    break
+                (slope,) = torch.autograd.grad(F.cross_entropy(logits, target), moved)
+                delta = project(moved.detach() - self.step_size * slope.sign() - x, "l2", radius)
+                moved = (x + delta).clamp(0, 1)
+        return moved.detach(), own, target

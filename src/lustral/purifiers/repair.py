@@ -1,0 +1,134 @@
+"""Repairing a model by training on clean images, with a part of them held out to watch what that costs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Generator, nn
+
+from lustral.cost import CostMeter
+from lustral.images import require_usable, split
+from lustral.protocols import DefenderView, ImageSet, Objective, OnProgress, Progress, Purified
+from lustral.purifiers.selection import held_out_accuracy
+from lustral.randomness import fork
+from lustral.training import EpochReport, Trainer
+
+ACCEPTED_LOSS = 0.03  # of held-out accuracy; more is said in a note
+
+
+def check_holdout(holdout: float) -> None:
+    """Raise ``ValueError`` unless the held-out share is in (0, 1)."""
+    if not 0 < holdout < 1:
+        raise ValueError(f"expected a held-out share in (0, 1); got {holdout}")
+
+
+@dataclass(kw_only=True)
+class Repair:
+    """One run of a purifier: splits the clean images, counts the cost, keeps the history. Use it in a ``with`` block.
+
+    Attributes:
+        view: what the defence was given.
+        holdout: share of the clean images kept from training.
+        generator: stream of the run.
+        on_progress: called by every training.
+        history: one entry per epoch or round.
+    """
+
+    view: DefenderView
+    holdout: float
+    generator: Generator
+    on_progress: OnProgress | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    held_out: ImageSet = field(init=False)
+    fit: ImageSet = field(init=False)
+    before: float = field(init=False)
+    _meter: CostMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the clean set and split it."""
+        require_usable(self.view.clean)
+        self.held_out, self.fit = split(self.view.clean, self.holdout, generator=fork(self.generator, "holdout"))
+        self._meter = CostMeter(self.view.model, clean_images=len(self.view.clean))
+
+    def __enter__(self) -> Self:
+        """Start counting."""
+        self._meter.__enter__()
+        self.before = held_out_accuracy(self.view.model, self.held_out)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+        self._meter.__exit__(kind, error, trace)
+
+    def follow(self, model: nn.Module) -> nn.Module:
+        """Count the passes of a copy of the given model too, and return it."""
+        CostMeter.follow(self.view.model, model)
+        return model
+
+    def copy(self) -> nn.Module:
+        """Return a copy of the given model in evaluation mode, with its passes counted."""
+        return self.follow(copy.deepcopy(self.view.model).eval())
+
+    def note(self, model: nn.Module, **columns: float) -> float:
+        """Add a history entry with the held-out accuracy, and return that."""
+        accuracy = held_out_accuracy(model, self.held_out)
+        self.history.append({**columns, "clean_accuracy": accuracy})
+        return accuracy
+
+    def report(self, stage: str) -> None:
+        """Report a stage that trains nothing as done."""
+        if self.on_progress is not None:
+            self.on_progress(Progress(stage=stage, done=1, total=1))
+
+    def train(
+        self,
+        model: nn.Module,
+        trainer: Trainer,
+        *,
+        stage: str,
+        objective: Objective | None = None,
+        columns: dict[str, float] | None = None,
+    ) -> nn.Module:
+        """Return the model after the last epoch of training on ``fit``; each epoch is noted.
+
+        Args:
+            model: start, unchanged.
+            trainer: how.
+            stage: name in progress reports and of the stream.
+            objective: loss; None is cross-entropy.
+            columns: further columns of the history entries.
+        """
+
+        def note(report: EpochReport) -> None:
+            self.note(report.model, **(columns or {}), epoch=report.epoch, loss=report.loss)
+
+        return trainer.fit(
+            model,
+            self.fit,
+            generator=fork(self.generator, stage),
+            objective=objective,
+            on_epoch=note,
+            on_progress=self.on_progress,
+            stage=stage,
+        )
+
+    def result(self, model: nn.Module, *notes: str) -> Purified:
+        """Return the record of the run, with the last entry of the history as the one kept; call it after the block."""
+        lost = self.before - self.history[-1]["clean_accuracy"] if self.history else 0.0
+        if lost > ACCEPTED_LOSS:
+            notes = (
+                *notes,
+                f"Held-out accuracy fell by {100 * lost:.1f} points: measure it on images of your own before you use this model.",
+            )
+        return Purified(
+            model=model.eval(),
+            history=tuple(self.history),
+            selected=len(self.history) - 1 if self.history else None,
+            cost=self._meter.cost,
+            notes=notes,
+        )

@@ -1,0 +1,137 @@
+"""Masks on channels, and what ANP, RNP and CLP do with them."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lustral.models.wiring import trace
+from lustral.protocols import DefenderView
+from lustral.purifiers import ANP, CLP, RNP
+from lustral.purifiers.channels import MaskedNorms, prune_by_masks, require_norms, require_pairs, silence
+from lustral.purifiers.clp import channel_bounds, outliers
+from lustral.purifiers.repair import Repair
+from lustral.randomness import child
+from toy import toy_images
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 7)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
+        model[1].bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.4]))
+    return model
+
+
+def test_masks_of_ones_change_nothing_and_zeros_silence() -> None:
+    images = torch.rand(2, 3, 12, 12, generator=child(0))
+    plain = network()
+    masked = MaskedNorms(plain, ["1"])
+    assert torch.allclose(masked(images), plain(images))
+    with torch.no_grad():
+        masked.masks[0][1] = 0.0
+    zeroed = masked(images)
+    plain[1].weight.data[1] = 0.0
+    assert torch.allclose(zeroed, plain(images))
+    plain[1].weight.data[1] = 2.0
+
+
+def test_shifts_are_relative_to_weight_and_bias() -> None:
+    images = torch.rand(2, 3, 12, 12, generator=child(0))
+    plain = network()
+    masked = MaskedNorms(plain, ["1"])
+    shifted = masked(images, [torch.full((4,), 0.5)], [torch.full((4,), -0.5)])
+    plain[1].weight.data *= 1.5
+    plain[1].bias.data *= 0.5
+    assert torch.allclose(shifted, plain(images), atol=1e-6)
+
+
+def test_masks_take_the_gradient_and_the_network_none() -> None:
+    masked = MaskedNorms(network(), ["1"])
+    masked(torch.rand(2, 3, 12, 12, generator=child(0))).sum().backward()
+    assert [name for name, p in masked.named_parameters() if p.grad is not None] == ["masks.0"]
+    with torch.no_grad():
+        masked.masks[0].copy_(torch.tensor([-1.0, 0.5, 2.0, 1.0]))
+    masked.clip()
+    assert masked.by_name()["1"].tolist() == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_the_largest_threshold_that_keeps_the_accuracy_is_taken(
+    toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = {"network.features.1": torch.linspace(0, 1, 16)}
+
+    def accuracy(model: nn.Module, held_out: object) -> float:
+        norm = model.get_submodule("network.features.1")
+        assert isinstance(norm.weight, torch.Tensor)
+        return 1 - float((norm.weight == 0).sum()) / 16
+
+    monkeypatch.setattr("lustral.purifiers.channels.held_out_accuracy", accuracy)
+    repair = Repair(view=toy_view, holdout=0.2, generator=child(0))
+    model, threshold, count = prune_by_masks(repair, masks, (0.1, 0.3, 0.5, 0.7), floor=0.6)
+    assert (threshold, count) == (0.3, 5)
+    norm = model.get_submodule("network.features.1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert (norm.weight == 0).tolist() == (norm.bias == 0).tolist() == [k < 5 for k in range(16)]
+    _, threshold, count = prune_by_masks(repair, masks, (0.1, 0.3), floor=0.99)
+    assert (threshold, count) == (None, 0)
+
+
+def test_bounds_equal_a_singular_value_at_a_time() -> None:
+    model = network()
+    model[1].running_var.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    found = channel_bounds(model[0], model[1])
+    for k in range(4):
+        sigma = torch.linalg.svdvals(model[0].weight[k].reshape(3, 9))[0]
+        expected = sigma * model[1].weight[k].abs() / (model[1].running_var[k] + 1e-5).sqrt()
+        assert float(found[k]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_outliers_stand_out_of_their_own_layer() -> None:
+    assert outliers(torch.tensor([1.0] * 15 + [9.0]), 3.0).nonzero().tolist() == [[15]]
+    assert not bool(outliers(torch.ones(5), 3.0).any())
+
+
+def test_silence_stops_a_channel() -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    silence(norm, torch.tensor([False, True, False]))
+    out = norm(torch.rand(2, 3, 4, 4, generator=child(0)))
+    assert float(out[:, 1].abs().max()) == 0 < float(out[:, 0].abs().max())
+
+
+def test_networks_without_what_is_needed_are_refused_before_any_work() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
+    clean = toy_images(70, seed=0)
+    big = type(clean)(
+        images=clean.images.repeat(1, 1, 3, 3)[:, :, :32, :32], labels=clean.labels, num_classes=clean.num_classes
+    )
+    for method, name in ((ANP(), "ANP"), (RNP(), "RNP"), (CLP(), "CLP")):
+        with pytest.raises(ValueError, match=f"{name} .*this network has none"):
+            method.purify(DefenderView(model=vit, clean=big), generator=child(0))
+    with pytest.raises(ValueError, match="none"):
+        require_norms("X", vit)
+    with pytest.raises(ValueError, match="none"):
+        require_pairs("X", vit, trace(vit, torch.rand(1, 3, 32, 32)))
+
+
+def test_clp_raises_its_bound_where_cutting_costs_too_much(
+    toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+    plain = CLP.cut
+
+    def cut(model: nn.Module, wiring: object, u: float) -> tuple[nn.Module, int]:
+        tried.append(u)
+        return plain(model, wiring, u)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CLP, "cut", staticmethod(cut))
+    monkeypatch.setattr("lustral.purifiers.clp.held_out_accuracy", lambda *_: 0.0)
+    purified = CLP(u=0.5).purify(toy_view, generator=child(0))
+    assert tried[0] == 0.5
+    assert len(tried) > 1
+    assert any("would have cost more" in note for note in purified.notes)
+    tried.clear()
+    CLP(u=0.5, u_step=0.0).purify(toy_view, generator=child(0))
+    assert tried == [0.5]

@@ -1,0 +1,87 @@
+"""SAU's equations against hand arithmetic, and its perturbations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lustral.protocols import DefenderView
+from lustral.purifiers import SAU
+from lustral.purifiers.perturbation import lengths
+from lustral.purifiers.sau import jensen_shannon, shared_loss, shared_risk
+from lustral.randomness import child
+
+SURE = 20.0  # a logit that decides
+
+
+def logits(*winners: int) -> torch.Tensor:
+    return SURE * torch.nn.functional.one_hot(torch.tensor(winners), 3).float()
+
+
+def test_only_what_is_not_flipped_yet_counts_for_the_adversarial_term() -> None:
+    labels = clean = torch.tensor([0, 0, 0, 0])
+    f, g = logits(0, 1, 1, 0), logits(0, 1, 2, 1)
+    adversarial, apart, shared = shared_loss(f, g, labels, clean, clean)
+    assert shared.tolist() == [False, True, False, False]  # both flipped, and to the same class
+    near = math.log(1 + 2 * math.exp(-SURE))  # cross-entropy of the right class
+    assert float(adversarial) == pytest.approx(-3 * near / 8, abs=1e-7)  # f: images 0 and 3, g: image 0; 2 B = 8
+    assert float(apart) == pytest.approx(2 * math.log(2) / 4, rel=1e-3)  # images 2 and 3 disagree wholly
+
+
+def test_flips_are_judged_by_each_models_own_answer() -> None:
+    f, g = logits(1), logits(1)
+    _, _, shared = shared_loss(f, g, torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+    assert shared.tolist() == [False]  # f said 1 before: nothing has changed for it
+
+
+def test_jensen_shannon_is_symmetric_and_bounded() -> None:
+    f, g = torch.randn(5, 4, generator=child(0)), torch.randn(5, 4, generator=child(1))
+    assert torch.allclose(jensen_shannon(f, g), jensen_shannon(g, f), atol=1e-6)
+    assert float(jensen_shannon(f, f).abs().max()) < 1e-6
+    assert jensen_shannon(logits(0), logits(1)).tolist() == pytest.approx([math.log(2)], rel=1e-4)
+
+
+def test_the_risk_is_divided_by_the_batch_and_not_by_the_images_that_count() -> None:
+    f = torch.zeros(4, 3)  # every class has probability 1/3
+    counted = torch.tensor([True, False, False, False])
+    expected = -(math.log(1e-6 + 2 / 3) + math.log(1 + 1e-6 - 1 / 3)) / 2 / 4
+    assert float(shared_risk(f, torch.tensor([2, 0, 0, 0]), counted)) == pytest.approx(expected, rel=1e-5)
+    assert float(shared_risk(f, torch.tensor([2, 0, 0, 0]), torch.zeros(4, dtype=torch.bool))) == 0
+
+
+def test_the_risk_stays_finite_for_a_sure_model() -> None:
+    f = logits(1).requires_grad_(True)
+    risk = shared_risk(f, torch.tensor([1]), torch.tensor([True]))
+    assert math.isfinite(float(risk))
+    (slope,) = torch.autograd.grad(risk, f)
+    assert bool(slope.isfinite().all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "none"])
+@pytest.mark.parametrize("start", ["max", "min", "zero", "random"])
+def test_perturbations_keep_to_their_ball(norm: str, start: str, toy_view: DefenderView) -> None:
+    method = SAU(norm=norm, start=start, radius=0.3, step_size=0.1, steps=2)  # type: ignore[arg-type]
+    x, y = next(toy_view.clean.batches(16))
+    reference = toy_view.model
+    with torch.no_grad():
+        said = reference(x).argmax(1)
+    delta = method.perturb(reference, reference, x, y, said, child(0))
+    assert delta.shape == x.shape
+    assert not delta.requires_grad
+    if norm != "none":
+        assert float(lengths(delta, norm).max()) <= 0.3 * (1 + 1e-5)  # type: ignore[arg-type]
+
+
+def test_the_shared_risk_falls(toy_view: DefenderView) -> None:
+    purified = SAU(least_steps=60).purify(toy_view, generator=child(0))
+    losses = [entry["loss"] for entry in purified.history]
+    assert losses[-1] < losses[0]
+
+
+def test_impossible_settings_are_refused() -> None:
+    for wrong in ({"radius": 0.0}, {"steps": 0}, {"holdout": 1.0}, {"shared_weight": -1.0}):
+        with pytest.raises(ValueError, match="expected"):
+            SAU(**wrong)
+    assert SAU().published().trainer.epochs == 100
