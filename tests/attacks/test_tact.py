@@ -87,9 +87,9 @@ def test_covers_can_be_left_out() -> None:
     [
         (
             TaCT(poison_rate=0.2, cover_rate=0.1),
-            r"poison rate that classes 1 .*: they have 10 of 100 .* poison rate is 0\.1$",
+            r"poison rate of .* of class 1: 10 of 100 .* poison rate is 0\.1$",
         ),
-        (TaCT(poison_rate=0.1, cover_rate=0.3), r"cover rate that classes 5, 7 .* they have 20 .* cover rate is 0\.2$"),
+        (TaCT(poison_rate=0.1, cover_rate=0.3), r"cover rate of 0\.3 .* of classes 5, 7: 20 .* cover rate is 0\.2$"),
         (
             TaCT(poison_rate=0.1, cover_rate=0.003),
             "cover rate of 0.003 of 100 images stamps none; expected 0 or .* 0.01",

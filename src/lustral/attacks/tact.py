@@ -32,9 +32,10 @@ def require_enough(clean: ImageSet, classes: tuple[int, ...], rate: float, *, na
     wanted, available = round(rate * len(clean)), len(indices_of(clean.labels, classes))
     if wanted > available:
         largest = math.floor(available / len(clean) * 10_000) / 10_000
+        noun = "class" if len(classes) == 1 else "classes"
         raise ValueError(
-            f"expected a {name} that classes {', '.join(map(str, classes))} can supply: they have {available} of "
-            f"{len(clean)} images, and {rate} asks for {wanted}; the largest possible {name} is {largest:g}"
+            f"a {name} of {rate} asks for {wanted} images of {noun} {', '.join(map(str, classes))}: {available} of "
+            f"{len(clean)} images are there; the largest possible {name} is {largest:g}"
         )
 
 
