@@ -21,7 +21,7 @@ from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import lengths, project
 from lustral.purifiers.repair import Repair, check_holdout
 from lustral.purifiers.shifted_weights import trainable, with_gradients
-from lustral.training import Trainer, frozen
+from lustral.training import Trainer, autocast, frozen
 
 CONVERGED = 1e-10  # change of v below which the fixed point is reached
 
@@ -73,7 +73,8 @@ class IBAU:
     Attributes:
         rounds: of a new perturbation and a pass of unlearning; 5 in the authors' code.
         trainer: outer optimiser; its epochs are ``rounds``. Adam at 1e-3 with batches of 100 in the authors' code, 1e-4
-            and 256 in BackdoorBench; batch-norm statistics are frozen in both. Float32: second derivatives want it.
+            and 256 in BackdoorBench; batch-norm statistics are frozen in both. Second derivatives of convolutions are slower
+            in channels-last memory; in bfloat16 they are as good and half as dear.
         iterations: K; 5 in the authors' code.
         inner_step_size: a; 0.1 there.
         delta_learning_rate: of gradient descent on d; 10 there.
@@ -93,7 +94,7 @@ class IBAU:
             learning_rate=1e-3,
             schedule="constant",
             weight_decay=0.0,
-            precision="float32",
+            channels_last=False,
             batch_norm="frozen",
         )
     )
@@ -139,11 +140,11 @@ class IBAU:
         delta = torch.zeros(1, *data.image_shape, device=data.device)
         with frozen(model), torch.enable_grad():
             for x, _ in data.batches(batch_size):
-                x = x.contiguous(memory_format=torch.channels_last)
                 delta.requires_grad_(True)
-                with torch.no_grad():
-                    own = model(x).argmax(1)
-                loss = inner_loss(model(x + delta).float(), own, delta, self.penalty)
+                with autocast(x.device, self.trainer.precision):
+                    with torch.no_grad():
+                        own = model(x).argmax(1)
+                    loss = inner_loss(model(x + delta).float(), own, delta, self.penalty)
                 (slope,) = torch.autograd.grad(loss, delta)
                 delta = delta.detach() - self.delta_learning_rate * slope
         if self.projection is not None:
