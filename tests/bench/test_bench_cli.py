@@ -1,4 +1,4 @@
-"""``lustral bench run, plan, verify, gc, repeat``: what they return, print and refuse."""
+"""``lustral bench run, audit, plan, verify, gc, repeat``: what they return, print and refuse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
 from lustral.cli.bench_console import Board
 from lustral.cli.console import Screen
+from lustral.evaluation import Reactivation
 from lustral.files import canonical
 from lustral.protocols import Progress
 from lustral.purifiers import BNRefresh, FineTuning
+from lustral.training import Trainer
 
 PLAN = """
 name = "tiny"
@@ -49,7 +51,7 @@ method = "bn_refresh"
 [run]
 threads = 1
 """
-COMMANDS = ("run", "plan", "table", "compare", "site", "verify", "gc", "repeat")
+COMMANDS = ("run", "audit", "plan", "table", "compare", "site", "verify", "gc", "repeat")
 
 
 def bench(*words: object) -> int:
@@ -336,9 +338,9 @@ def test_all_complaints_about_a_plan_are_one_line(
 def test_verify(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = answer_of(capsys, "verify", "--store", store, "--plan", plan, "--sample", 2)
     assert (report["faults"], report["missing"], report["failed"], len(report["measured"])) == ([], [], [], 2)
-    assert report["records"] == {"victims": 2, "results": 4, "assets": 0, "failures": 0}
+    assert report["records"] == {"victims": 2, "results": 4, "audits": 0, "assets": 0, "failures": 0}
     shown = text_of(capsys, "verify", "--store", store, "--sample", 0)
-    assert "Looked at 2 victims, 4 results, 0 assets, 0 failures and 16 files; measured 0 models again." in shown
+    assert "Looked at 2 victims, 4 results, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again." in shown
     assert "No fault." in shown
 
 
@@ -561,3 +563,29 @@ def test_threads_are_the_plans_and_given_back(plan: Path, store: Path) -> None:
     assert bench("run", plan, "--store", store, "--quiet") == 0
     assert torch.get_num_threads() == before
     assert {record["made"]["threads"] for record in open_store(store).records("results")} == {1}
+
+
+# audit
+
+
+def test_audits_are_shown_and_kept(
+    plan: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = Trainer(epochs=1, batch_size=64, learning_rate=0.01, channels_last=False)
+    quick = Reactivation(trainer=once, clean_epochs=1, push_images=20, push_trainer=once, hidden=8, path=(0.0, 1.0))
+    monkeypatch.setattr("lustral.evaluation.Reactivation", lambda: quick)
+    answer = answer_of(capsys, "audit", plan, "--store", store)
+    assert (answer["computed"], answer["present"], answer["blocked"]) == (2, 0, 0)
+    assert {row["title"] for row in answer["audits"]} == {
+        f"{name} against badnets on digits, seed 0"
+        for name in ("fine_tuning trainer.epochs=1 least_steps=4", "bn_refresh")
+    }
+    assert "2 present" in text_of(capsys, "audit", plan, "--store", store)
+
+
+def test_an_audit_without_a_benign_model_is_refused(
+    plan: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = changed(plan, '[[attacks]]\nmethod = "none"\n', "")
+    assert bench("audit", alone, "--store", store) == 2
+    assert "add an attack with method none" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
     ROOT/store.json                     what this folder is
     ROOT/victims/ab/abcd....json        a record: specification, results, and the files that belong to it
-    ROOT/results/..., ROOT/assets/..., ROOT/failures/...
+    ROOT/results/..., ROOT/audits/..., ROOT/assets/..., ROOT/failures/...
     ROOT/files/ab/abcd....-TOKEN/NAME   those files; TOKEN is the attempt that wrote them
     ROOT/claims/abcd....json            who is working on what
 
@@ -28,8 +28,8 @@ from lustral.bench.claims import Claims
 from lustral.bench.disk import Disk
 from lustral.files import canonical, json_ready
 
-Kind = Literal["victims", "results", "assets", "failures"]
-KINDS: tuple[Kind, ...] = ("victims", "results", "assets", "failures")
+Kind = Literal["victims", "results", "audits", "assets", "failures"]
+KINDS: tuple[Kind, ...] = ("victims", "results", "audits", "assets", "failures")
 LAYOUT = 1
 MODEL_FILE = "model.safetensors"  # files that belong to a record
 DETAIL_FILE = "detail.json"

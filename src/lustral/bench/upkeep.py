@@ -73,6 +73,8 @@ def verify(
             if record is not None:
                 good[kind, key] = record
     for (kind, key), record in good.items():
+        if kind == "audits" and ("results", record["result_key"]) not in good:
+            report.faults.append(f"audits/{key[:12]} ({record['title']}): its result is missing or damaged")
         needed = record["victim_key"] if kind in ("victims", "results") else None
         if needed is None:
             continue
@@ -222,14 +224,15 @@ def find_waste(
         if kind == "assets":  # attacks of other plans may need them again, and they are dear
             continue
         for record in store.records(kind):
-            if (failures and kind == "failures") or (keep and record["key"] not in named):
+            owner = record["result_key"] if kind == "audits" else record["key"]
+            if (failures and kind == "failures") or (keep and owner not in named):
                 waste.records.append((kind, record["key"], record["title"]))
     return waste
 
 
 def remove_waste(store: Store, waste: Waste) -> None:
-    """Remove what ``find_waste`` found; results go before the victims they need."""
-    order: dict[Kind, int] = {"results": 0, "failures": 1, "victims": 2, "assets": 3}
+    """Remove what ``find_waste`` found; what needs others goes before them."""
+    order: dict[Kind, int] = {"audits": 0, "results": 1, "failures": 2, "victims": 3, "assets": 4}
     for kind, key, _ in sorted(waste.records, key=lambda entry: order[entry[0]]):
         store.remove(kind, key)
     for path in waste.leftovers:

@@ -37,6 +37,20 @@ class BenchRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchAudit:
+    """Try to wake up the models that a plan's purifiers made, and show what came of it. The same line goes on where it stopped.
+
+    Attributes:
+        plan: plan file (.toml), run before; it needs an attack with method "none" to compare with.
+        store: folder or URL of its results.
+    """
+
+    plan: tyro.conf.Positional[Path]
+    store: str
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchPlan:
     """Check a plan; show its cells, what is done already, and how long the rest may take.
 
@@ -166,6 +180,7 @@ class BenchRepeat:
 
 Action = (
     Annotated[BenchRun, tyro.conf.subcommand("run")]
+    | Annotated[BenchAudit, tyro.conf.subcommand("audit")]
     | Annotated[BenchPlan, tyro.conf.subcommand("plan")]
     | Annotated[BenchTable, tyro.conf.subcommand("table")]
     | Annotated[BenchCompare, tyro.conf.subcommand("compare")]

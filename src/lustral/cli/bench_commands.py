@@ -13,6 +13,7 @@ from rich.table import Table
 from lustral.bench.store import Kind, Store, StoreError
 from lustral.cli.bench_arguments import (
     Action,
+    BenchAudit,
     BenchCompare,
     BenchGc,
     BenchPlan,
@@ -42,6 +43,8 @@ def run_bench(argv: Sequence[str]) -> int:
     match action:
         case BenchRun():
             return run(action, screen)
+        case BenchAudit():
+            return audit(action, screen)
         case BenchPlan():
             return plan(action, screen)
         case BenchTable():
@@ -103,6 +106,50 @@ def run(command: BenchRun, screen: Screen) -> int:
         write_pages(store, command.site, command.cards, grid.plan.name, screen)
     screen.record({"schema": SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
     return SOME_FAILED if summary.failed else 0
+
+
+def audit(command: BenchAudit, screen: Screen) -> int:
+    """Try to wake purified models up."""
+    from lustral.bench.audits import audits_of, run_audits
+    from lustral.cli.opening import pick_device
+    from lustral.evaluation import Reactivation
+
+    settings = Reactivation()
+    audits = audits_of(open_grid(command.plan), settings)
+    store = Store(absolute(command.store)).open(create=False)
+    shown = Table(
+        "defence",
+        "attack",
+        "seed",
+        "ASR",
+        "retuned",
+        "benign",
+        "resistance",
+        "pushed",
+        title="Reactivation, in per cent",
+    )
+    counts, rows = dict.fromkeys(("computed", "present", "busy", "blocked"), 0), []
+    with screen.progress() as on_progress:
+        found = run_audits(
+            audits, store, settings, device=pick_device(command.common.device), on_progress=lambda _: on_progress
+        )
+        for each, state, record in found:
+            counts[state] += 1
+            if record is not None:
+                checks = record["metrics"]
+                rows.append({"title": each.result.title, "key": each.key, **checks})
+                rates = [
+                    checks["before"]["purified"]["asr"],
+                    checks["retuned"]["purified"]["asr"],
+                    checks["retuned"]["benign"]["asr"],
+                    checks["resistance"],
+                    checks["pushed"]["purified"]["asr"],
+                ]
+                named = (str(each.result.defence), each.result.attack, str(each.result.spec["victim"]["seed"]))
+                shown.add_row(*named, *("n/a" if rate is None else f"{100 * rate:.1f}" for rate in rates))
+    screen.show(shown, f"{', '.join(f'{number} {state}' for state, number in counts.items())}.")
+    screen.record({"schema": SCHEMA, **counts, "audits": rows})
+    return 0
 
 
 def plan(command: BenchPlan, screen: Screen) -> int:
