@@ -146,8 +146,8 @@ REMARKS = """
 Input-aware, 98 for TrojanNN, 80 for WaNet, 85 for SIG and Label-Consistent at 5 % poison; ACC within 2.5 points of the benign
 model. All but one are met. Input-aware reaches 87.1 %. The control tells why: with half as many crossed triggers, all else
 equal, it reaches 94.0 %; a classifier that has seen twelve epochs gives own and crossed triggers the more frequent label. BPP
-loses nothing by its negatives. Adap-Blend reaches 23.5 % at 1 % poison and 1 % covers (published: 76.5 % at 0.3 %, another network
-and a longer training); why was not looked into. Adap-Patch and TaCT reach 100 and 99 %, but TaCT's patch also fires on 43 % of
+loses nothing by its negatives. Adap-Blend reaches 23.5 % at 1 % poison and 1 % covers (published: 76.5 % at 0.3 %, another
+network and a longer training); why was not looked into. Adap-Patch and TaCT reach 100 and 99 %, but TaCT's patch also fires on 43 % of
 the images whose class is neither source nor cover, and Adap-Patch's covers are recognised in 61 % of the cases only.
 
 **GTSRB.** Label-Consistent fails there (0.3 %): signs stay easy to learn from when they are perturbed by 16/255, so nothing leans
@@ -157,10 +157,10 @@ on the patches. BackdoorBench has 0.02 % at 0.1 % poison. That this is the cause
 
 **Digits.** SIG, Label-Consistent and WaNet stay far below their published success: so small a network on so easy a task has no
 need of a clean-label trigger, and a warp of a quarter of a pixel hardly changes digits drawn with 8 x 8 pixels. CIFAR-10 shows
-that the attacks themselves work. One SSBA victim (seed 2) lost 31 points of accuracy: it calls clean images its target label (every
-image of class 9 is recognised, 36 to 94 % of the others). Its training ended before it could tell clean from stamped images (loss
-0.14); the same seed with target 0 ends at 0.05 and 98.6 % ACC. BPP and Input-aware mix in 3 % negatives and crossed triggers
-there instead of 10 %.
+that the attacks themselves work. One SSBA victim (seed 2) lost 31 points of accuracy: it calls clean images its target label
+(every image of class 9 is recognised, 36 to 94 % of the others). Its training ended before it could tell clean from stamped
+images (loss 0.14); the same seed with target 0 ends at 0.05 and 98.6 % ACC. BPP and Input-aware mix in 3 % negatives and
+crossed triggers there instead of 10 %.
 """
 
 
