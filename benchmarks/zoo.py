@@ -147,8 +147,8 @@ Input-aware, 98 for TrojanNN, 80 for WaNet, 85 for SIG and Label-Consistent at 5
 model. All but one are met. Input-aware reaches 87.1 %. The control tells why: with half as many crossed triggers, all else
 equal, it reaches 94.0 %; a classifier that has seen twelve epochs gives own and crossed triggers the more frequent label. BPP
 loses nothing by its negatives. Adap-Blend reaches 23.5 % at 1 % poison and 1 % covers (published: 76.5 % at 0.3 %, another
-network and a longer training); why was not looked into. Adap-Patch and TaCT reach 100 and 99 %, but TaCT's patch also fires on 43 % of
-the images whose class is neither source nor cover, and Adap-Patch's covers are recognised in 61 % of the cases only.
+network and a longer training); why was not looked into. Adap-Patch and TaCT reach 100 and 99 %, but TaCT's patch also fires
+on 43 % of the images whose class is neither source nor cover, and Adap-Patch's covers are recognised in 61 % of the cases.
 
 **GTSRB.** Label-Consistent fails there (0.3 %): signs stay easy to learn from when they are perturbed by 16/255, so nothing leans
 on the patches. BackdoorBench has 0.02 % at 0.1 % poison. That this is the cause was not tested.

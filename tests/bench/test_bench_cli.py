@@ -340,7 +340,9 @@ def test_verify(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (report["faults"], report["missing"], report["failed"], len(report["measured"])) == ([], [], [], 2)
     assert report["records"] == {"victims": 2, "results": 4, "audits": 0, "assets": 0, "failures": 0}
     shown = text_of(capsys, "verify", "--store", store, "--sample", 0)
-    assert "Looked at 2 victims, 4 results, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again." in shown
+    assert (
+        "Looked at 2 victims, 4 results, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again." in shown
+    )
     assert "No fault." in shown
 
 
