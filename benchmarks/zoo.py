@@ -170,7 +170,8 @@ def table() -> None:
         "# Attacks: what ours reach",
         "",
         "Made by `python benchmarks/zoo.py cards` from benchmarks/results/zoo. ACC, ASR and RA in per cent, measured",
-        "with the true trigger rounded to 8 bits; ASR and RA on images whose label the attacker changes. Sources: the cards.",
+        'with the true trigger rounded to 8 bits; ASR and RA on images whose label the attacker changes. "vs clean":',
+        "against the benign model of the same seed, or of seed 0 where there is none. Sources of what is published: the cards.",
         "",
     ]
     for name, setting in SETTINGS.items():
