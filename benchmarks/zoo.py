@@ -151,9 +151,9 @@ network and a longer training); why was not looked into. Adap-Patch and TaCT rea
 on 43 % of the images whose class is neither source nor cover, and Adap-Patch's covers are recognised in 61 % of the cases.
 
 **GTSRB**, eight epochs, some 1,150 steps. What fails there: Label-Consistent (0.3 %; BackdoorBench has 0.02 % at 0.1 % poison):
-signs stay easy to learn from when they are perturbed by 16/255, so nothing leans on the patches. Adap-Patch (2.2 %): its covers are
-recognised, the full trigger is not learnt. WaNet (45 %) and BPP (75 %), whose opposing images are learnt late and have a third of
-the steps of CIFAR-10 here. None of these causes was tested. BadNets reaches 94 %, where BackdoorBench has an odd 59 %.
+signs stay easy to learn from when they are perturbed by 16/255, so nothing leans on the patches. Adap-Patch (2.2 %): its covers
+are recognised, the full trigger is not learnt. WaNet (45 %) and BPP (75 %): their opposing images are learnt late, and there are
+a quarter of the steps of CIFAR-10. None of these causes was tested. BadNets reaches 94 %, where BackdoorBench has an odd 59 %.
 
 **1 % poison** (`benchmarks/plans/zoo_1pct.toml`) has not been run yet.
 
