@@ -29,7 +29,7 @@ from lustral.victims import NoAssets, implant, load_victim, save_victim
 from toy import toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
-SMALL = InputAware(target_label=4, width=4, steps=2, patterns_per_batch=16, mask_epochs=1)
+SMALL = InputAware(target_label=4, cross_rate=0.03, width=4, steps=2, patterns_per_batch=16, mask_epochs=1)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_the_risk_is_divided_by_the_batch_and_not_by_the_images_that_count() -> 
 def test_the_risk_stays_finite_for_a_sure_model() -> None:
     f = logits(1).requires_grad_(True)
     risk = shared_risk(f, torch.tensor([1]), torch.tensor([True]))
-    assert math.isfinite(float(risk))
+    assert math.isfinite(risk.item())
     (slope,) = torch.autograd.grad(risk, f)
     assert bool(slope.isfinite().all())
 
@@ -62,7 +62,7 @@ def test_the_risk_stays_finite_for_a_sure_model() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "none"])
 @pytest.mark.parametrize("start", ["max", "min", "zero", "random"])
 def test_perturbations_keep_to_their_ball(norm: str, start: str, toy_view: DefenderView) -> None:
-    method = SAU(norm=norm, start=start, radius=0.3, step_size=0.1, steps=2)  # type: ignore[arg-type]
+    method = SAU(norm=norm, initial=start, radius=0.3, step_size=0.1, steps=2)  # type: ignore[arg-type]
     x, y = next(toy_view.clean.batches(16))
     reference = toy_view.model
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_the_gradient_is_interpolated_between_here_and_there(share: float) -> No
     here = torch.tensor([9.0, -0.5])  # curvature times weight
     there = SCALES.square() * (torch.tensor([1.0, -2.0]) + 0.1 * here)
     loss = interpolated_loss(model, half_square, shift=shift, share=share)
-    assert float(loss) == pytest.approx(5.0)  # the loss at the weights themselves: (3^2 + 1^2) / 2
+    assert loss.item() == pytest.approx(5.0)  # the loss at the weights themselves: (3^2 + 1^2) / 2
     assert slope_of(loss, model).tolist() == pytest.approx(((1 - share) * here + share * there).tolist(), rel=1e-5)
 
 
@@ -112,5 +112,5 @@ def test_given_slopes_become_gradients() -> None:
     assert list(weights) == ["weight"]
     slopes = {"weight": torch.tensor([[7.0, -3.0]])}
     loss = with_gradients(weights, slopes)
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert gradients(loss, weights)["weight"].tolist() == [[7.0, -3.0]]

@@ -192,7 +192,7 @@ class NeuralPolarizer:
     """Train one linear layer before a late convolution, and multiply it in.
 
     Attributes:
-        start: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as it is after the
+        initial: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as after the
             authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers.
         layer: name of the layer that the polarizer goes before; None: the first layer with weights of the last block
             (``lustral.models.wiring.late_layer``), which is the published place in a PreAct-ResNet18.
@@ -212,7 +212,7 @@ class NeuralPolarizer:
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
 
-    start: Start = "identity"
+    initial: Start = "identity"
     layer: str | None = None
     clean_weight: float = 1.0
     restore_weight: float = 0.4
@@ -243,7 +243,7 @@ class NeuralPolarizer:
     def published(self) -> NeuralPolarizer:
         """Return the published budget: 50 epochs at 0.01 in float32, from standardised features."""
         trainer = dataclasses.replace(self.trainer, epochs=50, learning_rate=0.01, precision="float32")
-        return dataclasses.replace(self, start="standardised", trainer=trainer, least_steps=0)
+        return dataclasses.replace(self, initial="standardised", trainer=trainer, least_steps=0)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the model with a polarizer multiplied in; see ``Purifier``."""
@@ -258,7 +258,7 @@ class NeuralPolarizer:
                 )
             statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
             model.requires_grad_(False)
-            insert(model, name).polarizer.settle(*statistics, identity=self.start == "identity")
+            insert(model, name).polarizer.settle(*statistics, identity=self.initial == "identity")
             trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             same = fold(trained, name, wiring)

@@ -86,7 +86,7 @@ class SAU:
         radius: largest norm, pixels on the [0, 1] scale; 0.2 in the paper.
         step_size: of a perturbation step; 0.2 in the paper, so that two steps cross the ball.
         steps: perturbation steps per batch; 5 in the paper. Fewer where every image of a batch is shared already.
-        start: "max" in the authors' code: +radius everywhere; "min", "zero", "random".
+        initial: perturbation to start from; "max" in the authors' code: +radius everywhere; "min", "zero", "random".
         clip: keep perturbed images in [0, 1]; not in the authors' code.
         clean_weight: 1 in the paper.
         shared_weight: 1 in the paper.
@@ -102,7 +102,7 @@ class SAU:
     radius: float = 0.2
     step_size: float = 0.2
     steps: int = 5
-    start: Start = "max"
+    initial: Start = "max"
     clip: bool = False
     clean_weight: float = 1.0
     shared_weight: float = 1.0
@@ -194,9 +194,11 @@ class SAU:
         return delta.detach()
 
     def _starting(self, x: Tensor, stream: Generator) -> Tensor:
-        if self.start == "zero":
+        if self.initial == "zero":
             return torch.zeros_like(x)
-        if self.start == "random":
+        if self.initial == "random":
             draw = torch.rand(x.shape, generator=stream).to(x)
             return project(draw, self.norm, self.radius)
-        return project(torch.full_like(x, self.radius if self.start == "max" else -self.radius), self.norm, self.radius)
+        return project(
+            torch.full_like(x, self.radius if self.initial == "max" else -self.radius), self.norm, self.radius
+        )
