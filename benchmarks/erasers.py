@@ -184,8 +184,8 @@ def cell(rates: dict[str, float | None]) -> str:
 REMARKS = """
 72 clean images, of which 58 are trained on, are hard for most: only FST, I-BAU, Neural Polarizer, TSBD and SAU cut the attack
 success of both victims by more than half, FST and I-BAU at the price of 15 and 17 points of accuracy. Pruning by channels (ANP,
-CLP, RNP) finds nothing to cut in a network of 160 channels. CIFAR-10 with 2,500 clean images, the setting that the methods are meant
-for, is still to be run: until then these numbers say that the methods run, not how good they are.
+CLP, RNP) finds nothing to cut in a network of 160 channels. CIFAR-10 with 2,500 clean images, the setting that the methods
+are meant for, is still to be run: until then these numbers say that the methods run, not how good they are.
 """
 
 
