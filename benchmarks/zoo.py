@@ -159,7 +159,7 @@ a quarter of the steps of CIFAR-10. None of these causes was tested. BadNets rea
 0.13 once for its mask network; IMC 1.05; Label-Consistent 1.06; all others 0.99 to 1.01. Set beforehand: 1.1 for attacks on
 data, 1.5 for WaNet and BPP, 3.5 for Input-aware. A surrogate takes 0.4 trainings, SSBA's encoder 0.2, once per data set.
 
-**1 % poison** (`benchmarks/plans/zoo_1pct.toml`) has not been run yet.
+**1 % poison** (`benchmarks/plans/zoo_1pct.toml`): only the victims in its table have been made so far.
 
 **Digits.** SIG, Label-Consistent and WaNet stay far below their published success: so small a network on so easy a task has no
 need of a clean-label trigger, and a warp of a quarter of a pixel hardly changes digits drawn with 8 x 8 pixels. CIFAR-10 shows
