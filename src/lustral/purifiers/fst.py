@@ -13,10 +13,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import Augment
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair, check_holdout, fine_tuning_recipe
 from lustral.randomness import fork
 from lustral.training import Trainer
 
@@ -44,16 +43,7 @@ class FST:
     """
 
     alpha: float | None = None
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 150
     holdout: float = 0.2
 

@@ -13,9 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import Augment
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair, check_holdout, fine_tuning_recipe
 from lustral.purifiers.shifted_weights import TINY, interpolated_loss
 from lustral.training import Trainer
 
@@ -41,16 +40,7 @@ class FTSAM:
 
     rho: float = 2.0
     label_smoothing: float = 0.1
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=30,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(30))
     least_steps: int = 200
     holdout: float = 0.2
 

@@ -16,9 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import Augment
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair, check_holdout, fine_tuning_recipe
 from lustral.training import Trainer, frozen
 
 NUM_GROUPS = 3  # of layers whose attention is distilled
@@ -98,26 +97,8 @@ class NAD:
 
     weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0
-    teacher_trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=10,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    teacher_trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10))
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 150
     holdout: float = 0.2
 

@@ -17,10 +17,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import Augment
 from lustral.inverters.mask_search import MaskSearch
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair, check_holdout, fine_tuning_recipe
 from lustral.randomness import fork
 from lustral.training import Trainer
 
@@ -55,16 +54,7 @@ class NeuralCleanse:
     search: MaskSearch = field(default_factory=lambda: MaskSearch(screening=False))
     threshold: float = 2.0
     trigger_rate: float = 0.2
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=10,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10))
     least_steps: int = 90
     holdout: float = 0.2
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Generator, nn
 
 from lustral.cost import CostMeter
-from lustral.images import require_usable, split
+from lustral.images import Augment, require_usable, split
 from lustral.protocols import DefenderView, ImageSet, Objective, OnProgress, Progress, Purified
 from lustral.purifiers.selection import held_out_accuracy
 from lustral.randomness import fork
@@ -23,6 +23,18 @@ def check_holdout(holdout: float) -> None:
     """Raise ``ValueError`` unless the held-out share is in (0, 1)."""
     if not 0 < holdout < 1:
         raise ValueError(f"expected a held-out share in (0, 1); got {holdout}")
+
+
+def fine_tuning_recipe(epochs: int) -> Trainer:
+    """Return how the baselines fine-tune: 0.01 as in BackdoorBench, falling, with small random crops."""
+    return Trainer(
+        epochs=epochs,
+        batch_size=128,
+        learning_rate=0.01,
+        schedule="cosine",
+        warmup=0.1,
+        augment=Augment(crop_padding=2, flip=False),
+    )
 
 
 @dataclass(kw_only=True)
