@@ -53,7 +53,7 @@ SMALL: dict[str, Callable[[], Any]] = {
     "fine_pruning": lambda: FinePruning(trainer=gentle_trainer(epochs=2), least_steps=1),
     "fst": lambda: FST(trainer=gentle_trainer(epochs=20, learning_rate=0.02, batch_norm="train"), least_steps=1),
     "ft_sam": lambda: FTSAM(rho=0.5, trainer=gentle_trainer(batch_norm="train"), least_steps=1),
-    "i_bau": lambda: IBAU(least_steps=40),
+    "i_bau": lambda: IBAU(trainer=dataclasses.replace(IBAU().trainer, learning_rate=1e-3), least_steps=40),
     "nad": lambda: NAD(teacher_trainer=gentle_trainer(epochs=1), trainer=gentle_trainer(epochs=2), least_steps=1),
     "neural_cleanse": lambda: NeuralCleanse(
         search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=2), least_steps=1

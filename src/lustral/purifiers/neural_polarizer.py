@@ -29,15 +29,18 @@ from lustral.models.wiring import Wiring, late_layer, trace
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import project
 from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.selection import held_out_accuracy
 from lustral.training import Trainer, autocast, frozen
 
 LEAST_VARIANCE = (
     0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
 )
+SURVIVES = 0.8  # share of the held-out accuracy that standardised features must leave to start from them
+GENTLER = 0.1  # factor of the rate where they do not: all that the network sees goes through the polarizer
 ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
 
 
-Start = Literal["identity", "standardised"]
+Start = Literal["auto", "identity", "standardised"]
 
 
 class Polarizer(nn.Module):
@@ -193,7 +196,9 @@ class NeuralPolarizer:
 
     Attributes:
         initial: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as after the
-            authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers.
+            authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers. "auto" is
+            "standardised" where that keeps ``SURVIVES`` of the held-out accuracy; elsewhere "identity", at ``GENTLER`` times
+            the rate.
         layer: name of the layer that the polarizer goes before; None: the first layer with weights of the last block
             (``lustral.models.wiring.late_layer``), which is the published place in a PreAct-ResNet18.
         clean_weight: 1 in the paper.
@@ -206,13 +211,12 @@ class NeuralPolarizer:
         steps: most steps; 2 there.
         enough: share of a batch that is called t after which no further step is taken; 0.6 there.
         trainer: SGD at 0.01, constant, for 50 epochs with batches of 128 in the authors' code, after five epochs of warm-up
-            whose one effect is that the normalisation knows its features: here these statistics are computed. At 0.01 a
-            network without a shortcut around the polarizer may lose its accuracy.
+            whose one effect is that the normalisation knows its features: here these statistics are computed.
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
 
-    initial: Start = "identity"
+    initial: Start = "auto"
     layer: str | None = None
     clean_weight: float = 1.0
     restore_weight: float = 0.4
@@ -223,7 +227,7 @@ class NeuralPolarizer:
     steps: int = 2
     enough: float = 0.6
     trainer: Trainer = field(
-        default_factory=lambda: Trainer(epochs=20, batch_size=128, learning_rate=1e-3, schedule="constant")
+        default_factory=lambda: Trainer(epochs=30, batch_size=128, learning_rate=0.01, schedule="constant")
     )
     least_steps: int = 300
     holdout: float = 0.2
@@ -242,7 +246,7 @@ class NeuralPolarizer:
 
     def published(self) -> NeuralPolarizer:
         """Return the published budget: 50 epochs at 0.01 in float32, from standardised features."""
-        trainer = dataclasses.replace(self.trainer, epochs=50, learning_rate=0.01, precision="float32")
+        trainer = dataclasses.replace(self.trainer, epochs=50, precision="float32")
         return dataclasses.replace(self, initial="standardised", trainer=trainer, least_steps=0)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
@@ -258,8 +262,12 @@ class NeuralPolarizer:
                 )
             statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
             model.requires_grad_(False)
-            insert(model, name).polarizer.settle(*statistics, identity=self.initial == "identity")
+            polarizer = insert(model, name).polarizer
+            polarizer.settle(*statistics, identity=self.initial == "identity")
             trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            if self.initial == "auto" and held_out_accuracy(model, repair.held_out) < SURVIVES * repair.before:
+                polarizer.settle(*statistics, identity=True)
+                trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             same = fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):
