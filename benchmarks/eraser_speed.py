@@ -99,7 +99,7 @@ def plain_npd(model: nn.Module, batches: Batches, epochs: int) -> nn.Module:
         F.cross_entropy(model(x), y).backward()
         warm.step()
     polarizer.eval()
-    optimizer = torch.optim.SGD(polarizer.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(polarizer.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     for _ in range(epochs):
         for x, y in batches:
             with torch.no_grad():
@@ -233,7 +233,7 @@ def ours(name: str, epochs: int) -> Any:
         )
         return SAU(trainer=trainer, least_steps=0)
     if name == "npd":
-        method = NeuralPolarizer(least_steps=0)
+        method = NeuralPolarizer(initial="standardised", least_steps=0)
         return dataclasses.replace(method, trainer=dataclasses.replace(method.trainer, epochs=epochs))
     if name == "tsbd":
         return TSBD(
@@ -242,7 +242,8 @@ def ours(name: str, epochs: int) -> Any:
             trainer=Trainer(epochs=epochs, batch_size=128, learning_rate=0.01, **constant),
             least_steps=0,
         )
-    return dataclasses.replace(IBAU(), rounds=epochs, least_steps=0)
+    method = IBAU(rounds=epochs, least_steps=0)
+    return dataclasses.replace(method, trainer=dataclasses.replace(method.trainer, learning_rate=1e-3))
 
 
 def in_float32(method: Any) -> Any:

@@ -25,8 +25,15 @@ RESULTS = ROOT / "results" / "erasers"
 CARDS = ROOT.parent / "tests" / "cards"
 TABLE = ROOT.parent / "docs" / "results-erasers.md"
 SETTINGS = {  # by plan
+    "erasers": "PreAct-ResNet18 of width 16, CIFAR-10, CPU",
+    "erasers_seeds": "PreAct-ResNet18 of width 16, CIFAR-10, further seeds, CPU",
+    "erasers_1pct": "PreAct-ResNet18 of width 16, CIFAR-10, 1 % poison, CPU",
+    "erasers_few": "PreAct-ResNet18 of width 16, CIFAR-10, few clean images, CPU",
+    "erasers_architectures": "BadNets on other networks, ten classes of Tiny ImageNet at 32 pixels, CPU",
     "erasers_toy": "small CNN, embedded digits (1,365 training images, 72 clean ones), CPU",
 }
+CHECKS = ("before", "retuned", "retuned_clean", "pushed")  # of an audit
+MODELS = ("purified", "benign", "exact")
 WORKED = 0.5  # attack success rate above which a victim counts in means of ASR and DER
 LEADERBOARD = (
     "BackdoorBench leaderboard, June 2025, PreAct-ResNet18, CIFAR-10, 10 % poison, 5 % clean: mean of 8 attacks"
@@ -66,6 +73,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def keep(url: str, plan: Path) -> None:
     """Copy what matters of the results that a store has of a plan into the repository."""
     store, rows = Store(url).open(create=False), []
+    audits = {record["result_key"]: record["metrics"] for record in store.records("audits")}
     for cell in expand(read_plan(plan), Sources()).cells:
         if cell.kind != "results" or not store.has("results", cell.key):
             continue
@@ -84,16 +92,24 @@ def keep(url: str, plan: Path) -> None:
                 "poison_rate": facts["poison_rate"],
                 "target_label": facts["target_label"],
                 "seed": facts["seed"],
+                "arch": spec["victim"]["arch"],
                 "clean_images": facts["clean_images"],
                 **rates,
                 "der": metrics["compare"]["der"],
                 "seconds": round(record["cost"]["seconds"], 1),
                 "image_passes": round(record["cost"]["image_passes"]),
                 "code": record["made"]["code"],
+                **({"audit": success(audits[record["key"]])} if record["key"] in audits else {}),
             }
         )
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json_atomic(RESULTS / f"{plan.stem}.json", {"plan": plan.stem, "results": rows})
+
+
+def success(audit: dict[str, Any]) -> dict[str, Any]:
+    """Return what an audit says of the attack's success, by check and model, and the resistance."""
+    rates = {check: {model: audit[check][model]["asr"] for model in MODELS} for check in CHECKS}
+    return {**rates, "resistance": audit["resistance"]}
 
 
 def kept() -> dict[str, list[dict[str, Any]]]:
@@ -105,6 +121,8 @@ def kept() -> dict[str, list[dict[str, Any]]]:
 def short(row: dict[str, Any]) -> dict[str, Any]:
     """Return a result as cards have it."""
     named = {name: row[name] for name in ("attack", "poison_rate", "target_label", "seed", "clean_images")}
+    if row.get("audit"):
+        named["audit"] = row["audit"]
     before = {f"{name}_before": row["before"][name] for name in ("acc", "asr")}
     after = {name: row["after"][name] for name in ("acc", "asr", "ra")}
     rates = {name: value for name, value in {**before, **after}.items() if value is not None}
@@ -142,38 +160,93 @@ def mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+Victim = tuple[str, int, str, int]
+
+
+def victim_of(row: dict[str, Any]) -> Victim:
+    """Return what names a column: attack, seed, architecture, clean images."""
+    return row["attack"], row["seed"], row.get("arch", ""), row["clean_images"]
+
+
+def titles(victims: list[Victim]) -> list[str]:
+    """Return the heads of columns: the attack, and of the rest what differs."""
+    differing = [len({victim[n] for victim in victims}) > 1 for n in range(4)]
+    forms = ("{}", "seed {}", "{}", "{} clean")
+    return [
+        ", ".join(form.format(part) for part, form, show in zip(victim, forms, differing, strict=True) if show)
+        or victim[0]
+        for victim in victims
+    ]
+
+
 def table() -> None:
-    """Write the tables: a row for each eraser, a column for each victim."""
+    """Write the tables of each plan: means, every cell, and what woke the purified models up."""
     lines = [
         "# Erasers: what ours reach",
         "",
-        "Made by `python benchmarks/erasers.py cards` from benchmarks/results/erasers. ACC / ASR / RA in per cent after",
-        "erasing, with the true trigger, on the test set; the first row is before. Means are over victims whose attack had",
-        "worked (ASR above 50 %).",
+        "Made by `python benchmarks/erasers.py cards` from benchmarks/results/erasers. In per cent, with the true trigger, on",
+        "the test set. Means are over victims whose attack had worked (ASR above 50 %); n says over how many. Passes are passes",
+        "of one image through the network and back, per clean image.",
         "",
     ]
     for plan, rows in kept().items():
-        lines += [f"## {plan}: {SETTINGS[plan]}", ""]
-        victims = list(dict.fromkeys((row["attack"], row["seed"], row["clean_images"]) for row in rows))
-        titles = [f"{attack}, seed {seed}" for attack, seed, _ in victims]
-        lines += [f"| eraser | {' | '.join(titles)} | mean ASR | mean ACC loss | mean DER | seconds |"]
-        lines += ["|---" * (len(victims) + 5) + "|"]
-        before = {(r["attack"], r["seed"], r["clean_images"]): r["before"] for r in rows}
-        lines.append(f"| none | {' | '.join(cell(before[victim]) for victim in victims)} | | | | |")
+        rows = sorted(rows, key=lambda row: row["attack"] == "benign")  # stable: the benign column comes last
+        victims = list(dict.fromkeys(victim_of(row) for row in rows))
+        clean = sorted({row["clean_images"] for row in rows}, reverse=True)
+        lines += [f"## {plan}: {SETTINGS[plan]}, {' or '.join(f'{n:,}' for n in clean)} clean images", ""]
+        for budget in clean:
+            if len(clean) > 1:
+                lines += [f"### {budget:,} clean images", ""]
+            lines += [*means([row for row in rows if row["clean_images"] == budget]), ""]
+        before = {victim_of(row): row["before"] for row in rows}
+        lines += [f"| ACC / ASR / RA | {' | '.join(titles(victims))} |", "|---" * (len(victims) + 1) + "|"]
+        lines.append(f"| none | {' | '.join(cell(before[victim]) for victim in victims)} |")
         for method in dict.fromkeys(row["defence"] for row in rows):
-            own = {(r["attack"], r["seed"], r["clean_images"]): r for r in rows if r["defence"] == method}
-            worked = [r for r in own.values() if (r["before"]["asr"] or 0) > WORKED]
-            asr = mean([r["after"]["asr"] for r in worked])
-            loss = mean([r["before"]["acc"] - r["after"]["acc"] for r in worked])
-            der = mean([r["der"] for r in worked])
+            own = {victim_of(row): row for row in rows if row["defence"] == method}
             cells = [cell(own[victim]["after"]) if victim in own else "" for victim in victims]
-            seconds = statistics.median(r["seconds"] for r in own.values())
-            lines.append(
-                f"| {method} | {' | '.join(cells)} | {percent(asr)} | {percent(loss)} | "
-                f"{'' if der is None else f'{der:.3f}'} | {seconds:.0f} |"
-            )
-        lines.append("")
-    write_text_atomic(TABLE, "\n".join(lines) + REMARKS)
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines += ["", *audited(rows), REMARKS.get(plan, ""), ""]
+    write_text_atomic(TABLE, "\n".join(lines).rstrip() + "\n")
+
+
+def means(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table with a row for each eraser: means over its victims."""
+    lines = ["| eraser | n | ASR | ACC loss | RA | DER | ACC loss, benign | seconds | passes |", "|---" * 9 + "|"]
+    for method in dict.fromkeys(row["defence"] for row in rows):
+        own = [row for row in rows if row["defence"] == method]
+        worked = [row for row in own if (row["before"]["asr"] or 0) > WORKED]
+        asr = mean([row["after"]["asr"] for row in worked])
+        ra = mean([row["after"]["ra"] for row in worked])
+        der = mean([row["der"] for row in worked])
+        loss = mean([row["before"]["acc"] - row["after"]["acc"] for row in worked])
+        benign = mean([row["before"]["acc"] - row["after"]["acc"] for row in own if row["attack"] == "benign"])
+        seconds = statistics.median(row["seconds"] for row in own)
+        passes = statistics.median(row["image_passes"] / row["clean_images"] for row in own)
+        lines.append(
+            f"| {method} | {len(worked)} | {percent(asr)} | {percent(loss)} | {percent(ra)} | "
+            f"{'' if der is None else f'{der:.3f}'} | {percent(benign)} | {seconds:.0f} | {passes:.0f} |"
+        )
+    return lines
+
+
+def audited(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of what woke purified models up, or nothing where none was audited."""
+    own = [row for row in rows if row.get("audit")]
+    if not own:
+        return []
+    lines = [
+        "ASR before and after each try to wake the backdoor up; in brackets of the benign model and of an exact purification.",
+        "",
+        f"| eraser | victim | {' | '.join(CHECKS)} | resistance |",
+        "|---" * (len(CHECKS) + 3) + "|",
+    ]
+    for row in own:
+        cells = ["{} ({}, {})".format(*(percent(row["audit"][check][model]) for model in MODELS)) for check in CHECKS]
+        told = row["audit"]["resistance"]
+        lines.append(
+            f"| {row['defence']} | {row['attack']} | {' | '.join(cells)} | {'' if told is None else f'{told:.2f}'} |"
+        )
+    return [*lines, ""]
 
 
 def cell(rates: dict[str, float | None]) -> str:
@@ -181,12 +254,12 @@ def cell(rates: dict[str, float | None]) -> str:
     return " / ".join(percent(rates[name]) for name in ("acc", "asr", "ra") if rates[name] is not None)
 
 
-REMARKS = """
-72 clean images, of which 58 are trained on, are hard for most: only FST, I-BAU, Neural Polarizer, TSBD and SAU cut the attack
-success of both victims by more than half, FST and I-BAU at the price of 15 and 17 points of accuracy. Pruning by channels (ANP,
-CLP, RNP) finds nothing to cut in a network of 160 channels. CIFAR-10 with 2,500 clean images, the setting that the methods
-are meant for, is still to be run: until then these numbers say that the methods run, not how good they are.
-"""
+REMARKS = {
+    "erasers_toy": """72 clean images, of which 58 are trained on, are hard for most: only FST, I-BAU, Neural Polarizer, TSBD and
+SAU cut the attack success of both victims by more than half, FST and I-BAU at the price of 15 and 17 points of accuracy. Pruning
+by channels (ANP, CLP, RNP) finds nothing to cut in a network of 160 channels.
+""",
+}
 
 
 def main() -> None:
