@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lustral.protocols import DefenderView
 from lustral.purifiers import SAU
-from lustral.purifiers.perturbation import lengths
+from lustral.purifiers.perturbation import lengths, project, steepest
 from lustral.purifiers.sau import jensen_shannon, shared_loss, shared_risk
 from lustral.randomness import child
 
@@ -72,6 +73,30 @@ def test_perturbations_keep_to_their_ball(norm: str, start: str, toy_view: Defen
     assert not delta.requires_grad
     if norm != "none":
         assert float(lengths(delta, norm).max()) <= 0.3 * (1 + 1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_leaving_shared_images_out_changes_nothing(norm: str, toy_view: DefenderView) -> None:
+    radius = {"linf": 0.3, "l2": 3.0}[norm]
+    method = SAU(norm=norm, initial="zero", radius=radius, step_size=radius / 3, steps=5)  # type: ignore[arg-type]
+    x, y = next(toy_view.clean.batches(64))
+    reference = toy_view.model.eval()
+    model = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=child(0)))
+    with torch.no_grad():
+        f_clean, g_clean = model(x).argmax(1), reference(x).argmax(1)
+    delta, counts = torch.zeros_like(x), []
+    for _ in range(method.steps):
+        delta.requires_grad_(True)
+        adversarial, apart, shared = shared_loss(model(x + delta), reference(x + delta), y, f_clean, g_clean)
+        counts.append(int(shared.sum()))
+        (slope,) = torch.autograd.grad(0.01 * adversarial + apart, delta)
+        delta = project(delta.detach() - radius / 3 * steepest(slope, norm), norm, radius)  # type: ignore[arg-type]
+    assert 0 < counts[-1] < len(x)  # some are left out, and some are not
+    found = method.perturb(model, reference, x, y, g_clean, child(0))
+    assert float((found - delta).abs().max()) < 1e-4
 
 
 def test_the_shared_risk_falls(toy_view: DefenderView) -> None:

@@ -174,24 +174,31 @@ class SAU:
     ) -> Tensor:
         """Return perturbations (B, C, H, W) that both models share as far as the steps lead.
 
-        What does not change with the perturbation, the predictions on clean images, is computed once.
+        What does not change with the perturbation, the predictions on clean images, is computed once. An image that is shared
+        contributes nothing to the loss, so it stays where it is: further steps take only the others.
         """
         delta = self._starting(x, stream)
         with frozen(model), torch.enable_grad():
             with torch.no_grad():
                 f_clean = model(x).argmax(1)
+            apart = torch.arange(len(x), device=x.device)
             for _ in range(self.steps):
-                delta.requires_grad_(True)
-                moved = (x + delta).clamp(0, 1) if self.clip else x + delta
-                adversarial, apart, shared = shared_loss(
-                    model(moved).float(), reference(moved).float(), y, f_clean, g_clean
+                change = delta[apart].requires_grad_(True)
+                moved = x[apart] + change
+                if self.clip:
+                    moved = moved.clamp(0, 1)
+                adversarial, disagreement, shared = shared_loss(
+                    model(moved).float(), reference(moved).float(), y[apart], f_clean[apart], g_clean[apart]
                 )
                 if bool(shared.all()):
                     break
-                loss = self.adversarial_weight * adversarial + self.agreement_weight * apart
-                (slope,) = torch.autograd.grad(loss, delta)
-                delta = project(delta.detach() - self.step_size * steepest(slope, self.norm), self.norm, self.radius)
-        return delta.detach()
+                loss = self.adversarial_weight * adversarial + self.agreement_weight * disagreement
+                (slope,) = torch.autograd.grad(loss, change)
+                delta[apart] = project(
+                    change.detach() - self.step_size * steepest(slope, self.norm), self.norm, self.radius
+                )
+                apart = apart[~shared]
+        return delta
 
     def _starting(self, x: Tensor, stream: Generator) -> Tensor:
         if self.initial == "zero":
