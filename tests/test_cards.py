@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lustral.attacks import BadNets
-from lustral.catalog import ATTACKS, PURIFIERS
+from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIERS
 from lustral.detectors import MaskArea
 from lustral.evaluation import evaluate
 from lustral.protocols import DefenderView
@@ -47,6 +47,12 @@ def test_every_method_has_a_card_and_a_page(name: str) -> None:
     if name in ATTACKS:
         assert f"(../images/attacks/{name}.png)" in text
         assert (docs / "images" / "attacks" / f"{name}.png").is_file()
+
+
+def test_the_costs_that_are_listed_are_the_measured_ones() -> None:
+    kept = CARDS.parent.parent / "benchmarks" / "results" / "eraser_costs.json"  # of benchmarks/eraser_costs.py
+    measured = json.loads(kept.read_text())["passes"]
+    assert measured == pytest.approx(PURIFIER_COSTS, rel=0.05, abs=0.5)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIER_COSTS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
 from lustral.cli import main
 from lustral.cli.arguments import (
     TOP_FLAGS,
@@ -264,8 +264,8 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 def test_purifiers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("erase", "--list", "--json") == 0
     listed = json.loads(capsys.readouterr().out)["methods"]
-    assert sorted(listed) == sorted(PURIFIERS) == sorted(PURIFIER_NEEDS)
-    assert all(entry["does"] and entry["needs"] for entry in listed.values())
+    assert sorted(listed) == sorted(PURIFIERS) == sorted(PURIFIER_NEEDS) == sorted(PURIFIER_COSTS)
+    assert all(entry["does"] and entry["needs"] and entry["passes"] >= 0 for entry in listed.values())
     assert run("erase", "--list") == 0
     assert "baeraser" in capsys.readouterr().out
 

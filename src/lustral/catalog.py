@@ -119,3 +119,24 @@ PURIFIER_NEEDS: dict[str, str] = {  # beyond clean images
     "sau": "nothing",
     "tsbd": "nothing",
 }
+
+PURIFIER_COSTS: dict[
+    str, float
+] = {  # passes of each of 2,500 clean images forward and back (benchmarks/eraser_costs.py)
+    "anp": 62,
+    "baeraser": 68,
+    "bn_refresh": 0.6,
+    "clp": 0.2,
+    "fine_pruning": 17,
+    "fine_tuning": 17,
+    "fst": 17,
+    "ft_sam": 48,
+    "i_bau": 14,
+    "mesa": 34,
+    "nad": 30,
+    "neural_cleanse": 19,
+    "neural_polarizer": 95,
+    "rnp": 18,
+    "sau": 102,
+    "tsbd": 99,
+}

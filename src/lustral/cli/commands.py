@@ -16,7 +16,7 @@ from torch import nn
 from lustral import victims
 from lustral.bench.cells import StoreAssets
 from lustral.bench.store import Store
-from lustral.catalog import ATTACKS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
+from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
@@ -182,13 +182,17 @@ def module_line(kind: type) -> str:
 
 
 def list_purifiers(screen: Screen) -> int:
-    """Explain each purifier in a line, with what it needs beyond clean images."""
+    """Explain each purifier in a line, with what it needs beyond clean images and what it costs."""
     lines = {name: (inspect.getdoc(kind) or "").partition("\n")[0] for name, kind in PURIFIERS.items()}
-    table = Table("method", "what it does", "needs", title="lustral erase --method")
+    table = Table("method", "what it does", "needs", "cost", title="lustral erase --method")
+    table.caption = "cost: passes of each of 2,500 clean images through the network and back"
     for name, line in lines.items():
-        table.add_row(name, line, PURIFIER_NEEDS[name])
+        table.add_row(name, line, PURIFIER_NEEDS[name], str(PURIFIER_COSTS[name]))
     screen.show(table)
-    records = {name: {"does": line, "needs": PURIFIER_NEEDS[name]} for name, line in lines.items()}
+    records = {
+        name: {"does": line, "needs": PURIFIER_NEEDS[name], "passes": PURIFIER_COSTS[name]}
+        for name, line in lines.items()
+    }
     screen.record({"schema": SCHEMA, "methods": records})
     return 0
 

@@ -1,0 +1,54 @@
+"""How many passes each eraser makes over its clean images: what `lustral erase --list` says.
+
+    python benchmarks/eraser_costs.py
+
+Passes of one image through the network, forward and back, per clean image; a forward pass alone is a third. They depend on the
+settings and on the number of clean images (2,500 here, drawn from the embedded digits with replacement), hardly on the network, so
+a small one serves. What ends early (bisections, searches, unlearning) makes them vary by some tenths between victims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from lustral.attacks import BadNets
+from lustral.catalog import PURIFIERS
+from lustral.files import write_json_atomic
+from lustral.protocols import DefenderView
+from lustral.randomness import child
+from lustral.sources import load_source
+from lustral.victims import default_trainer, implant
+
+RESULT = Path(__file__).resolve().parent / "results" / "eraser_costs.json"
+CLEAN = 2500
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    source = load_source("digits")
+    assert source.test is not None
+    train, _ = source.training_split()
+    trainer = dataclasses.replace(default_trainer(flip=False, num_images=len(train)), epochs=12)
+    victim = implant(
+        BadNets(target_label=3, poison_rate=0.1),
+        train,
+        source.test,
+        arch="small_cnn:width=8",
+        trainer=trainer,
+        seed=0,
+        data_name="digits",
+    )
+    drawn = torch.randint(len(train), (CLEAN,), generator=child(0, "clean"))
+    view, passes = DefenderView(model=victim.model, clean=train.subset(drawn)), {}
+    for name, kind in PURIFIERS.items():
+        cost = kind().purify(view, generator=child(0, "erase")).cost
+        passes[name] = round(cost.image_passes / CLEAN, 1)
+        print(f"{name:18} {passes[name]:7.1f} passes {cost.seconds:7.1f} s", flush=True)
+    write_json_atomic(RESULT, {"clean_images": CLEAN, "passes": passes})
+
+
+if __name__ == "__main__":
+    main()
