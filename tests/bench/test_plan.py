@@ -546,3 +546,19 @@ def test_a_plan_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(plan, "name", "other")  # noqa: B010
     assert Plan.model_validate(plan.model_dump(exclude_defaults=True)) == plan
+
+
+def test_a_part_of_a_grid_by_its_columns() -> None:
+    grid = quick_grid()
+    part = grid.where({"defence_method": ("bn_refresh",), "attack": ("badnets",), "seed": ("1",)})
+    assert [cell.kind for cell in part.cells] == ["victims", "results"]
+    assert part.cells[1].victim_key == part.cells[0].key
+    assert part.cells[1].spec["defence"]["method"] == "bn_refresh"
+    victims = grid.where({"attack": ("benign",)})  # no column of a defence: victims and all results on them
+    assert kinds(victims) == (2, 4)
+    assert grid.where({}).cells == grid.cells
+    both = grid.where({"defence_method": ("bn_refresh", "fine_tuning")})
+    assert {cell.key for cell in both.cells} == {cell.key for cell in grid.cells}
+    for wrong in ({"colour": ("red",)}, {"attack": ("blended",)}):
+        with pytest.raises(PlanError, match="there are"):
+            grid.where(wrong)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lustral.bench.cells import SCHEMA, Workbench, facts, made
-from lustral.bench.grid import Cell, Grid
+from lustral.bench.cells import SCHEMA, Workbench, made
+from lustral.bench.grid import Cell, Grid, facts
 from lustral.bench.plan import PlanError
 from lustral.bench.store import MODEL_FILE, Store, content_key
 from lustral.catalog import PURIFIERS

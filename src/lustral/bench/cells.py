@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import lustral
-from lustral.bench.grid import DEFENCES, Cell
+from lustral.bench.grid import DEFENCES, Cell, facts
 from lustral.bench.sources import Sources
 from lustral.bench.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.catalog import ATTACKS, PURIFIERS
@@ -287,32 +287,6 @@ def writable(text: str) -> str:
 def seed_name(defence_seed: int) -> tuple[int, ...]:
     """Return what a defence seed adds to a stream's name; nothing for 0, so that single commands repeat the cell."""
     return (defence_seed,) if defence_seed else ()
-
-
-def facts(cell: Cell) -> dict[str, Any]:
-    """Return the columns that tables group by."""
-    spec = cell.spec
-    victim = spec["victim"] if spec["kind"] == "result" else spec
-    attack = victim["attack"]
-    columns = {
-        "data": victim["data"]["name"],
-        "arch": victim["arch"],
-        "attack": cell.attack,
-        "attack_method": attack["method"],
-        "poison_rate": attack["settings"].get("poison_rate"),
-        "target_label": attack["settings"].get("target_label"),
-        "seed": victim["seed"],
-    }
-    if spec["kind"] == "result":
-        method = spec["defence"]["method"]
-        columns |= {
-            "defence": cell.defence,
-            "defence_method": method,
-            "defence_kind": "purifier" if method in PURIFIERS else "detector",
-            "defence_seed": spec["seed"],
-            "clean_images": spec["clean_images"],
-        }
-    return columns
 
 
 def brief(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

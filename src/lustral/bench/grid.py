@@ -5,7 +5,7 @@ A cell is named by the hash of its specification, in which every default is fill
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -90,6 +90,62 @@ class Grid:
         order = {root: number for number, root in enumerate(dict.fromkeys(roots.values()))}
         mine = tuple(cell for cell in self.cells if order[roots[cell.key]] % count == index)
         return replace(self, cells=mine)
+
+    def where(self, admitted: Mapping[str, Sequence[str]]) -> Grid:
+        """Return the results whose columns have admitted values, with the victims that they need; or, where no column of a
+        defence is named, the victims that fit as well.
+
+        Args:
+            admitted: values as text, by column: data, arch, attack, attack_method, poison_rate, target_label, seed, defence,
+                defence_method, defence_kind, defence_seed, clean_images.
+
+        Raises:
+            PlanError: no such column, or no cell with such values; says what there is.
+        """
+        columns = [(cell, facts(cell)) for cell in self.cells]
+        known = dict.fromkeys(name for _, row in columns for name in row)
+        for name, values in admitted.items():
+            if name not in known:
+                raise PlanError(f"no column {name!r} to choose by; there are {', '.join(known)}")
+            there = dict.fromkeys(str(row[name]) for _, row in columns if name in row)
+            for value in values:
+                if value not in there:
+                    raise PlanError(f"no cell of the plan has {name}={value}; there are {', '.join(there)}")
+        fitting = {
+            cell.key
+            for cell, row in columns
+            if all(name in row and str(row[name]) in values for name, values in admitted.items())
+        }
+        for cell in reversed(self.cells):  # results come after their victims, those after what they start from
+            if cell.key in fitting and cell.victim_key is not None:
+                fitting.add(cell.victim_key)
+        return replace(self, cells=tuple(cell for cell in self.cells if cell.key in fitting))
+
+
+def facts(cell: Cell) -> dict[str, Any]:
+    """Return the columns that tables group by."""
+    spec = cell.spec
+    victim = spec["victim"] if spec["kind"] == "result" else spec
+    attack = victim["attack"]
+    columns = {
+        "data": victim["data"]["name"],
+        "arch": victim["arch"],
+        "attack": cell.attack,
+        "attack_method": attack["method"],
+        "poison_rate": attack["settings"].get("poison_rate"),
+        "target_label": attack["settings"].get("target_label"),
+        "seed": victim["seed"],
+    }
+    if spec["kind"] == "result":
+        method = spec["defence"]["method"]
+        columns |= {
+            "defence": cell.defence,
+            "defence_method": method,
+            "defence_kind": "purifier" if method in PURIFIERS else "detector",
+            "defence_seed": spec["seed"],
+            "clean_images": spec["clean_images"],
+        }
+    return columns
 
 
 def victim_spec(

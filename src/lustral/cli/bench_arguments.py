@@ -22,6 +22,7 @@ class BenchRun:
         site: write the pages there afterwards.
         cards: folder of method cards, for the published numbers on the pages.
         ray: send the cells to a Ray cluster: "auto", or its address; in this process if left out.
+        where: COLUMN=VALUE: only these cells, and the victims they need; commas part values: defence=sau,tsbd.
         shard: I/N: only part I of N, e.g. of a batch scheduler's array.
         retry_failed: try cells again that have failed before.
     """
@@ -31,6 +32,7 @@ class BenchRun:
     site: Path | None = None
     cards: Path | None = None
     ray: str | None = None
+    where: tuple[str, ...] = ()
     shard: str = "1/1"
     retry_failed: Switch = False
     common: Annotated[Common, FLAT] = Common()
@@ -43,10 +45,12 @@ class BenchAudit:
     Attributes:
         plan: plan file (.toml), run before; it needs an attack with method "none" to compare with.
         store: folder or URL of its results.
+        where: COLUMN=VALUE: only audits of these results; commas part values: defence=sau,tsbd.
     """
 
     plan: tyro.conf.Positional[Path]
     store: str
+    where: tuple[str, ...] = ()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -57,11 +61,13 @@ class BenchPlan:
     Attributes:
         plan: plan file (.toml).
         store: folder or URL to compare with.
+        where: COLUMN=VALUE: only these cells, and the victims they need; commas part values.
         cells: list every cell.
     """
 
     plan: tyro.conf.Positional[Path]
     store: str | None = None
+    where: tuple[str, ...] = ()
     cells: Switch = False
     common: Annotated[Common, FLAT] = Common()
 

@@ -64,7 +64,7 @@ def run_bench(argv: Sequence[str]) -> int:
 def run(command: BenchRun, screen: Screen) -> int:
     """Compute what is missing; exit code 1 if cells failed."""
     index, count = read_shard(command.shard)
-    grid = open_grid(command.plan).shard(index, count)
+    grid = open_grid(command.plan, command.where).shard(index, count)
     from lustral.bench.runner import run_local
     from lustral.cli.opening import pick_device
 
@@ -115,7 +115,9 @@ def audit(command: BenchAudit, screen: Screen) -> int:
     from lustral.evaluation import Reactivation
 
     settings = Reactivation()
-    audits = audits_of(open_grid(command.plan), settings)
+    grid = open_grid(command.plan)
+    chosen = {cell.key for cell in (grid.where(read_filters(command.where)) if command.where else grid).cells}
+    audits = [each for each in audits_of(grid, settings) if each.result.key in chosen]
     store = Store(absolute(command.store)).open(create=False)
     shown = Table(
         "defence",
@@ -154,7 +156,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
 
 def plan(command: BenchPlan, screen: Screen) -> int:
     """Show what a plan holds and how much of it is done."""
-    grid = open_grid(command.plan)
+    grid = open_grid(command.plan, command.where)
     from lustral.bench.upkeep import estimate
 
     store = None
@@ -313,13 +315,14 @@ def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen:
     screen.show(f"Pages: {escape(str(out / 'index.html'))}")
 
 
-def open_grid(path: Path) -> Grid:
-    """Read a plan and turn it into cells."""
+def open_grid(path: Path, where: Sequence[str] = ()) -> Grid:
+    """Read a plan and turn it into cells, or into those that ``--where`` admits."""
     from lustral.bench.expansion import expand
     from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
 
-    return expand(read_plan(path), Sources())
+    grid = expand(read_plan(path), Sources())
+    return grid.where(read_filters(where)) if where else grid
 
 
 def find_record(store: Store, key: str) -> dict[str, Any]:
