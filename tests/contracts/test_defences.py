@@ -62,7 +62,7 @@ SMALL: dict[str, Callable[[], Any]] = {
         trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.005, schedule="constant"), least_steps=100
     ),
     "rnp": lambda: RNP(least_steps=20),
-    "sau": lambda: SAU(steps=3, least_steps=100),
+    "sau": lambda: SAU(trainer=dataclasses.replace(SAU().trainer, learning_rate=1e-3), steps=3, least_steps=100),
     "tsbd": lambda: TSBD(neuron_ratios=(0.3, 0.5), least_steps=60),
 }
 METHODS: dict[str, type[Any]] = {**INVERTERS, **DETECTORS, **PURIFIERS}
