@@ -280,9 +280,12 @@ def test_a_plan_is_shown_with_what_is_done(plan: Path, store: Path, capsys: pyte
     assert "Remaining time: nothing is left to do." in shown
     assert all(cell["key"][:12] in shown for cell in answer["cells"])
     larger = changed(plan, 'name = "tiny"', 'name = "tiny"\nseeds = [0, 1]')
-    part = text_of(capsys, "plan", plan, "--cells", "--where", "defence=bn_refresh")
-    assert "bn_refresh against" in part
+    part = text_of(capsys, "plan", plan, "--cells", "--where", "defence=bn_refresh", "attack=benign")
+    assert "bn_refresh against benign" in part
     assert "fine_tuning" not in part
+    assert "badnets" not in part
+    assert bench("plan", plan, "--where", "defence=bn_refresh", "--where", "attack=benign") == 2
+    assert "--where once" in capsys.readouterr().err
     answer = answer_of(capsys, "plan", larger, "--store", store)
     assert (answer["done"], answer["left"], answer["unknown"]) == (6, 6, 0)
     assert answer["seconds"] > 0

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lustral.cli.parsing import FLAT, Common, Switch, run_tyro
+from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,5 +215,7 @@ class Bench:
 
 def parse_bench(argv: Sequence[str]) -> Action:
     """Turn a command line that begins with ``bench`` into an action; see ``run_tyro`` for the errors."""
+    if sum(word.partition("=")[0] == "--where" for word in argv) > 1:  # of two, the first would be ignored
+        raise UsageError("expected --where once; write all filters behind it: --where attack=badnets seed=0")
     action: Action = run_tyro(Action, list(argv[1:]), prog="lustral bench")
     return action
