@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from torch import Tensor, nn
 from lustral.models import build_classifier
 from lustral.models.wiring import Wiring, late_layer, trace
 from lustral.protocols import DefenderView
-from lustral.purifiers import NeuralPolarizer
-from lustral.purifiers.neural_polarizer import Polarized, Polarizer, feature_statistics, fold, insert, runner_up
+from lustral.purifiers import NeuralPolarizer, neural_polarizer
+from lustral.purifiers.neural_polarizer import (
+    Polarized,
+    Polarizer,
+    Start,
+    feature_statistics,
+    fold,
+    insert,
+    runner_up,
+)
 from lustral.randomness import child
+from lustral.training import Trainer
 from toy import toy_images
 
 
@@ -136,3 +146,18 @@ def test_the_gradient_reaches_the_polarizer_alone(toy_view: DefenderView) -> Non
     loss: Tensor = NeuralPolarizer().objective(model, x, y, child(0))
     loss.backward()  # type: ignore[no-untyped-call]
     assert all((p.grad is not None) == (p in set(polarized.polarizer.parameters())) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("survives", "initial", "factor"), [(0.0, "standardised", 1.0), (2.0, "identity", 0.1)])
+def test_it_starts_from_standardised_features_only_where_the_network_bears_them(
+    survives: float, initial: Start, factor: float, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neural_polarizer, "SURVIVES", survives)
+    trainer = Trainer(epochs=1, batch_size=128, learning_rate=0.01, schedule="constant")
+    named = NeuralPolarizer(
+        initial=initial, trainer=replace(trainer, learning_rate=factor * trainer.learning_rate), least_steps=4
+    )
+    chosen = NeuralPolarizer(trainer=trainer, least_steps=4).purify(toy_view, generator=child(0)).model
+    expected = named.purify(toy_view, generator=child(0)).model
+    for found, wanted in zip(chosen.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)

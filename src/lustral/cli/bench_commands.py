@@ -116,7 +116,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
 
     settings = Reactivation()
     grid = open_grid(command.plan)
-    chosen = {cell.key for cell in (grid.where(read_filters(command.where)) if command.where else grid).cells}
+    chosen = {cell.key for cell in grid.where(read_filters(command.where)).cells}
     audits = [each for each in audits_of(grid, settings) if each.result.key in chosen]
     store = Store(absolute(command.store)).open(create=False)
     shown = Table(
@@ -321,8 +321,7 @@ def open_grid(path: Path, where: Sequence[str] = ()) -> Grid:
     from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
 
-    grid = expand(read_plan(path), Sources())
-    return grid.where(read_filters(where)) if where else grid
+    return expand(read_plan(path), Sources()).where(read_filters(where))
 
 
 def find_record(store: Store, key: str) -> dict[str, Any]:
