@@ -71,11 +71,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def keep(url: str, plan: Path) -> None:
-    """Copy what matters of the results that a store has of a plan into the repository."""
-    store, rows = Store(url).open(create=False), []
+    """Copy what matters of the results that a store has of a plan into the repository; what is kept of other stores stays."""
+    store, path = Store(url).open(create=False), RESULTS / f"{plan.stem}.json"
+    old = {row["key"]: row for row in json.loads(path.read_text())["results"]} if path.exists() else {}
+    rows = []
     audits = {record["result_key"]: record["metrics"] for record in store.records("audits")}
     for cell in expand(read_plan(plan), Sources()).cells:
-        if cell.kind != "results" or not store.has("results", cell.key):
+        if cell.kind != "results":
+            continue
+        if not store.has("results", cell.key):
+            rows += [old[cell.key[:16]]] if cell.key[:16] in old else []
             continue
         record = store.read("results", cell.key)
         spec, metrics, facts = record["spec"], record["metrics"], record["facts"]
@@ -103,7 +108,7 @@ def keep(url: str, plan: Path) -> None:
             }
         )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(RESULTS / f"{plan.stem}.json", {"plan": plan.stem, "results": rows})
+    write_json_atomic(path, {"plan": plan.stem, "results": rows})
 
 
 def success(audit: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +202,12 @@ def table() -> None:
         for budget in clean:
             if len(clean) > 1:
                 lines += [f"### {budget:,} clean images", ""]
-            lines += [*means([row for row in rows if row["clean_images"] == budget]), ""]
+            own = [row for row in rows if row["clean_images"] == budget]
+            lines += [*means(own), ""]
+            shared = common(own)
+            if shared and len(shared) < len(own):
+                names = ", ".join(dict.fromkeys(row["attack"] for row in shared))
+                lines += [f"The same over what every eraser was put to, {names}:", "", *means(shared), ""]
         before = {victim_of(row): row["before"] for row in rows}
         lines += [f"| ACC / ASR / RA | {' | '.join(titles(victims))} |", "|---" * (len(victims) + 1) + "|"]
         lines.append(f"| none | {' | '.join(cell(before[victim]) for victim in victims)} |")
@@ -207,6 +217,13 @@ def table() -> None:
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines += ["", *audited(rows), REMARKS.get(plan, ""), ""]
     write_text_atomic(TABLE, "\n".join(lines).rstrip() + "\n")
+
+
+def common(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results on victims that every eraser was put to."""
+    methods = {row["defence"] for row in rows}
+    seen = {(victim_of(row), row["defence"]) for row in rows}
+    return [row for row in rows if all((victim_of(row), method) in seen for method in methods)]
 
 
 def means(rows: list[dict[str, Any]]) -> list[str]:

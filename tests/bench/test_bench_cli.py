@@ -159,6 +159,24 @@ def test_a_larger_plan_computes_what_is_missing(plan: Path, store: Path, capsys:
     assert counts(answer_of(capsys, "run", larger, "--store", store)) == {"computed": 4, "present": 6}
 
 
+def test_several_plans_are_one_run(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    larger = changed(plan, "clean = [60]", "clean = [60, 70]")
+    larger.write_text(larger.read_text().replace('name = "tiny"', 'name = "larger"'))
+    shown = answer_of(capsys, "plan", plan, larger, "--store", store)
+    assert [cell["state"] for cell in shown["cells"]].count("to do") == 4
+    assert "Plan larger + tiny" in text_of(capsys, "plan", larger, plan)
+    chosen = ("--where", "clean_images=70", "defence=bn_refresh")
+    assert counts(answer_of(capsys, "run", plan, larger, "--store", store, *chosen)) == {"computed": 2, "present": 2}
+    assert counts(answer_of(capsys, "run", plan, larger, "--store", store)) == {"computed": 2, "present": 8}
+
+
+def test_plans_that_cannot_be_one_run(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = changed(plan, "threads = 1", "threads = 2")
+    assert "equal [run] tables" in error_of(capsys, "run", plan, other, "--store", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert "at least one plan file" in error_of(capsys, "plan", "--where", "seed=0")
+
+
 def test_a_run_that_goes_on(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = open_store(store)
     for key in list(opened.keys("results"))[:2]:
@@ -555,7 +573,7 @@ def test_the_board_on_a_terminal(plan: Path, monkeypatch: pytest.MonkeyPatch) ->
     from lustral.bench.runner import Event
     from lustral.cli.bench_commands import open_grid
 
-    grid = open_grid(changed(plan, 'method = "bn_refresh"', 'method = "bn_refresh"\nlabel = "BN [x] [/y]"'))
+    grid = open_grid([changed(plan, 'method = "bn_refresh"', 'method = "bn_refresh"\nlabel = "BN [x] [/y]"')])
     screen, shown = Screen(json=False, quiet=False), io.StringIO()
     monkeypatch.setattr(screen, "_err", Console(file=shown, force_terminal=True, width=160))
     with Board(screen, grid) as board:

@@ -80,6 +80,34 @@ class Grid:
     cells: tuple[Cell, ...]
     excluded: Mapping[str, int]
 
+    @classmethod
+    def joined(cls, grids: Sequence[Grid]) -> Grid:
+        """Return the cells of several plans as one grid under all their names; what several have is in it once.
+
+        Raises:
+            PlanError: no grid, or plans that run cells differently ([run]); says which.
+        """
+        if not grids:
+            raise PlanError("expected at least one plan")
+        first, *others = (grid.plan for grid in grids)
+        for other in others:
+            if other.run != first.run:
+                raise PlanError(
+                    f"plans of one run need equal [run] tables; {first.name} has {first.run}, {other.name} has "
+                    f"{other.run}: run them one after another"
+                )
+        excluded: dict[str, int] = {}
+        for grid in grids:
+            for reason, number in grid.excluded.items():
+                excluded[reason] = excluded.get(reason, 0) + number
+        cells = {cell.key: cell for grid in grids for cell in grid.cells}
+        names = " + ".join(dict.fromkeys(grid.plan.name for grid in grids))
+        return cls(
+            plan=first if len(grids) == 1 else first.model_copy(update={"name": names}),
+            cells=tuple(cells.values()),
+            excluded=excluded,
+        )
+
     def shard(self, index: int, count: int) -> Grid:
         """Return part ``index`` of ``count`` (from 0): victims in turn, each with all that depends on it."""
         if not 0 <= index < count:

@@ -14,10 +14,10 @@ from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRun:
-    """Compute the cells of a plan that the store does not have. Killed or interrupted, the same line goes on.
+    """Compute the cells of plans that the store does not have. Killed or interrupted, the same line goes on.
 
     Attributes:
-        plan: plan file (.toml).
+        plans: plan files (.toml), taken as one.
         store: folder of results, or an fsspec URL; made if there is none.
         site: write the pages there afterwards.
         cards: folder of method cards, for the published numbers on the pages.
@@ -27,7 +27,7 @@ class BenchRun:
         retry_failed: try cells again that have failed before.
     """
 
-    plan: tyro.conf.Positional[Path]
+    plans: tyro.conf.Positional[tuple[Path, ...]]
     store: str
     site: Path | None = None
     cards: Path | None = None
@@ -43,12 +43,12 @@ class BenchAudit:
     """Try to wake up the models that a plan's purifiers made, and show what came of it. The same line goes on where it stopped.
 
     Attributes:
-        plan: plan file (.toml), run before; it needs an attack with method "none" to compare with.
+        plans: plan files (.toml), run before; they need an attack with method "none" to compare with.
         store: folder or URL of its results.
         where: COLUMN=VALUE: only audits of these results; commas part values: defence=sau,tsbd.
     """
 
-    plan: tyro.conf.Positional[Path]
+    plans: tyro.conf.Positional[tuple[Path, ...]]
     store: str
     where: tuple[str, ...] = ()
     common: Annotated[Common, FLAT] = Common()
@@ -56,16 +56,16 @@ class BenchAudit:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPlan:
-    """Check a plan; show its cells, what is done already, and how long the rest may take.
+    """Check plans; show their cells, what is done already, and how long the rest may take.
 
     Attributes:
-        plan: plan file (.toml).
+        plans: plan files (.toml), taken as one.
         store: folder or URL to compare with.
         where: COLUMN=VALUE: only these cells, and the victims they need; commas part values.
         cells: list every cell.
     """
 
-    plan: tyro.conf.Positional[Path]
+    plans: tyro.conf.Positional[tuple[Path, ...]]
     store: str | None = None
     where: tuple[str, ...] = ()
     cells: Switch = False

@@ -64,7 +64,7 @@ def run_bench(argv: Sequence[str]) -> int:
 def run(command: BenchRun, screen: Screen) -> int:
     """Compute what is missing; exit code 1 if cells failed."""
     index, count = read_shard(command.shard)
-    grid = open_grid(command.plan, command.where).shard(index, count)
+    grid = open_grid(command.plans, command.where).shard(index, count)
     from lustral.bench.runner import run_local
     from lustral.cli.opening import pick_device
 
@@ -115,7 +115,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
     from lustral.evaluation import Reactivation
 
     settings = Reactivation()
-    grid = open_grid(command.plan)
+    grid = open_grid(command.plans)
     chosen = {cell.key for cell in grid.where(read_filters(command.where)).cells}
     audits = [each for each in audits_of(grid, settings) if each.result.key in chosen]
     store = Store(absolute(command.store)).open(create=False)
@@ -156,7 +156,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
 
 def plan(command: BenchPlan, screen: Screen) -> int:
     """Show what a plan holds and how much of it is done."""
-    grid = open_grid(command.plan, command.where)
+    grid = open_grid(command.plans, command.where)
     from lustral.bench.upkeep import estimate
 
     store = None
@@ -237,7 +237,7 @@ def verify(command: BenchVerify, screen: Screen) -> int:
     from lustral.cli.opening import pick_device
 
     store = Store(absolute(command.store)).open(create=False)
-    grid = None if command.plan is None else open_grid(command.plan)
+    grid = None if command.plan is None else open_grid([command.plan])
     with screen.steps() as on_step:
         report = upkeep.verify(
             store,
@@ -263,7 +263,7 @@ def gc(command: BenchGc, screen: Screen) -> int:
     from lustral.bench import upkeep
 
     store = Store(absolute(command.store)).open(create=False)
-    keep = [open_grid(path) for path in command.keep]
+    keep = [open_grid([path]) for path in command.keep]
     waste = upkeep.find_waste(store, keep=keep, failures=command.failures, grace_seconds=command.grace)
     for kind, key, title in waste.records:
         screen.show(f"{kind} {key[:12]} {escape(title)}")
@@ -315,13 +315,17 @@ def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen:
     screen.show(f"Pages: {escape(str(out / 'index.html'))}")
 
 
-def open_grid(path: Path, where: Sequence[str] = ()) -> Grid:
-    """Read a plan and turn it into cells, or into those that ``--where`` admits."""
+def open_grid(paths: Sequence[Path], where: Sequence[str] = ()) -> Grid:
+    """Read plans and turn them into cells, or into those that ``--where`` admits."""
     from lustral.bench.expansion import expand
+    from lustral.bench.grid import Grid
     from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
 
-    return expand(read_plan(path), Sources()).where(read_filters(where))
+    sources = Sources()
+    if not paths:
+        raise UsageError("expected at least one plan file, e.g. benchmarks/plans/toy.toml")
+    return Grid.joined([expand(read_plan(path), sources) for path in paths]).where(read_filters(where))
 
 
 def find_record(store: Store, key: str) -> dict[str, Any]:
