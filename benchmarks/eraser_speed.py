@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -292,12 +293,13 @@ def main() -> None:
     assert source.test is not None
     test = source.test.subset(torch.randperm(len(source.test), generator=child(0, "test"))[:2000])
     fit = clean.subset(torch.arange(round(0.8 * len(clean))))  # ours hold out a fifth
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = json.loads(RESULT.read_text())["methods"] if RESULT.exists() else {}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     clean_unlearning.MOST_RAISES = 0  # as many epochs of ascent as the plain version has, whatever they reach
     for name in options.only.split(","):
         batches, epochs = batches_of(fit, BATCH.get(name, 128)), options.epochs
         view, method = DefenderView(model=victim.model, clean=clean), ours(name, epochs)
-        measured = {}
+        measured: dict[str, Any] = {}
         for label, run in variants(name, view, batches, epochs, method).items():
             began = time.perf_counter()
             model = run()
@@ -308,11 +310,10 @@ def main() -> None:
                 f"{name:6} {label:16} {seconds:7.1f} s  ACC {rates.acc.value:.3f}  ASR {rates.asr.value:.3f}",
                 flush=True,
             )
-        rows[name] = measured
-        rows[name]["ratio"] = rows[name]["plain"]["seconds"] / rows[name]["ours"]["seconds"]
+        ratio = measured["plain"]["seconds"] / measured["ours"]["seconds"]
+        rows[name] = {"machine": machine, "clean": options.clean, "epochs": epochs, **measured, "ratio": ratio}
         print(f"{name:6} plain / ours = {rows[name]['ratio']:.2f}", flush=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    write_json_atomic(RESULT, {"machine": machine, "clean": options.clean, "epochs": options.epochs, "methods": rows})
+        write_json_atomic(RESULT, {"methods": rows})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.models.affine_norms import affine_norms
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import lengths, project
 from lustral.purifiers.repair import Repair, check_holdout
@@ -175,9 +176,10 @@ class _Unlearning:
         count = max(1, round(settings.perturbed_share * len(x)))
         chosen = torch.zeros(len(x), device=x.device)
         chosen[torch.randperm(len(x), generator=stream)[:count].to(x.device)] = 1
-        outer = F.cross_entropy(model(x + chosen[:, None, None, None] * delta).float(), y)
         x_inner, y_inner = self.inner
-        inner = inner_loss(model(x_inner + delta).float(), y_inner, delta, settings.penalty)
+        with affine_norms(model):
+            outer = F.cross_entropy(model(x + chosen[:, None, None, None] * delta).float(), y)
+            inner = inner_loss(model(x_inner + delta).float(), y_inner, delta, settings.penalty)
         weights = trainable(model)
         slopes = hypergradient(
             inner, outer, delta, weights, step_size=settings.inner_step_size, iterations=settings.iterations
