@@ -293,7 +293,7 @@ steps, against plain transcriptions of the published algorithms): SAU 3.5 times 
 2.2; set beforehand were 2 for each. One run each, on two machines, and ratios move: TSBD, since unchanged, was 1.9 times as fast
 on the machine that measured SAU and Neural Polarizer, and 2.2 at four epochs on the other. I-BAU was 1.8 times as fast there
 before its batch normalisations, whose statistics are frozen, were written as a product and a sum: four fifths of its time are
-second derivatives, and those of the library's normalisation kernel took half of that; on one machine, 40 and 50 seconds
+second derivatives, and those of the library's normalisation kernel took up to half of that; on one machine, 40 and 50 seconds
 before, 38 after. In float32 and contiguous memory, where the algorithm alone counts, 1.7, 1.3, 1.2 and 1.4: what is computed
 once instead of five times, passes shared, no copies of the model; the rest is bfloat16 and channels-last memory. ACC and ASR
 afterwards are beside the times in benchmarks/results/eraser_speed_cpu.json; I-BAU of both kinds ends between 79 and 83 % ACC and
