@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,33 @@ def test_only_frozen_statistics() -> None:
     with affine_norms(nn.ModuleList([training, without])):
         assert "forward" not in vars(training)
         assert "forward" not in vars(without)
+
+
+def test_kinds_that_do_more_stay_as_they_are() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    torch.manual_seed(0)
+    module, x = Activated(4).eval(), torch.randn(2, 4, 3, 3)
+    expected = module(x)
+    with affine_norms(module):
+        assert torch.equal(module(x), expected)
+    patched = nn.BatchNorm2d(4).eval()
+    patched.forward = lambda input: input + 1  # type: ignore[method-assign]
+    with affine_norms(patched):
+        assert torch.equal(patched(x), x + 1)
+    assert "forward" in vars(patched)
+
+
+def test_timm_networks_compute_the_same() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("efficientnet_lite0", num_classes=4).eval()
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        with affine_norms(model):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_inside_leaves_nothing_behind() -> None:

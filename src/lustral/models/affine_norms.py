@@ -15,7 +15,8 @@ def affine_norms(model: nn.Module) -> Iterator[None]:
 
     The same function, in float32 inside as before, and with the same derivatives. PyTorch's own kernel has a derivative whose
     derivative is assembled from many passes over the features; that of a product is a product. Modules in training mode or
-    without running statistics stay as they are.
+    without running statistics stay as they are, and so do kinds that do more in their ``forward``, e.g. timm's with an
+    activation.
     """
     changed = [module for module in model.modules() if _is_affine(module)]
     for module in changed:
@@ -28,7 +29,9 @@ def affine_norms(model: nn.Module) -> Iterator[None]:
 
 
 def _is_affine(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not module.training and module.running_mean is not None
+    if not isinstance(module, _BatchNorm) or module.training or module.running_mean is None:
+        return False
+    return type(module).forward is _BatchNorm.forward and "forward" not in vars(module)
 
 
 def _forward_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
