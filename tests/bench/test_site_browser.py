@@ -52,8 +52,12 @@ class Tab:
         self.complaints: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfailed", lambda request: self.complaints.append(f"failed: {request.url}"))
+        self.page.on("requestfailed", self._note_failure)
         self.page.on("request", self._require_file)
+
+    def _note_failure(self, request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # lazy pictures on their way when the page is left
+            self.complaints.append(f"failed: {request.url}: {request.failure}")
 
     def _require_file(self, request: Any) -> None:
         if not request.url.startswith(("file://", "data:")):
@@ -70,6 +74,14 @@ def tab(browser: Any, site: Path) -> Iterator[Tab]:
     yield opened
     opened.page.context.close()
     assert opened.complaints == []
+
+
+def test_a_missing_picture_is_complained_about(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text('<img src="gone.png" loading="lazy" width="9" height="9">', encoding="utf-8")
+    tab = Tab(browser, tmp_path)
+    tab.open("page.html").wait_for_function("document.images[0].complete")
+    tab.page.context.close()
+    assert any(text.startswith("failed:") and "gone.png" in text for text in tab.complaints)
 
 
 def column(page: Any, name: str) -> list[str]:
@@ -164,7 +176,9 @@ def test_a_row_opens_its_cell(tab: Tab) -> None:
     page.wait_for_url("**/cells/*.html")
     assert page.locator("h1").inner_text().startswith("baeraser against blended")
     assert page.locator(".plot path").count() > 0
-    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    for picture in page.locator("img").all():
+        picture.scroll_into_view_if_needed()
+    page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     page.get_by_role("link", name="The victim").click()
     page.wait_for_url("**/victims/*.html")
     assert page.locator("h1").inner_text().startswith("blended on")
