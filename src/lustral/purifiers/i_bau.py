@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.models.affine_norms import affine_norms
+from lustral.models.frozen_norms import norms_as_products
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import lengths, project
 from lustral.purifiers.repair import Repair, check_holdout
@@ -177,7 +177,7 @@ class _Unlearning:
         chosen = torch.zeros(len(x), device=x.device)
         chosen[torch.randperm(len(x), generator=stream)[:count].to(x.device)] = 1
         x_inner, y_inner = self.inner
-        with affine_norms(model):
+        with norms_as_products(model):
             outer = F.cross_entropy(model(x + chosen[:, None, None, None] * delta).float(), y)
             inner = inner_loss(model(x_inner + delta).float(), y_inner, delta, settings.penalty)
         weights = trainable(model)

@@ -1,4 +1,4 @@
-"""``lustral.models.affine_norms``: the same function, first and second derivatives, and nothing left behind."""
+"""``lustral.models.frozen_norms``: the same function, first and second derivatives, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lustral.models import PreActResNet18
-from lustral.models.affine_norms import affine_norms
+from lustral.models.frozen_norms import norms_as_products
 
 
 def norm(kind: type[nn.Module], *, affine: bool) -> nn.Module:
@@ -33,7 +33,7 @@ def test_the_same_function(kind: type[nn.Module], shape: tuple[int, ...], affine
     torch.manual_seed(0)
     module, x = norm(kind, affine=affine), torch.randn(shape, dtype=torch.float64)
     expected = module(x)
-    with affine_norms(module):
+    with norms_as_products(module):
         assert "forward" in vars(module)
         torch.testing.assert_close(module(x), expected)
     assert "forward" not in vars(module)
@@ -52,7 +52,7 @@ def test_the_same_derivatives() -> None:
     model = PreActResNet18(10, width=4).double().eval()
     x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     expected = curvature(model, x)
-    with affine_norms(model):
+    with norms_as_products(model):
         found = curvature(model, x)
     assert all((a is None) == (b is None) for a, b in zip(found, expected, strict=True))
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
@@ -64,13 +64,13 @@ def test_the_same_derivatives() -> None:
 def test_bfloat16_stays_bfloat16() -> None:
     module = norm(nn.BatchNorm2d, affine=True).float()
     x = torch.randn(2, 4, 3, 3).bfloat16()
-    with affine_norms(module):
+    with norms_as_products(module):
         assert module(x).dtype == torch.bfloat16
 
 
 def test_only_frozen_statistics() -> None:
     training, without = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False).eval()
-    with affine_norms(nn.ModuleList([training, without])):
+    with norms_as_products(nn.ModuleList([training, without])):
         assert "forward" not in vars(training)
         assert "forward" not in vars(without)
 
@@ -83,11 +83,11 @@ def test_kinds_that_do_more_stay_as_they_are() -> None:
     torch.manual_seed(0)
     module, x = Activated(4).eval(), torch.randn(2, 4, 3, 3)
     expected = module(x)
-    with affine_norms(module):
+    with norms_as_products(module):
         assert torch.equal(module(x), expected)
     patched = nn.BatchNorm2d(4).eval()
     patched.forward = lambda input: input + 1  # type: ignore[method-assign]
-    with affine_norms(patched):
+    with norms_as_products(patched):
         assert torch.equal(patched(x), x + 1)
     assert "forward" in vars(patched)
 
@@ -98,12 +98,12 @@ def test_timm_networks_compute_the_same() -> None:
     x = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-        with affine_norms(model):
+        with norms_as_products(model):
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_inside_leaves_nothing_behind() -> None:
     module = norm(nn.BatchNorm2d, affine=True)
-    with pytest.raises(ZeroDivisionError), affine_norms(module):
+    with pytest.raises(ZeroDivisionError), norms_as_products(module):
         raise ZeroDivisionError
     assert "forward" not in vars(module)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
-def affine_norms(model: nn.Module) -> Iterator[None]:
+def norms_as_products(model: nn.Module) -> Iterator[None]:
     """Let the batch normalisations of ``model`` that are in evaluation mode compute x * scale + shift in the block.
 
     The same function, in float32 inside as before, and with the same derivatives. PyTorch's own kernel has a derivative whose
