@@ -10,7 +10,7 @@ from torch import nn
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView
 from lustral.purifiers import ANP, CLP, RNP
-from lustral.purifiers.channels import MaskedNorms, prune_by_masks, require_norms, require_pairs, silence
+from lustral.purifiers.channels import MaskedNorms, cut_in_order, require_norms, require_pairs, silence
 from lustral.purifiers.clp import channel_bounds, outliers
 from lustral.purifiers.repair import Repair
 from lustral.randomness import child
@@ -58,25 +58,56 @@ def test_masks_take_the_gradient_and_the_network_none() -> None:
     assert masked.by_name()["1"].tolist() == [0.0, 0.5, 1.0, 1.0]
 
 
-def test_the_largest_threshold_that_keeps_the_accuracy_is_taken(
-    toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    masks = {"network.features.1": torch.linspace(0, 1, 16)}
-
-    def accuracy(model: nn.Module, held_out: object) -> float:
-        norm = model.get_submodule("network.features.1")
-        assert isinstance(norm.weight, torch.Tensor)
-        return 1 - float((norm.weight == 0).sum()) / 16
-
-    monkeypatch.setattr("lustral.purifiers.channels.held_out_accuracy", accuracy)
-    repair = Repair(view=toy_view, holdout=0.2, generator=child(0))
-    model, threshold, count = prune_by_masks(repair, masks, (0.1, 0.3, 0.5, 0.7), floor=0.6)
-    assert (threshold, count) == (0.3, 5)
+def cut_channels(model: nn.Module) -> list[bool]:
     norm = model.get_submodule("network.features.1")
     assert isinstance(norm, nn.BatchNorm2d)
-    assert (norm.weight == 0).tolist() == (norm.bias == 0).tolist() == [k < 5 for k in range(16)]
-    _, threshold, count = prune_by_masks(repair, masks, (0.1, 0.3), floor=0.99)
-    assert (threshold, count) == (None, 0)
+    return (norm.weight == 0).tolist()
+
+
+def test_channels_are_cut_in_order_as_long_as_accuracy_lasts(
+    toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"network.features.1": torch.linspace(1, 0, 16)}
+    monkeypatch.setattr(
+        "lustral.purifiers.channels.held_out_accuracy", lambda model, _: 1 - sum(cut_channels(model)) / 16
+    )
+    repair = Repair(view=toy_view, holdout=0.2, generator=child(0))
+    before = toy_view.model.get_submodule("network.features.1").bias
+    model, note = cut_in_order(repair, scores, step=2 / 16, highest=0.9, floor=0.65)
+    assert cut_channels(model) == [False] * 12 + [True] * 4
+    assert torch.equal(model.get_submodule("network.features.1").bias, before)
+    assert note == "4 of 16 channels were cut; 2 more would have cost more held-out accuracy than allowed."
+    assert [entry["channels"] for entry in repair.history] == [0, 2, 4]
+    model, note = cut_in_order(repair, scores, step=0.01, highest=0.25, floor=0.0)
+    assert (sum(cut_channels(model)), note) == (4, "4 of 16 channels were cut.")
+    model, note = cut_in_order(repair, scores, step=1.0, highest=0.9, floor=0.65)
+    assert sum(cut_channels(model)) == 0
+    assert note.startswith("0 of 16 channels were cut; 14 more")
+
+
+def test_masks_are_learnt_on_the_statistics_of_the_batch_and_stored_ones_stay() -> None:
+    masked = MaskedNorms(network(), ["1"])
+    images = 3 * torch.rand(4, 3, 12, 12, generator=child(0)) - 5
+    norm = masked.network[1]
+    stored = norm.running_mean.clone(), norm.running_var.clone()
+    masked.train()
+    masked(images)
+    assert norm.training
+    assert torch.equal(norm.running_mean, stored[0])
+    assert torch.equal(norm.running_var, stored[1])
+    in_training = masked.network[:2](images)
+    assert torch.allclose(in_training.mean((0, 2, 3)), norm.bias, atol=1e-5)
+    masked.eval()
+    masked(images)
+    assert not norm.training
+
+
+@pytest.mark.parametrize("method", [ANP, RNP])
+def test_masks_refuse_shares_out_of_range(method: type[ANP] | type[RNP]) -> None:
+    with pytest.raises(ValueError, match=r"cut at a time, in \(0, 1\]; got 0"):
+        method(step=0.0)
+    with pytest.raises(ValueError, match="highest_mask"):
+        method(highest_mask=1.5)
 
 
 def test_bounds_equal_a_singular_value_at_a_time() -> None:

@@ -5,8 +5,8 @@ Each batch-normalised channel has a mask m in [0, 1] on its weight:
 
     min_m  a CE(m) + (1 - a) max_{|d|, |e| <= eps} CE((m + d) w, (1 + e) b)
 
-Channels whose mask ends below a threshold are cut. The threshold is the largest that keeps the held-out accuracy; published
-benchmarks choose it on the test set.
+Channels are cut in the order of their masks, as many as the held-out accuracy allows; published benchmarks choose a threshold on
+the test set.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.channels import MaskedNorms, cutting_note, prune_by_masks, require_norms
+from lustral.purifiers.channels import MaskedNorms, check_step, cut_in_order, require_norms
 from lustral.purifiers.repair import Repair, check_holdout
 from lustral.purifiers.selection import accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer
-
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 19))  # 0.05 to 0.9, as in BackdoorBench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,8 @@ class ANP:
         alpha: weight of the loss without shifts; 0.2 in the paper.
         trainer: of the masks; 2000 steps of SGD at 0.2, momentum 0.9, batches of 128 in the paper.
         least_steps: small clean sets get more epochs, until there are this many steps.
-        thresholds: to choose from.
+        step: share of the channels cut at a time.
+        highest_mask: channels whose mask ended higher stay; 0.9 is BackdoorBench's largest threshold.
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
         holdout: share of the clean images kept to choose the threshold on.
     """
@@ -49,17 +48,19 @@ class ANP:
         )
     )
     least_steps: int = 400
-    thresholds: tuple[float, ...] = THRESHOLDS
+    step: float = 0.01
+    highest_mask: float = 0.9
     accuracy_loss: float = 0.03
     holdout: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        if not 0 < self.epsilon <= 1 or not 0 <= self.alpha <= 1 or not self.thresholds:
+        check_step(self.step)
+        if not 0 < self.epsilon <= 1 or not 0 <= self.alpha <= 1 or not 0 <= self.highest_mask <= 1:
             raise ValueError(
-                f"expected epsilon in (0, 1], alpha in [0, 1] and some thresholds; got {self.epsilon}, {self.alpha}, "
-                f"{self.thresholds}"
+                f"expected epsilon in (0, 1], alpha and highest_mask in [0, 1]; got {self.epsilon}, {self.alpha}, "
+                f"{self.highest_mask}"
             )
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
@@ -78,8 +79,8 @@ class ANP:
             )
             assert isinstance(trained, MaskedNorms)
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            model, threshold, count = prune_by_masks(repair, trained.by_name(), self.thresholds, floor)
-        return repair.result(model, cutting_note(threshold, count))
+            model, cut = cut_in_order(repair, trained.by_name(), step=self.step, highest=self.highest_mask, floor=floor)
+        return repair.result(model, cut)
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
         """Return the loss of a batch: shifts by one signed step from a random start, then both terms."""

@@ -41,20 +41,28 @@ def require_pairs(method: str, model: nn.Module, wiring: Wiring) -> None:
 
 
 @torch.no_grad()
-def silence(norm: nn.Module, chosen: Tensor) -> None:
-    """Set weight and bias of the chosen channels, (C,) bool, to zero, in place: they say nothing more."""
+def silence(norm: nn.Module, chosen: Tensor, *, with_bias: bool = True) -> None:
+    """Set weight and, if wanted, bias of the chosen channels, (C,) bool, to zero, in place: they say nothing more."""
     assert isinstance(norm, _BatchNorm)
     norm.weight.masked_fill_(chosen, 0.0)
-    norm.bias.masked_fill_(chosen, 0.0)
+    if with_bias:
+        norm.bias.masked_fill_(chosen, 0.0)
 
 
 class MaskedNorms(nn.Module):
-    """A frozen network with a mask in [0, 1] on the weight of every batch-normalised channel, ones at first."""
+    """A frozen network with a mask in [0, 1] on the weight of every batch-normalised channel, ones at first.
+
+    In training mode its batch normalisations use the statistics of the batch, as in the published code of ANP and RNP. With
+    stored ones, shifts of one layer drive the next out of its range, and masks fall that the task needs.
+    """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
-        """Take the network, in evaluation mode and without gradients, and the names of its normalisations."""
+        """Take the network, without gradients and with its stored statistics kept, and the names of its normalisations."""
         super().__init__()
         self.network = network.eval().requires_grad_(False)
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = 0.0
         self.names = tuple(names)
         self.masks = nn.ParameterList(torch.ones_like(self._norm(name).weight) for name in names)
 
@@ -68,6 +76,9 @@ class MaskedNorms(nn.Module):
     ) -> Tensor:
         """Classify images with weights (m + d) w and biases (1 + e) b; shifts d and e, (C,) each, one per normalisation."""
         self.network.eval()
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(self.training)
         changed: dict[str, Tensor] = {}
         for index, (name, mask) in enumerate(zip(self.names, self.masks, strict=True)):
             norm = self._norm(name)
@@ -89,30 +100,45 @@ class MaskedNorms(nn.Module):
         return {name: mask.detach().clamp(0, 1) for name, mask in zip(self.names, self.masks, strict=True)}
 
 
-def prune_by_masks(
-    repair: Repair, masks: Mapping[str, Tensor], thresholds: Sequence[float], floor: float
-) -> tuple[nn.Module, float | None, int]:
-    """Cut the channels whose mask is below a threshold: the largest at which the held-out accuracy stays above the floor.
+def check_step(step: float) -> None:
+    """Raise ``ValueError`` unless the share of channels cut at a time is in (0, 1]."""
+    if not 0 < step <= 1:
+        raise ValueError(f"expected a share of the channels to cut at a time, in (0, 1]; got {step}")
+
+
+def cut_in_order(
+    repair: Repair, scores: Mapping[str, Tensor], *, step: float, highest: float, floor: float
+) -> tuple[nn.Module, str]:
+    """Cut channels, the lowest score first, as long as the held-out accuracy stays above the floor.
+
+    As with a mask of zero, the weight of a cut channel becomes zero and its bias stays. Cutting by number is finer than by
+    published thresholds, 0.05 apart: many masks lie below the first of these.
+
+    Args:
+        repair: the run.
+        scores: of each channel, (C,), by the name of its normalisation.
+        step: share of all channels cut at a time.
+        highest: channels of a higher score stay.
+        floor: least held-out accuracy.
 
     Returns:
-        (the pruned model, the threshold or None where even the smallest costs too much, channels cut).
+        (the pruned model, a sentence on what was cut).
     """
-    kept: tuple[nn.Module, float | None, int] = (repair.copy(), None, 0)
-    for threshold in sorted(thresholds):
-        model, count = repair.copy(), 0
-        for name, mask in masks.items():
-            chosen = mask < threshold
-            silence(model.get_submodule(name), chosen)
-            count += int(chosen.sum())
-        if held_out_accuracy(model, repair.held_out) < floor:
+    flat, sizes = torch.cat([score.cpu() for score in scores.values()]), [len(score) for score in scores.values()]
+    order = torch.argsort(flat, stable=True)
+    most, stride = int((flat <= highest).sum()), max(1, round(step * len(flat)))
+    model, count = repair.copy(), 0
+    repair.note(model, channels=count)
+    while count < most:
+        tried = min(count + stride, most)
+        chosen = torch.zeros(len(flat), dtype=torch.bool)
+        chosen[order[:tried]] = True
+        candidate = repair.copy()
+        for (name, score), part in zip(scores.items(), torch.split(chosen, sizes), strict=True):
+            silence(candidate.get_submodule(name), part.to(score.device), with_bias=False)
+        if held_out_accuracy(candidate, repair.held_out) < floor:
             break
-        kept = model, threshold, count
-    repair.note(kept[0], threshold=kept[1] or 0.0, channels=kept[2])
-    return kept
-
-
-def cutting_note(threshold: float | None, count: int) -> str:
-    """Return a sentence on what was cut."""
-    if threshold is None:
-        return "Even the smallest threshold cost more held-out accuracy than allowed: nothing was cut."
-    return f"{count} channels were cut, with masks below {threshold:g}."
+        model, count = candidate, tried
+        repair.note(model, channels=count)
+    more = "" if count == most else f"; {tried - count} more would have cost more held-out accuracy than allowed"
+    return model, f"{count} of {len(flat)} channels were cut{more}."

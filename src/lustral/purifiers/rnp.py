@@ -5,25 +5,25 @@ Gradient ascent on clean images unlearns the task. Then channel masks alone are 
 
     min_m CE(f(x; m w_unlearned), y),       m in [0, 1],
 
-and channels whose mask falls are cut in the given model: they served something other than the task.
+and channels whose mask falls are cut in the given model: they served something other than the task. Dozens of masks end at
+exactly zero; which of them go first is told by the mean of a mask over the epochs, the lower the sooner it fell.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.channels import MaskedNorms, cutting_note, prune_by_masks, require_norms
+from lustral.purifiers.channels import MaskedNorms, check_step, cut_in_order, require_norms
 from lustral.purifiers.clean_unlearning import unlearn_clean
 from lustral.purifiers.repair import Repair, check_holdout
 from lustral.purifiers.selection import accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer
-
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,10 @@ class RNP:
     Attributes:
         unlearner: gradient ascent; SGD at 0.01 with batches of 128 in the authors' code.
         share_left: ascent stops when this much of the accuracy above chance is left; at an accuracy of 0.1 there.
-        recoverer: of the masks; 20 epochs of SGD at 0.2 there.
+        recoverer: of the masks; 20 epochs of SGD at 0.2 on a fifth of the loss there, which is 0.04 on the whole.
         least_steps: small clean sets get more epochs of recovery, until there are this many steps.
-        thresholds: to choose from.
+        step: share of the channels cut at a time.
+        highest_mask: channels of a higher mean mask stay.
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
         holdout: share of the clean images kept to choose the threshold on.
     """
@@ -48,20 +49,22 @@ class RNP:
     share_left: float = 0.05
     recoverer: Trainer = field(
         default_factory=lambda: Trainer(
-            epochs=20, batch_size=128, learning_rate=0.2, schedule="constant", weight_decay=0.0
+            epochs=20, batch_size=128, learning_rate=0.04, schedule="constant", weight_decay=0.0
         )
     )
     least_steps: int = 200
-    thresholds: tuple[float, ...] = THRESHOLDS
+    step: float = 0.01
+    highest_mask: float = 0.9
     accuracy_loss: float = 0.03
     holdout: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        if not 0 <= self.share_left < 1 or not self.thresholds:
+        check_step(self.step)
+        if not 0 <= self.share_left < 1 or not 0 <= self.highest_mask <= 1:
             raise ValueError(
-                f"expected share_left in [0, 1) and some thresholds; got {self.share_left}, {self.thresholds}"
+                f"expected share_left in [0, 1) and highest_mask in [0, 1]; got {self.share_left}, {self.highest_mask}"
             )
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
@@ -77,19 +80,27 @@ class RNP:
                 on_progress=on_progress,
             )
             masked = repair.follow(MaskedNorms(unlearned, names))
-            trained = self.recoverer.stretched(len(repair.fit), self.least_steps).fit(
+            seen: list[dict[str, Tensor]] = []
+            self.recoverer.stretched(len(repair.fit), self.least_steps).fit(
                 masked,
                 repair.fit,
                 generator=fork(generator, "masks"),
                 objective=recovery,
+                on_epoch=lambda report: seen.append(masks_of(report.model)),
                 on_progress=on_progress,
                 stage="recovering by masks",
             )
-            assert isinstance(trained, MaskedNorms)
+            mean = {name: torch.stack([masks[name] for masks in seen]).mean(0) for name in names}
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            model, threshold, count = prune_by_masks(repair, trained.by_name(), self.thresholds, floor)
+            model, cut = cut_in_order(repair, mean, step=self.step, highest=self.highest_mask, floor=floor)
         first = f"Clean unlearning took {epochs} epochs, to an accuracy of {left:.3f}."
-        return repair.result(model, first, cutting_note(threshold, count))
+        return repair.result(model, first, cut)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the masks of a network in training, by name."""
+    assert isinstance(model, MaskedNorms)
+    return {name: mask.clone() for name, mask in model.by_name().items()}
 
 
 def recovery(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
