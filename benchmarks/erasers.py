@@ -15,7 +15,7 @@ from typing import Any
 
 from lustral.bench.expansion import expand
 from lustral.bench.grid import attack_label
-from lustral.bench.plan import read_plan
+from lustral.bench.plan import PlanError, read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store
 from lustral.files import write_json_atomic, write_text_atomic
@@ -202,7 +202,8 @@ def table() -> None:
         "of one image through the network and back, per clean image.",
         "",
     ]
-    for plan, rows in kept().items():
+    found = kept()
+    for plan, rows in found.items():
         rows = sorted(rows, key=lambda row: row["attack"] == "benign")  # stable: the benign column comes last
         victims = list(dict.fromkeys(victim_of(row) for row in rows))
         clean = sorted({row["clean_images"] for row in rows}, reverse=True)
@@ -223,7 +224,10 @@ def table() -> None:
             own = {victim_of(row): row for row in rows if row["defence"] == method}
             cells = [cell(own[victim]["after"]) if victim in own else "" for victim in victims]
             lines.append(f"| {method} | {' | '.join(cells)} |")
-        lines += ["", *audited(rows), REMARKS.get(plan, ""), ""]
+        lines += ["", *audited(rows)]
+        if plan == "erasers_seeds":
+            lines += [*over_seeds(rows, found.get("erasers", [])), ""]
+        lines += [REMARKS.get(plan, ""), ""]
     write_text_atomic(TABLE, "\n".join(lines).rstrip() + "\n")
 
 
@@ -252,6 +256,34 @@ def means(rows: list[dict[str, Any]]) -> list[str]:
             f"{'' if der is None else f'{der:.3f}'} | {percent(benign)} | {seconds:.0f} | {passes:.0f} |"
         )
     return lines
+
+
+def over_seeds(rows: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+    """Return a table of means and extremes over the seeds of each attack, with the seed that another plan has first."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    count = len({row["seed"] for row in [*first, *rows]})
+    lines = [
+        f"ASR and ACC loss over {count} seeds, the first of them from the table of ten attacks: mean (least to most).",
+        "",
+        f"| eraser | {' | '.join(f'{attack}, ASR | {attack}, ACC loss' for attack in attacks)} |",
+        "|---" * (2 * len(attacks) + 1) + "|",
+    ]
+    for method in dict.fromkeys(row["defence"] for row in rows):
+        cells = []
+        for attack in attacks:
+            own = [row for row in [*first, *rows] if (row["defence"], row["attack"]) == (method, attack)]
+            whole = len(own) == count
+            cells += [
+                spread([row["after"]["asr"] for row in own]) if whole else "",
+                spread([row["before"]["acc"] - row["after"]["acc"] for row in own]) if whole else "",
+            ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Return a mean, the least and the most, in per cent."""
+    return f"{percent(mean(values))} ({percent(min(values))} to {percent(max(values))})"
 
 
 def audited(rows: list[dict[str, Any]]) -> list[str]:
@@ -349,7 +381,10 @@ def main() -> None:
     verbs.add_parser("cards")
     options = parser.parse_args()
     if options.verb == "keep":
-        keep(options.store, options.plan)
+        try:
+            keep(options.store, options.plan)
+        except PlanError as error:
+            parser.error(str(error))
     else:
         cards()
         table()

@@ -52,8 +52,9 @@ def silence(norm: nn.Module, chosen: Tensor, *, with_bias: bool = True) -> None:
 class MaskedNorms(nn.Module):
     """A frozen network with a mask in [0, 1] on the weight of every batch-normalised channel, ones at first.
 
-    In training mode its batch normalisations use the statistics of the batch, as in the published code of ANP and RNP. With
-    stored ones, shifts of one layer drive the next out of its range, and masks fall that the task needs.
+    In training mode its batch normalisations use the statistics of the batch, as in the published code of ANP and RNP, and leave
+    the stored ones as they are. With stored ones (a trainer's batch_norm="frozen"), shifts of one layer drive the next out of its
+    range, and masks fall that the task needs.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
@@ -75,10 +76,6 @@ class MaskedNorms(nn.Module):
         self, images: Tensor, weight_shifts: Sequence[Tensor] = (), bias_shifts: Sequence[Tensor] = ()
     ) -> Tensor:
         """Classify images with weights (m + d) w and biases (1 + e) b; shifts d and e, (C,) each, one per normalisation."""
-        self.network.eval()
-        for module in self.network.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(self.training)
         changed: dict[str, Tensor] = {}
         for index, (name, mask) in enumerate(zip(self.names, self.masks, strict=True)):
             norm = self._norm(name)
