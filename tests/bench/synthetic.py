@@ -45,7 +45,7 @@ DEFENCES: tuple[tuple[str, str, dict[str, Any], float, float, float], ...] = (
     ("fine_tuning", "purifier", {"epochs": 20}, 0.45, 0.006, 22.0),
     ("bn_refresh", "purifier", {"passes": 5}, 0.15, 0.004, 1.2),
     ("fine_pruning", "purifier", {"share": 0.3}, 0.55, 0.02, 35.0),
-    ("anp", "purifier", {"threshold": 0.2}, 0.8, 0.025, 30.0),
+    ("anp", "purifier", {"step": 0.02}, 0.8, 0.025, 30.0),
     ("neural_cleanse", "detector", {"threshold": 2.0}, 0.6, 0.0, 200.0),
     ("nad", "purifier", {"beta": 500}, 0.6, 0.03, 45.0),
     ("i_bau", "purifier", {"rounds": 5}, 0.88, 0.02, 28.0),

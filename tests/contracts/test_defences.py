@@ -39,7 +39,7 @@ from lustral.randomness import child
 from lustral.training import Trainer
 from toy import gentle_trainer, quick_detector, quick_inverter, toy_images, toy_trainer
 
-CLAIM_ERASING = ("baeraser", "i_bau", "mesa", "neural_polarizer", "sau", "tsbd")
+CLAIM_ERASING = ("anp", "baeraser", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
     "mask_area": quick_detector,

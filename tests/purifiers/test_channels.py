@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView
@@ -13,7 +15,9 @@ from lustral.purifiers import ANP, CLP, RNP
 from lustral.purifiers.channels import MaskedNorms, cut_in_order, require_norms, require_pairs, silence
 from lustral.purifiers.clp import channel_bounds, outliers
 from lustral.purifiers.repair import Repair
+from lustral.purifiers.rnp import mean
 from lustral.randomness import child
+from lustral.training import Trainer
 from toy import toy_images
 
 
@@ -58,31 +62,68 @@ def test_masks_take_the_gradient_and_the_network_none() -> None:
     assert masked.by_name()["1"].tolist() == [0.0, 0.5, 1.0, 1.0]
 
 
-def cut_channels(model: nn.Module) -> list[bool]:
-    norm = model.get_submodule("network.features.1")
-    assert isinstance(norm, nn.BatchNorm2d)
-    return (norm.weight == 0).tolist()
+NORMS = ("network.features.1", "network.features.5")
+
+
+def cut_channels(model: nn.Module) -> list[int]:
+    """Return the number of cut channels of each of two normalisations."""
+    return [int((model.get_submodule(name).weight == 0).sum()) for name in NORMS]  # type: ignore[operator]
 
 
 def test_channels_are_cut_in_order_as_long_as_accuracy_lasts(
     toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {"network.features.1": torch.linspace(1, 0, 16)}
+    first, second = (len(toy_view.model.get_submodule(name).weight) for name in NORMS)  # type: ignore[arg-type]
+    scores = {NORMS[0]: torch.linspace(0.9, 0.1, first), NORMS[1]: torch.ones(second)}
+    scores[NORMS[1]][[3, 5]] = torch.tensor([0.05, 0.11])
+    whole = first + second
     monkeypatch.setattr(
-        "lustral.purifiers.channels.held_out_accuracy", lambda model, _: 1 - sum(cut_channels(model)) / 16
+        "lustral.purifiers.channels.held_out_accuracy", lambda model, _: 1 - sum(cut_channels(model)) / 100
     )
-    repair = Repair(view=toy_view, holdout=0.2, generator=child(0))
-    before = toy_view.model.get_submodule("network.features.1").bias
-    model, note = cut_in_order(repair, scores, step=2 / 16, highest=0.9, floor=0.65)
-    assert cut_channels(model) == [False] * 12 + [True] * 4
-    assert torch.equal(model.get_submodule("network.features.1").bias, before)
-    assert note == "4 of 16 channels were cut; 2 more would have cost more held-out accuracy than allowed."
-    assert [entry["channels"] for entry in repair.history] == [0, 2, 4]
-    model, note = cut_in_order(repair, scores, step=0.01, highest=0.25, floor=0.0)
-    assert (sum(cut_channels(model)), note) == (4, "4 of 16 channels were cut.")
-    model, note = cut_in_order(repair, scores, step=1.0, highest=0.9, floor=0.65)
-    assert sum(cut_channels(model)) == 0
-    assert note.startswith("0 of 16 channels were cut; 14 more")
+    before = [toy_view.model.get_submodule(name).bias for name in NORMS]
+    with Repair(view=toy_view, holdout=0.2, generator=child(0)) as repair:
+        model, note = cut_in_order(repair, scores, step=2 / whole, highest=0.5, floor=0.96)
+        assert cut_channels(model) == [2, 2]
+        assert [entry["channels"] for entry in repair.history] == [0, 2, 4]
+        assert [entry["clean_accuracy"] for entry in repair.history[1:]] == [0.98, 0.96]
+        assert note == f"4 of {whole} channels were cut; 2 more would have cost more held-out accuracy than allowed."
+        weights = [model.get_submodule(name).weight for name in NORMS]
+        assert (weights[0] == 0).nonzero().flatten().tolist() == [first - 2, first - 1]
+        assert (weights[1] == 0).nonzero().flatten().tolist() == [3, 5]
+        assert all(torch.equal(model.get_submodule(n).bias, b) for n, b in zip(NORMS, before, strict=True))  # type: ignore[arg-type]
+        model, note = cut_in_order(repair, scores, step=0.001, highest=0.1, floor=0.0)
+        assert (cut_channels(model), note) == ([1, 1], f"2 of {whole} channels were cut.")
+        model, note = cut_in_order(repair, scores, step=1.0, highest=0.95, floor=0.96)
+        assert cut_channels(model) == [0, 0]
+        assert note.startswith(f"0 of {whole} channels were cut; {first + 2} more")
+        assert cut_in_order(repair, scores, step=1.0, highest=0.01, floor=0.96)[1] == f"0 of {whole} channels were cut."
+
+
+def test_of_masks_that_end_at_zero_the_first_to_fall_goes_first() -> None:
+    path = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.6, 0.9], [0.0, 0.0, 0.3]])
+    found = mean([{"a": row[:2], "b": row[2:]} for row in path])
+    assert found["a"].argsort().tolist() == [0, 1]
+    assert found["a"].tolist() == pytest.approx([1 / 3, 1.6 / 3])
+    assert found["b"].tolist() == pytest.approx([2.2 / 3])
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_masks_follow_the_batch_norm_of_their_trainer(batch_norm: Literal["train", "frozen"]) -> None:
+    seen: list[bool] = []
+
+    def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        assert isinstance(model, MaskedNorms)
+        seen.append(model.get_submodule("network.1").training)
+        return nn.functional.cross_entropy(model(images).float(), labels)
+
+    masked = MaskedNorms(network(), ["1"])
+    trainer = Trainer(epochs=2, batch_size=4, learning_rate=0.1, batch_norm=batch_norm)
+    trained = trainer.fit(masked, toy_images(8, seed=0), generator=child(0), objective=objective)
+    assert seen == [batch_norm == "train"] * 4
+    assert torch.equal(
+        trained.get_submodule("network.1").running_mean,
+        masked.get_submodule("network.1").running_mean,  # type: ignore[arg-type]
+    )
 
 
 def test_masks_are_learnt_on_the_statistics_of_the_batch_and_stored_ones_stay() -> None:
@@ -97,9 +138,6 @@ def test_masks_are_learnt_on_the_statistics_of_the_batch_and_stored_ones_stay() 
     assert torch.equal(norm.running_var, stored[1])
     in_training = masked.network[:2](images)
     assert torch.allclose(in_training.mean((0, 2, 3)), norm.bias, atol=1e-5)
-    masked.eval()
-    masked(images)
-    assert not norm.training
 
 
 @pytest.mark.parametrize("method", [ANP, RNP])

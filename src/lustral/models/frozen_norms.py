@@ -18,7 +18,7 @@ def norms_as_products(model: nn.Module) -> Iterator[None]:
     without running statistics stay as they are, and so do kinds that do more in their ``forward``, e.g. timm's with an
     activation.
     """
-    changed = [module for module in model.modules() if _is_affine(module)]
+    changed = [module for module in model.modules() if _is_frozen(module)]
     for module in changed:
         module.forward = _forward_of(module)
     try:
@@ -28,7 +28,7 @@ def norms_as_products(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _is_affine(module: nn.Module) -> bool:
+def _is_frozen(module: nn.Module) -> bool:
     if not isinstance(module, _BatchNorm) or module.training or module.running_mean is None:
         return False
     return type(module).forward is _BatchNorm.forward and "forward" not in vars(module)

@@ -37,7 +37,7 @@ class ANP:
         step: share of the channels cut at a time.
         highest_mask: channels whose mask ended higher stay; 0.9 is BackdoorBench's largest threshold.
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
-        holdout: share of the clean images kept to choose the threshold on.
+        holdout: share of the clean images kept to choose how many channels to cut.
     """
 
     epsilon: float = 0.4

@@ -42,7 +42,7 @@ def require_pairs(method: str, model: nn.Module, wiring: Wiring) -> None:
 
 @torch.no_grad()
 def silence(norm: nn.Module, chosen: Tensor, *, with_bias: bool = True) -> None:
-    """Set weight and, if wanted, bias of the chosen channels, (C,) bool, to zero, in place: they say nothing more."""
+    """Set weight and, if wanted, bias of the chosen channels, (C,) bool, to zero, in place: a constant remains, or nothing."""
     assert isinstance(norm, _BatchNorm)
     norm.weight.masked_fill_(chosen, 0.0)
     if with_bias:
@@ -54,7 +54,7 @@ class MaskedNorms(nn.Module):
 
     In training mode its batch normalisations use the statistics of the batch, as in the published code of ANP and RNP, and leave
     the stored ones as they are. With stored ones (a trainer's batch_norm="frozen"), shifts of one layer drive the next out of its
-    range, and masks fall that the task needs.
+    range, and masks fall that the task needs. Dropout is at work in training mode as it is there.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ def check_step(step: float) -> None:
 def cut_in_order(
     repair: Repair, scores: Mapping[str, Tensor], *, step: float, highest: float, floor: float
 ) -> tuple[nn.Module, str]:
-    """Cut channels, the lowest score first, as long as the held-out accuracy stays above the floor.
+    """Cut channels, the lowest score first, until more would bring the held-out accuracy below the floor.
 
     As with a mask of zero, the weight of a cut channel becomes zero and its bias stays. Cutting by number is finer than by
     published thresholds, 0.05 apart: many masks lie below the first of these.
@@ -121,21 +121,27 @@ def cut_in_order(
     Returns:
         (the pruned model, a sentence on what was cut).
     """
-    flat, sizes = torch.cat([score.cpu() for score in scores.values()]), [len(score) for score in scores.values()]
+    flat = torch.cat([score.cpu() for score in scores.values()])
     order = torch.argsort(flat, stable=True)
-    most, stride = int((flat <= highest).sum()), max(1, round(step * len(flat)))
-    model, count = repair.copy(), 0
-    repair.note(model, channels=count)
+    most, stride, count, more = int((flat <= highest).sum()), max(1, round(step * len(flat))), 0, ""
+    model = repair.copy()
+    repair.history.append({"channels": count, "clean_accuracy": repair.before})
     while count < most:
         tried = min(count + stride, most)
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[order[:tried]] = True
-        candidate = repair.copy()
-        for (name, score), part in zip(scores.items(), torch.split(chosen, sizes), strict=True):
-            silence(candidate.get_submodule(name), part.to(score.device), with_bias=False)
-        if held_out_accuracy(candidate, repair.held_out) < floor:
+        accuracy = held_out_accuracy(cut(model, scores, order[:tried]), repair.held_out)
+        if accuracy < floor:
+            model = cut(repair.copy(), scores, order[:count])
+            more = f"; {tried - count} more would have cost more held-out accuracy than allowed"
             break
-        model, count = candidate, tried
-        repair.note(model, channels=count)
-    more = "" if count == most else f"; {tried - count} more would have cost more held-out accuracy than allowed"
+        count = tried
+        repair.history.append({"channels": count, "clean_accuracy": accuracy})
     return model, f"{count} of {len(flat)} channels were cut{more}."
+
+
+def cut(model: nn.Module, scores: Mapping[str, Tensor], chosen: Tensor) -> nn.Module:
+    """Set the weights of channels to zero, in place, and return the model; ``chosen`` counts through all scores, (n,) int64."""
+    sizes = [len(score) for score in scores.values()]
+    is_cut = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, chosen, True)
+    for (name, score), part in zip(scores.items(), torch.split(is_cut, sizes), strict=True):
+        silence(model.get_submodule(name), part.to(score.device), with_bias=False)
+    return model

@@ -11,6 +11,7 @@ exactly zero; which of them go first is told by the mean of a mask over the epoc
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,7 @@ class RNP:
         step: share of the channels cut at a time.
         highest_mask: channels of a higher mean mask stay.
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
-        holdout: share of the clean images kept to choose the threshold on.
+        holdout: share of the clean images kept to choose how many channels to cut.
     """
 
     unlearner: Trainer = field(
@@ -80,7 +81,7 @@ class RNP:
                 on_progress=on_progress,
             )
             masked = repair.follow(MaskedNorms(unlearned, names))
-            seen: list[dict[str, Tensor]] = []
+            seen = [masks_of(masked)]
             self.recoverer.stretched(len(repair.fit), self.least_steps).fit(
                 masked,
                 repair.fit,
@@ -90,17 +91,21 @@ class RNP:
                 on_progress=on_progress,
                 stage="recovering by masks",
             )
-            mean = {name: torch.stack([masks[name] for masks in seen]).mean(0) for name in names}
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            model, cut = cut_in_order(repair, mean, step=self.step, highest=self.highest_mask, floor=floor)
+            model, said = cut_in_order(repair, mean(seen), step=self.step, highest=self.highest_mask, floor=floor)
         first = f"Clean unlearning took {epochs} epochs, to an accuracy of {left:.3f}."
-        return repair.result(model, first, cut)
+        return repair.result(model, first, said)
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the masks of a network in training, by name."""
     assert isinstance(model, MaskedNorms)
-    return {name: mask.clone() for name, mask in model.by_name().items()}
+    return model.by_name()
+
+
+def mean(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each mask over time, (C,), by name."""
+    return {name: torch.stack([masks[name] for masks in seen]).mean(0) for name in seen[0]}
 
 
 def recovery(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
