@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lustral.models.wiring import trace
-from lustral.protocols import DefenderView
+from lustral.protocols import DefenderView, Progress
 from lustral.purifiers import ANP, CLP, RNP
 from lustral.purifiers.channels import MaskedNorms, cut_in_order, require_norms, require_pairs, silence
 from lustral.purifiers.clp import channel_bounds, outliers
@@ -81,8 +81,11 @@ def test_channels_are_cut_in_order_as_long_as_accuracy_lasts(
         "lustral.purifiers.channels.held_out_accuracy", lambda model, _: 1 - sum(cut_channels(model)) / 100
     )
     before = [toy_view.model.get_submodule(name).bias for name in NORMS]
-    with Repair(view=toy_view, holdout=0.2, generator=child(0)) as repair:
+    told: list[Progress] = []
+    with Repair(view=toy_view, holdout=0.2, generator=child(0), on_progress=told.append) as repair:
         model, note = cut_in_order(repair, scores, step=2 / whole, highest=0.5, floor=0.96)
+        most = sum(int((score <= 0.5).sum()) for score in scores.values())
+        assert [(report.done, report.total) for report in told] == [(2, most), (4, most), (most, most)]
         assert cut_channels(model) == [2, 2]
         assert [entry["channels"] for entry in repair.history] == [0, 2, 4]
         assert [entry["clean_accuracy"] for entry in repair.history[1:]] == [0.98, 0.96]

@@ -79,8 +79,10 @@ class ANP:
             )
             assert isinstance(trained, MaskedNorms)
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            model, cut = cut_in_order(repair, trained.by_name(), step=self.step, highest=self.highest_mask, floor=floor)
-        return repair.result(model, cut)
+            model, said = cut_in_order(
+                repair, trained.by_name(), step=self.step, highest=self.highest_mask, floor=floor
+            )
+        return repair.result(model, said)
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
         """Return the loss of a batch: shifts by one signed step from a random start, then both terms."""

@@ -128,13 +128,15 @@ def cut_in_order(
     repair.history.append({"channels": count, "clean_accuracy": repair.before})
     while count < most:
         tried = min(count + stride, most)
-        accuracy = held_out_accuracy(cut(model, scores, order[:tried]), repair.held_out)
+        accuracy = held_out_accuracy(cut(model, scores, order[count:tried]), repair.held_out)
         if accuracy < floor:
             model = cut(repair.copy(), scores, order[:count])
             more = f"; {tried - count} more would have cost more held-out accuracy than allowed"
             break
         count = tried
         repair.history.append({"channels": count, "clean_accuracy": accuracy})
+        repair.report("cutting channels", count, most)
+    repair.report("cutting channels", max(most, 1), max(most, 1))
     return model, f"{count} of {len(flat)} channels were cut{more}."
 
 

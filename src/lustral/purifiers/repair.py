@@ -92,10 +92,10 @@ class Repair:
         self.history.append({**columns, "clean_accuracy": accuracy})
         return accuracy
 
-    def report(self, stage: str) -> None:
-        """Report a stage that trains nothing as done."""
+    def report(self, stage: str, done: int = 1, total: int = 1) -> None:
+        """Report how far a stage is that trains nothing: as done, if nothing else is said."""
         if self.on_progress is not None:
-            self.on_progress(Progress(stage=stage, done=1, total=1))
+            self.on_progress(Progress(stage=stage, done=done, total=total))
 
     def train(
         self,
