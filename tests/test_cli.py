@@ -335,6 +335,18 @@ def test_quiet_shows_no_progress(
     assert capsys.readouterr().err == ""
 
 
+def test_erase_with_a_method_that_recovers_no_trigger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "erased"
+    small = ["--arch", "small_cnn:width=2", "--epochs", 1]
+    assert run("implant", "badnets", "--data", "digits", "--out", victim, *small) == 0
+    capsys.readouterr()
+    assert run("erase", victim, "--method", "clp", "--data", "digits", "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "on held-out clean images" in shown
+    assert "recovered trigger works on" not in shown
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "report.html", "result.json"}
+
+
 def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim, out = tmp_path / "victim", tmp_path / "erased"
     line = [

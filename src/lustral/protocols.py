@@ -446,6 +446,12 @@ class Purified:
     audit: Verdict | None = None
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """What the history says of the given model; empty where it starts later, e.g. after the first epoch."""
+        first = self.history[0] if self.history else {}
+        return first if 0 in (first.get("epoch"), first.get("channels")) else {}
+
 
 class Inverter(Protocol):
     """Recovers trigger distributions."""

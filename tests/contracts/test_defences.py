@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
+from lustral.cli.tables import defender_table
 from lustral.evaluation import evaluate
 from lustral.inverters import MaskSearch
 from lustral.protocols import DefenderView, ImageSet, Progress, Purified, Verdict, Victim
@@ -36,6 +38,7 @@ from lustral.purifiers import (
     NeuralPolarizer,
 )
 from lustral.randomness import child
+from lustral.report import ReportData, write_erase_report
 from lustral.training import Trainer
 from toy import gentle_trainer, quick_detector, quick_inverter, toy_images, toy_trainer
 
@@ -252,6 +255,21 @@ def test_purifiers_return_a_new_working_model(name: str, results: Callable[[str]
         assert all(isinstance(value, int | float) for value in entry.values())
     record = evaluate(backdoored, purified.model, toy_images(420, seed=1), generator=child(0))
     assert record.acc.value >= backdoored.metrics["acc"]["value"] - 0.10
+
+
+@pytest.mark.parametrize("name", sorted(PURIFIERS))
+def test_a_purified_model_is_shown_with_and_without_what_it_measured(
+    name: str, results: Callable[[str], Any], tmp_path: Path
+) -> None:
+    purified = results(name)
+    table = defender_table({}, purified)
+    kept = {} if purified.selected is None else purified.history[purified.selected]
+    assert table.row_count == sum(key in kept for key in ("clean_accuracy", "recovered_asr"))
+    write_erase_report(
+        tmp_path / "report.html", ReportData(title=name, clean=toy_images(70, seed=2), purified=purified)
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not kept or "clean accuracy (held-out)" in page
 
 
 @pytest.mark.parametrize("name", CLAIM_ERASING)

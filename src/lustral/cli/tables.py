@@ -100,10 +100,13 @@ def defender_table(accuracies: Mapping[str, Mapping[str, Any]], purified: Purifi
     for name, rates in accuracies.items():
         table.add_row(f"accuracy on {name}", interval(rates["before"]), interval(rates["after"]))
     if purified.selected is not None:
-        first, kept = purified.history[0], purified.history[purified.selected]
-        given = first if first.get("epoch") == 0 else {}
-        table.add_row("on held-out clean images", percent(given.get("clean_accuracy")), percent(kept["clean_accuracy"]))
-        table.add_row("recovered trigger works on", percent(given.get("recovered_asr")), percent(kept["recovered_asr"]))
+        given, kept = purified.given, purified.history[purified.selected]
+        for key, what in (
+            ("clean_accuracy", "on held-out clean images"),
+            ("recovered_asr", "recovered trigger works on"),  # of methods that look for one
+        ):
+            if key in kept:
+                table.add_row(what, percent(given.get(key)), percent(kept[key]))
     return table
 
 

@@ -231,13 +231,15 @@ def _erase_figures(
         )
     figures = []
     if purified.history:
-        first, kept = purified.history[0], purified.history[-1 if purified.selected is None else purified.selected]
+        given, kept = purified.given, purified.history[-1 if purified.selected is None else purified.selected]
         for key, what in (
             ("recovered_asr", "recovered trigger works"),
             ("clean_accuracy", "clean accuracy (held-out)"),
         ):
-            if key in first and key in kept:
-                figures.append((what, f"{percent(first[key])} → {percent(kept[key])}"))
+            if key in kept:
+                figures.append(
+                    (what, f"{percent(given[key])} → {percent(kept[key])}" if key in given else percent(kept[key]))
+                )
     if verdict and purified.audit and verdict.suspect_labels:
         areas = [
             next((e.area for e in found.evidence if e.label == verdict.suspect_labels[0]), math.nan)
