@@ -449,8 +449,12 @@ class Purified:
     @property
     def given(self) -> Mapping[str, Any]:
         """What the history says of the given model; empty where it starts later, e.g. after the first epoch."""
-        first = self.history[0] if self.history else {}
-        return first if 0 in (first.get("epoch"), first.get("channels")) else {}
+        return self.history[0] if self.history and describes_given(self.history[0]) else {}
+
+
+def describes_given(entry: Mapping[str, Any]) -> bool:
+    """Say whether an entry of a history is of the model as it was given: epoch 0, or no channel cut yet."""
+    return 0 in (entry.get("epoch"), entry.get("channels"))
 
 
 class Inverter(Protocol):

@@ -250,6 +250,11 @@ def test_purifiers_return_a_new_working_model(name: str, results: Callable[[str]
     given = {id(parameter) for parameter in backdoored.model.parameters()}
     assert not given & {id(parameter) for parameter in purified.model.parameters()}
     assert purified.selected is None or 0 <= purified.selected < len(purified.history)
+    state, new = backdoored.model.state_dict(), purified.model.state_dict()
+    unchanged = all(torch.equal(new[key], value) for key, value in state.items())
+    assert (purified.selected is None) <= unchanged, (
+        "a model that was changed must not be reported as returned unchanged"
+    )
     assert purified.cost.clean_images == 280
     for entry in purified.history:
         assert all(isinstance(value, int | float) for value in entry.values())
@@ -269,7 +274,8 @@ def test_a_purified_model_is_shown_with_and_without_what_it_measured(
         tmp_path / "report.html", ReportData(title=name, clean=toy_images(70, seed=2), purified=purified)
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not kept or "clean accuracy (held-out)" in page
+    assert ("clean_accuracy" in kept) == ("clean accuracy (held-out)" in page)
+    assert ("clean_accuracy" in kept) == ("clean_accuracy" in purified.given), "there is no 'before' to compare with"
 
 
 @pytest.mark.parametrize("name", CLAIM_ERASING)

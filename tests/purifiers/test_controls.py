@@ -73,10 +73,11 @@ def test_impossible_refreshes_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_fine_tuning_keeps_the_most_accurate_epoch(toy_view: DefenderView) -> None:
     purified = FineTuning(trainer=gentle_trainer(epochs=3), least_steps=1).purify(toy_view, generator=child(0))
-    assert [h["epoch"] for h in purified.history] == [1, 2, 3]
+    assert [h["epoch"] for h in purified.history] == [0, 1, 2, 3]
     assert purified.selected is not None
     accuracies = [h["clean_accuracy"] for h in purified.history]
-    assert accuracies[purified.selected] == max(accuracies)
+    assert accuracies[purified.selected] == max(accuracies[1:])
+    assert purified.selected > 0, "the given model is not one to choose"
     assert purified.verdict is None
     assert purified.cost.clean_images == 280
 
@@ -86,7 +87,7 @@ def test_mesa_retrains_what_the_scan_names(toy_view: DefenderView) -> None:
     purified = mesa.purify(toy_view, generator=child(1))
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)
-    assert [h["epoch"] for h in purified.history] == [1, 2]
+    assert [h["epoch"] for h in purified.history] == [0, 1, 2]
 
 
 def test_mesa_leaves_a_clean_model_as_it_was(benign_view: DefenderView) -> None:

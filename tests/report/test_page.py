@@ -252,9 +252,51 @@ def test_a_failed_erasure_says_why(tmp_path: Path) -> None:
     after = dataclasses.replace(data.after, asr=Rate(3000, 9000), acc=Rate(8000, 10_000), ra=Rate(900, 9000))
     write_erase_report(tmp_path / "report.html", dataclasses.replace(data, after=after))
     outline = check(tmp_path / "report.html")
-    assert "the trigger still works on 33.3% of images" in outline.text
+    assert "<title>Not fully erased" in (tmp_path / "report.html").read_text()
+    assert "The trigger still works on 33.3% of images" in outline.text
     assert "clean accuracy changed by −12.1 points" in outline.text
     assert "only 10.0% of triggered images" in outline.text
+
+
+def test_a_trigger_that_works_as_before_is_called_still_there(tmp_path: Path) -> None:
+    data = erase_data(10)
+    assert data.after is not None
+    after = dataclasses.replace(data.after, asr=Rate(8800, 9000), ra=Rate(100, 9000))
+    write_erase_report(tmp_path / "report.html", dataclasses.replace(data, after=after))
+    assert "<title>Still backdoored" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        ([{"channels": n, "clean_accuracy": 0.9} for n in (0, 2, 4)], ["0 cut", "4 cut"]),
+        (
+            [{"epoch": 0, "clean_accuracy": 0.9}]
+            + [{"epoch": n, "neuron_ratio": r, "clean_accuracy": 0.9} for r in (0.3, 0.05) for n in (1, 2)]
+            + [{"neuron_ratio": 0.3, "clean_accuracy": 0.9}],
+            ["epoch 0", "epoch 2", "30% of neurons reset", "5% of neurons reset"],
+        ),
+    ],
+)
+def test_the_chart_says_what_a_history_counts(tmp_path: Path, history: list[dict[str, float]], said: list[str]) -> None:
+    purified = erase_data(10).purified
+    assert purified is not None
+    purified = dataclasses.replace(purified, history=tuple(history), selected=len(history) - 1)
+    write_erase_report(tmp_path / "report.html", dataclasses.replace(erase_data(10), purified=purified))
+    outline = check(tmp_path / "report.html")
+    assert all(text in outline.text for text in said)
+    assert "None" not in outline.text
+    assert "triggers recovered" not in outline.text
+
+
+def test_an_erasure_that_cost_accuracy_alone_says_so(tmp_path: Path) -> None:
+    data = erase_data(10)
+    assert data.after is not None
+    after = dataclasses.replace(data.after, acc=Rate(8800, 10_000))
+    write_erase_report(tmp_path / "report.html", dataclasses.replace(data, after=after))
+    outline = check(tmp_path / "report.html")
+    assert "<title>Erased at a price" in (tmp_path / "report.html").read_text()
+    assert "The trigger no longer works, but the model lost 4.1 points" in outline.text
 
 
 def test_a_damaged_model_is_not_called_erased(tmp_path: Path) -> None:
@@ -262,7 +304,8 @@ def test_a_damaged_model_is_not_called_erased(tmp_path: Path) -> None:
     assert data.after is not None
     damaged = dataclasses.replace(data, after=dataclasses.replace(data.after, num_non_finite=12))
     write_erase_report(tmp_path / "report.html", damaged)
-    assert "the new model is damaged" in check(tmp_path / "report.html").text
+    assert "The new model is damaged" in check(tmp_path / "report.html").text
+    assert "<title>Damaged" in (tmp_path / "report.html").read_text()
 
 
 def test_erase_page_with_almost_nothing(tmp_path: Path) -> None:

@@ -232,8 +232,7 @@ class BaEraser:
                 held_out=held_out, triggers=tuple(bank), floor=floor, extra={"round": index + 1}, history=history
             )
             if index == 0:
-                selection.measure(model, epoch=0)
-                selection.best = None
+                selection.note_given(model)
             self._unlearn(model, view.model, fit, bank, selection, fork(generator, "unlearn", index), on_progress)
             assert selection.best_model is not None
             model = selection.best_model

@@ -57,5 +57,7 @@ class BNRefresh:
                     on_progress(Progress(stage="refreshing statistics", done=done + 1, total=self.passes))
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-        notes = () if norms else ("The model has no batch normalisation: it was returned unchanged.",)
-        return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=notes)
+        if not norms:
+            note = "The model has no batch normalisation: it was returned unchanged."
+            return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(note,))
+        return Purified(model=model.eval(), history=({"passes": self.passes},), selected=0, cost=meter.cost)

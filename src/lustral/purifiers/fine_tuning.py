@@ -50,6 +50,7 @@ class FineTuning:
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
+            selection.note_given(view.model)
             self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,
                 fit,

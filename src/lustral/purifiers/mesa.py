@@ -93,6 +93,7 @@ class Mesa:
 
             floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
+            selection.note_given(view.model)
             self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,
                 fit,

@@ -11,7 +11,7 @@ from torch import Generator, nn
 
 from lustral.cost import CostMeter
 from lustral.images import Augment, require_usable, split
-from lustral.protocols import DefenderView, ImageSet, Objective, OnProgress, Progress, Purified
+from lustral.protocols import DefenderView, ImageSet, Objective, OnProgress, Progress, Purified, describes_given
 from lustral.purifiers.selection import held_out_accuracy
 from lustral.randomness import fork
 from lustral.training import EpochReport, Trainer
@@ -130,8 +130,14 @@ class Repair:
         )
 
     def result(self, model: nn.Module, *notes: str) -> Purified:
-        """Return the record of the run, with the last entry of the history as the one kept; call it after the block."""
+        """Return the record of the run, with the last entry of the history as the one kept; call it after the block.
+
+        The history begins with the given model, as epoch 0, if nothing noted it already.
+        """
         lost = self.before - self.history[-1]["clean_accuracy"] if self.history else 0.0
+        history = tuple(self.history)
+        if history and not describes_given(history[0]):
+            history = ({"epoch": 0, "clean_accuracy": self.before}, *history)
         if lost > ACCEPTED_LOSS:
             notes = (
                 *notes,
@@ -139,8 +145,8 @@ class Repair:
             )
         return Purified(
             model=model.eval(),
-            history=tuple(self.history),
-            selected=len(self.history) - 1 if self.history else None,
+            history=history,
+            selected=len(history) - 1 if history else None,
             cost=self._meter.cost,
             notes=notes,
         )

@@ -81,6 +81,11 @@ class Selection:
         """Measure an epoch (an ``on_epoch`` callback)."""
         self.measure(report.model, epoch=report.epoch, loss=report.loss)
 
+    def note_given(self, model: nn.Module) -> None:
+        """Measure the given model as epoch 0, for comparison only: it is not among those to choose from."""
+        self.measure(model, epoch=0)
+        self.best = None
+
     def measure(self, model: nn.Module, **columns: float) -> None:
         """Measure a model and keep a copy if it is the best so far."""
         accuracy = held_out_accuracy(model, self.held_out)

@@ -14,6 +14,8 @@ NUM_BARS_SHOWN = 15  # of more than MAX_BARS classes, the rest is folded away
 MAX_BARS = 25
 SMALLEST_AREA = 0.1  # pixels; smaller areas are drawn as this one
 MAX_X_LABELS = 6
+UNITS = {"step": "step {}", "epoch": "epoch {}", "round": "round {}", "channels": "{} cut"}  # what a history counts
+PARTS = {"round": "round {}", "neuron_ratio": "{:.0%} of neurons reset"}  # what it may start over for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,22 +248,23 @@ def _line_chart(
         summaries.append(f"{name} from {known[0]:.4g} to {known[-1]:.4g}")
     if not lines:
         return None
-    rounds = [entry.get("round") for entry in history]
-    unit = next((unit for unit in ("step", "epoch", "round") if any(unit in entry for entry in history)), None)
+    part = next((part for part in PARTS if any(part in entry for entry in history)), "round")
+    rounds = [entry.get(part) for entry in history]
+    unit = next((unit for unit in UNITS if any(unit in entry for entry in history)), None)
     stride = math.ceil(len(history) / MAX_X_LABELS)
     return LineChart(
         title=title,
         lines=tuple(lines),
         y_ticks=y_ticks,
         x_ticks=tuple(
-            (to_x(i), f"{unit} {entry.get(unit, '')}" if unit else str(i + 1))
+            (to_x(i), UNITS[unit].format(entry[unit]) if unit else str(i + 1))
             for i, entry in enumerate(history)
-            if i % stride == 0
+            if i % stride == 0 and (unit is None or unit in entry)
         ),
         rounds=tuple(
-            (to_x(i - 0.5) if i else 0.0, f"round {rounds[i]}")
-            for i in range(len(history))
-            if unit != "round" and len(set(rounds)) > 1 and (i == 0 or rounds[i] != rounds[i - 1])
+            (to_x(i - 0.5) if i else 0.0, PARTS[part].format(which))
+            for i, which in enumerate(rounds)
+            if unit != part and len(set(rounds)) > 1 and which is not None and (i == 0 or which != rounds[i - 1])
         ),
         selected=None if selected is None else to_x(selected),
         description=f"Line chart over {len(history)} measurements: {'; '.join(summaries)}.",

@@ -11,6 +11,7 @@ from lustral.protocols import Purified, Verdict
 from lustral.report.charts import is_found, median_area
 from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
 
+KEPT = 0.5  # share of the attack success above which a backdoor is called still there, and not merely not fully erased
 LIMITS = (
     "A scan can show a backdoor, but it cannot prove that there is none: it searches for small patterns that force one "
     "class, and a backdoor of another kind can escape it."
@@ -104,7 +105,8 @@ def erase_finding(
     )
     try_more = (
         "Do not use the new model yet.",
-        "Erase again with more clean images, or train the model again from data that you trust.",
+        "Erase again with more clean images or with another method (“lustral erase --list” names them), or train the model "
+        "again from data that you trust.",
     )
 
     if purified.selected is None:
@@ -130,11 +132,25 @@ def erase_finding(
             next_steps=try_more,
             figures=figures,
         )
+    if before and after and unmet == ("acc",):
+        return Finding(
+            tone="unsure",
+            badge="Erased at a price",
+            headline="The trigger no longer works, but the model lost "
+            f"{100 * (before.acc.value - after.acc.value):.1f} points of clean accuracy.",
+            details=details,
+            next_steps=(
+                "Erase again with more clean images or with another method; “lustral erase --list” names them.",
+                "If you use this model all the same, measure it on your own test set first, and keep the original file "
+                "as evidence.",
+            ),
+            figures=figures,
+        )
     if before and after and unmet:
         return Finding(
             tone="bad",
-            badge="Not fully erased",
-            headline=f"The backdoor is not fully erased: {_shortfall(before, after, unmet)}.",
+            badge=_shortfall_badge(before, after, unmet),
+            headline=f"{_shortfall(before, after, unmet)}.",
             details=details,
             next_steps=try_more,
             figures=figures,
@@ -249,6 +265,12 @@ def _erase_figures(
     return tuple(figures)
 
 
+def _shortfall_badge(before: Evaluation, after: Evaluation, unmet: Sequence[str]) -> str:
+    if "finite" in unmet:
+        return "Damaged"
+    return "Still backdoored" if after.asr.value > KEPT * before.asr.value else "Not fully erased"
+
+
 def _shortfall(before: Evaluation, after: Evaluation, unmet: Sequence[str]) -> str:
     reasons = {
         "finite": "the new model is damaged",
@@ -256,4 +278,5 @@ def _shortfall(before: Evaluation, after: Evaluation, unmet: Sequence[str]) -> s
         "acc": f"clean accuracy changed by {points(after.acc.value - before.acc.value)}",
         "ra": f"only {percent(after.ra.value)} of triggered images are recognised as what they show",
     }
-    return ", and ".join(reasons[name] for name in unmet)
+    text = ", and ".join(reasons[name] for name in unmet)
+    return text[0].upper() + text[1:]

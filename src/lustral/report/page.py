@@ -141,6 +141,7 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         measures=_measures(data.before, data.after),
         class_accuracies=_class_accuracies(data),
         curves=_curves(purified),
+        with_triggers=purified is not None and any("recovered_asr" in entry for entry in purified.history),
         history=_history_table(purified),
         audit=_audit(verdict, purified, names),
         controls=_controls(data),
