@@ -6,6 +6,7 @@ forward and backward together count one (the usual two-to-one ratio of backward 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ class CostMeter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
+            _return_freed_memory()
             _reset_peak_resident()
         self._resident_before = _peak_resident_bytes()
         self._running.append(self)
@@ -136,6 +138,12 @@ class CostMeter:
         if self._device.type == "cuda":
             return max(self._peak_memory, torch.cuda.max_memory_allocated(self._device))
         return max(self._peak_memory, _peak_resident_bytes() - self._resident_before)
+
+
+def _return_freed_memory() -> None:
+    """Give what is freed back to the system, where the C library can (glibc): else the block would take it for nothing."""
+    with suppress(AttributeError, OSError, TypeError):  # no such function, no library, no name for "this process"
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak_resident() -> None:
