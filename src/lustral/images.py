@@ -85,6 +85,12 @@ def split(data: ImageSet, fraction: float, *, generator: Generator) -> tuple[Ima
     return data.subset(chosen), data.subset(rest)
 
 
+def check_holdout(holdout: float) -> None:
+    """Raise ``ValueError`` unless the held-out share is in (0, 1)."""
+    if not 0 < holdout < 1:
+        raise ValueError(f"expected a held-out share in (0, 1); got {holdout}")
+
+
 def require_usable(clean: ImageSet, least: int = 10) -> None:
     """Raise ``ValueError`` unless the clean set can support a recovery: two classes and a handful of images."""
     present = len(torch.unique(clean.labels))

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Generator, Tensor
 
 from lustral.cost import CostMeter
-from lustral.images import require_usable, split
+from lustral.images import check_holdout, require_usable, split
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.max_entropy import MaxEntropy
 from lustral.protocols import (
@@ -105,8 +105,7 @@ class MaskArea:
             raise ValueError(
                 f"expected 0 < false_alarm_rate <= doubt_rate < 1; got {self.false_alarm_rate} and {self.doubt_rate}"
             )
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+        check_holdout(self.holdout)
 
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with evidence for every label; see ``Detector``."""

@@ -17,9 +17,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import check_holdout
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.channels import MaskedNorms, check_step, cut_in_order, require_norms
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer

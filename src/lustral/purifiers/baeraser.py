@@ -30,8 +30,9 @@ from torch.nn import functional as F
 
 from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea, ordinary_area
-from lustral.images import Augment, split
+from lustral.images import check_holdout, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
+from lustral.purifiers.repair import fine_tuning_recipe
 from lustral.purifiers.selection import Selection, accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer, autocast, frozen, set_training_mode
@@ -123,17 +124,7 @@ class BaEraser:
     distil_weight: float = 2.0
     exclude_target: bool = True
     rounds: int = 4
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=6,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            weight_decay=0.0,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(6, weight_decay=0.0))
     least_steps: int = 90
     accuracy_loss: float = 0.02
     ordinary_rate: float = 0.05
@@ -147,8 +138,7 @@ class BaEraser:
             raise ValueError(f"expected at least one round; got {self.rounds}")
         if min(self.clean_weight, self.penalty_weight, self.ascent_weight, self.relearn_weight, self.distil_weight) < 0:
             raise ValueError("expected weights of at least 0")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+        check_holdout(self.holdout)
 
     def published(self) -> BaEraser:
         """Return the published settings of this form: one recovery, ascent without cap, step 1e-4 against alpha = 100."""

@@ -13,10 +13,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lustral.images import check_holdout
 from lustral.models.wiring import Wiring, trace
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.channels import require_pairs, silence
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import accuracy_floor, held_out_accuracy
 
 

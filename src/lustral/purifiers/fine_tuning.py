@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import Generator
 
 from lustral.cost import CostMeter
-from lustral.images import Augment, require_usable, split
+from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
+from lustral.purifiers.repair import fine_tuning_recipe
 from lustral.purifiers.selection import Selection, held_out_accuracy
 from lustral.randomness import fork
 from lustral.training import Trainer
@@ -24,23 +25,13 @@ class FineTuning:
         holdout: share of the clean images kept from training to choose the epoch on.
     """
 
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 90
     holdout: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+        check_holdout(self.holdout)
         if self.least_steps < 0:
             raise ValueError(f"expected least_steps >= 0; got {self.least_steps}")
 

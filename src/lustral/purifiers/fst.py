@@ -13,9 +13,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import check_holdout
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import Repair, check_holdout, fine_tuning_recipe
+from lustral.purifiers.repair import Repair, fine_tuning_recipe
 from lustral.randomness import fork
 from lustral.training import Trainer
 

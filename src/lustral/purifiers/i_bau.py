@@ -17,10 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import check_holdout
 from lustral.models.frozen_norms import norms_as_products
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import lengths, project
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair
 from lustral.purifiers.shifted_weights import trainable, with_gradients
 from lustral.training import Trainer, autocast, frozen
 

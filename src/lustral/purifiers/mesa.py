@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
-from lustral.images import Augment, require_usable, split
+from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
+from lustral.purifiers.repair import fine_tuning_recipe
 from lustral.purifiers.selection import Selection, accuracy_floor
 from lustral.randomness import fork
 from lustral.training import Trainer
@@ -40,17 +41,7 @@ class Mesa:
 
     detector: MaskArea = field(default_factory=MaskArea)
     trigger_rate: float = 0.2
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=10,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            weight_decay=0.0,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10, weight_decay=0.0))
     least_steps: int = 150
     accuracy_loss: float = 0.02
     holdout: float = 0.2
@@ -60,8 +51,7 @@ class Mesa:
         """Check the ranges."""
         if not 0 < self.trigger_rate <= 1:
             raise ValueError(f"expected a trigger rate in (0, 1]; got {self.trigger_rate}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"expected a held-out share in (0, 1); got {self.holdout}")
+        check_holdout(self.holdout)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a retrained model; see ``Purifier``."""

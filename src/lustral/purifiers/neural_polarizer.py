@@ -25,10 +25,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import check_holdout
 from lustral.models.wiring import Wiring, late_layer, trace
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
 from lustral.purifiers.perturbation import project
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import held_out_accuracy
 from lustral.training import Trainer, autocast, frozen
 

@@ -19,20 +19,15 @@ from lustral.training import EpochReport, Trainer
 ACCEPTED_LOSS = 0.03  # of held-out accuracy; more is said in a note
 
 
-def check_holdout(holdout: float) -> None:
-    """Raise ``ValueError`` unless the held-out share is in (0, 1)."""
-    if not 0 < holdout < 1:
-        raise ValueError(f"expected a held-out share in (0, 1); got {holdout}")
-
-
-def fine_tuning_recipe(epochs: int) -> Trainer:
-    """Return how the baselines fine-tune: 0.01 as in BackdoorBench, falling, with small random crops."""
+def fine_tuning_recipe(epochs: int, *, weight_decay: float = 5e-4) -> Trainer:
+    """Return how most methods fine-tune: 0.01 as in BackdoorBench, falling, with small random crops."""
     return Trainer(
         epochs=epochs,
         batch_size=128,
         learning_rate=0.01,
         schedule="cosine",
         warmup=0.1,
+        weight_decay=weight_decay,
         augment=Augment(crop_padding=2, flip=False),
     )
 

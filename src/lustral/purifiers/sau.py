@@ -23,9 +23,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import check_holdout
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import Norm, project, steepest
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair
 from lustral.training import Trainer, frozen
 
 Start = Literal["max", "min", "zero", "random"]

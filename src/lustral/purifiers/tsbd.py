@@ -23,11 +23,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import Augment
+from lustral.images import check_holdout
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.clean_unlearning import unlearn_clean
-from lustral.purifiers.repair import Repair, check_holdout
+from lustral.purifiers.repair import Repair, fine_tuning_recipe
 from lustral.purifiers.selection import accuracy_floor
 from lustral.purifiers.shifted_weights import TINY, Shift, interpolated_loss
 from lustral.randomness import fork
@@ -118,17 +118,7 @@ class TSBD:
         )
     )
     share_left: float = 0.05
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=20,
-            batch_size=128,
-            learning_rate=0.01,
-            schedule="cosine",
-            warmup=0.1,
-            weight_decay=0.0,
-            augment=Augment(crop_padding=2, flip=False),
-        )
-    )
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20, weight_decay=0.0))
     least_steps: int = 200
     radius: float = 0.05
     interpolation: float = 0.7
