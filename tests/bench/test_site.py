@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from synthetic import synthetic_store
 
@@ -638,6 +638,10 @@ def test_curves_mark_rounds_and_survive_nothing() -> None:
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=12))
+@example([4.8497990511896335e305, -1.7928433358111262e308])
+@example([9.999999999999673e158, 1.0000000000000655e308])
+@example([5e-324, 1.0])
+@example([1e300, -1e300])
 def test_curves_stay_in_their_box(values: list[float]) -> None:
     history: list[dict[str, Any]] = [{"epoch": index, "loss": value} for index, value in enumerate(values)]
     for chart in curves(history, None):

@@ -14,6 +14,7 @@ MOST_LINES = 6  # styles that the style sheet tells apart
 MOST_X_LABELS = 6
 MOST_Y_LABELS = 5
 LEAST_POINTS = 2  # of a line; a single number is in the table
+LARGEST = 1e300  # of a number that is drawn: differences and powers of ten must stay finite
 LOG_RATIO = 50.0  # positive values that span more than this are drawn on a logarithmic axis
 
 
@@ -77,8 +78,15 @@ def _names(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float | None] | None:
     """Return a field's numbers with gaps, or None if they are too few for a line."""
-    values = [float(entry[name]) if is_number(entry.get(name)) else None for entry in history]
+    values = [_drawable(entry.get(name)) for entry in history]
     return values if sum(value is not None for value in values) >= LEAST_POINTS else None
+
+
+def _drawable(value: Any) -> float | None:
+    """Return a number that an axis can be made for: none where there is none or an absurd one, 0 for one next to 0."""
+    if not is_number(value) or abs(value) > LARGEST:
+        return None
+    return float(value) if abs(value) > 1 / LARGEST else 0.0
 
 
 def _chart(
