@@ -361,14 +361,15 @@ compared on this SIG.
 
 Who breaks where. At 1 % a backdoor is harder to erase than at 10 %, not easier. With 2,500 images BadNets falls to SAU, TSBD
 and I-BAU as before (3 to 5 %). Blended does not: SAU leaves 63 % (3 at 10 % poison), I-BAU 91 (16), TSBD 48 (6), ANP 61 (10),
-RNP 98 (1). SIG keeps 49 to 89 %, whoever tries. Of Label-Consistent SAU and I-BAU leave 3 %, TSBD 99: resetting more than 5 %
-of the neurons costs too much accuracy, and the backdoor is not among these ([what was tried](methods/tsbd.md)). Neural Polarizer
-leaves 19 % of BadNets, better than the 94 at 10 % poison, and above 80 % of the others. ANP and RNP, which erased all that they
-met at 10 %, fail at 1 %: 59 and 87 % on average, and a third of BadNets even for ANP (BackdoorBench has 26 % for ANP at 1 %).
+RNP 98 (1). SIG keeps 49 to 89 %, whichever eraser tries. Of Label-Consistent SAU and I-BAU leave 3 %, TSBD 99: resetting more
+than 5 % of the neurons costs too much accuracy, and the backdoor is not among these ([what was tried](methods/tsbd.md)).
+Neural Polarizer leaves 19 % of BadNets, better than the 94 at 10 % poison, and above 80 % of the others. ANP and RNP, which
+erased all that they met at 10 %, fail at 1 %: 59 and 87 % on average, and a third of BadNets even for ANP (BackdoorBench has
+26 % for ANP at 1 %).
 
 Fewer images change little on BadNets (SAU 5 % with 500 images and 14 with 50, I-BAU 3 and 7, TSBD 8 and 25) and nothing on
-Blended (56 to 93 %, whoever tries). With 50 images SIG falls to SAU, Neural Polarizer and I-BAU (0.4, 1 and 13 %), but so does
-the model: ACC 75 to 79, RA on SIG at most 31. Fine-tuning leaves 80 % or more everywhere.
+Blended (56 to 93 %, whichever of the four tries). With 50 images SIG falls to SAU, Neural Polarizer and I-BAU (0.4, 1 and 13
+%), but so does the model: ACC 75 to 79, RA on SIG at most 31. Fine-tuning, the control, leaves 80 % of everything or more.
 
 Seconds are with two trainings and tests at a time on two cores.
 """,

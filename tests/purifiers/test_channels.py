@@ -207,3 +207,13 @@ def test_clp_raises_its_bound_where_cutting_costs_too_much(
     tried.clear()
     CLP(u=0.5, u_step=0.0).purify(toy_view, generator=child(0))
     assert tried == [0.5]
+
+
+@pytest.mark.parametrize("counted", ["epoch", "channels"])
+def test_the_history_begins_with_the_given_model(counted: str, toy_view: DefenderView) -> None:
+    with Repair(view=toy_view, holdout=0.2, generator=child(0)) as repair:
+        repair.note(toy_view.model, **{counted: 3})
+    purified = repair.result(toy_view.model)
+    assert [entry[counted] for entry in purified.history] == [0, 3]
+    assert purified.given == {counted: 0, "clean_accuracy": repair.before}
+    assert purified.selected == 1

@@ -127,12 +127,13 @@ class Repair:
     def result(self, model: nn.Module, *notes: str) -> Purified:
         """Return the record of the run, with the last entry of the history as the one kept; call it after the block.
 
-        The history begins with the given model, as epoch 0, if nothing noted it already.
+        The history begins with the given model, as epoch 0 or as no channel cut, if nothing noted it already.
         """
         lost = self.before - self.history[-1]["clean_accuracy"] if self.history else 0.0
         history = tuple(self.history)
         if history and not describes_given(history[0]):
-            history = ({"epoch": 0, "clean_accuracy": self.before}, *history)
+            counted = "channels" if "channels" in history[0] else "epoch"
+            history = ({counted: 0, "clean_accuracy": self.before}, *history)
         if lost > ACCEPTED_LOSS:
             notes = (
                 *notes,
