@@ -20,7 +20,8 @@ from lustral.models import build_classifier
 from lustral.protocols import Attack, Crafted, CraftedAttack, HasProbes, SteersTraining, Trigger
 from lustral.randomness import child
 from lustral.settings import build, describe
-from toy import NUM_CLASSES, toy_images
+from lustral.victims import implant
+from toy import NUM_CLASSES, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 SMALL: dict[str, dict[str, Any]] = {  # settings under which an attack is crafted in a second or two on toy images
@@ -117,6 +118,17 @@ def test_a_trigger_follows_its_images_to_the_gpu(trigger: Trigger) -> None:
     out = trigger(images.cuda(), generator=child(1))
     assert out.device.type == "cuda"
     assert (as_uint8(out.cpu()).int() - as_uint8(trigger(images, generator=child(1))).int()).abs().max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_attack_poisons_and_trains_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lustral.attacks.input_aware.LEAST_MASK_STEPS", 5)
+    train, test = toy_images(210, seed=6).to("cuda"), toy_images(70, seed=7).to("cuda")
+    rest = {"arch": "small_cnn:width=4", "trainer": toy_trainer(epochs=1), "seed": 0, "data_name": "toy"}
+    victim = implant(VARIANTS[name], train, test, **rest)
+    assert {parameter.device.type for parameter in victim.model.parameters()} == {"cuda"}
+    assert 0 <= victim.metrics["acc"]["value"] <= 1
+    assert victim.provenance["num_poisoned"] > 0 or isinstance(ready(name), SteersTraining)
 
 
 def test_extreme_images_stay_in_range(trigger: Trigger) -> None:

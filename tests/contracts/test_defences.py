@@ -5,6 +5,7 @@ A method new in the catalog is tested with its defaults; ``small`` gives setting
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -286,3 +287,24 @@ def test_purifiers_that_claim_it_erase_the_backdoor(
     assert evaluate(backdoored, None, test, generator=child(0)).asr.value >= 0.95
     record = evaluate(backdoored, results(name).model, test, generator=child(0))
     assert record.asr.value < 0.20
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_methods_work_on_a_gpu(name: str, backdoored: Victim) -> None:
+    victim = dataclasses.replace(backdoored, model=copy.deepcopy(backdoored.model).cuda())
+    random_state = torch.cuda.get_rng_state()
+    result = run(name, DefenderView(model=victim.model, clean=toy_images(280, seed=2).to("cuda")))
+    assert torch.equal(random_state, torch.cuda.get_rng_state())
+    assert all(tensor.device.type == "cuda" for tensor in tensors(result))
+    if name in DETECTORS:
+        assert (result.outcome, result.suspect_labels) == ("backdoored", (4,))
+        assert result.cost.peak_memory_bytes > 0
+    if name in PURIFIERS:
+        record = evaluate(victim, result.model, toy_images(420, seed=1).to("cuda"), generator=child(0))
+        assert record.acc.value >= victim.metrics["acc"]["value"] - 0.10
+        assert name not in CLAIM_ERASING or record.asr.value < 0.20
+        assert result.cost.peak_memory_bytes > 0
