@@ -30,6 +30,8 @@ SETTINGS = {  # by plan
     "erasers_1pct": "PreAct-ResNet18 of width 16, CIFAR-10, 1 % poison, CPU",
     "erasers_few": "PreAct-ResNet18 of width 16, CIFAR-10, few clean images, CPU",
     "erasers_architectures": "BadNets on other networks, ten classes of Tiny ImageNet at 32 pixels, CPU",
+    "erasers_paper": "PreAct-ResNet18 of width 64, CIFAR-10, one NVIDIA H200",
+    "erasers_paper_budgets": "the same victims, published budgets and unbounded rates, one NVIDIA H200",
     "erasers_toy": "small CNN, embedded digits (1,365 training images, 72 clean ones), CPU",
 }
 CHECKS = ("before", "retuned", "retuned_clean", "pushed")  # of an audit
@@ -194,6 +196,16 @@ def titles(victims: list[Victim]) -> list[str]:
     ]
 
 
+def labelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results named by their settings too where a plan has one defence with several."""
+    settings = {row["defence"]: set[str]() for row in rows}
+    for row in rows:
+        settings[row["defence"]].add(row["settings"])
+    return [
+        {**row, "defence": row["settings"] if len(settings[row["defence"]]) > 1 else row["defence"]} for row in rows
+    ]
+
+
 def table() -> None:
     """Write the tables of each plan: means, every cell, and what woke the purified models up."""
     lines = [
@@ -206,6 +218,7 @@ def table() -> None:
     ]
     found = kept()
     for plan, rows in found.items():
+        rows = labelled(rows)
         rows = sorted(rows, key=lambda row: row["attack"] == "benign")  # stable: the benign column comes last
         victims = list(dict.fromkeys(victim_of(row) for row in rows))
         clean = sorted({row["clean_images"] for row in rows}, reverse=True)

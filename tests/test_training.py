@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lustral.images import Augment
-from lustral.models import Classifier, SmallCNN
+from lustral.models import Classifier, SmallCNN, build_classifier
 from lustral.protocols import ImageSet, Progress
 from lustral.randomness import child
 from lustral.training import (
@@ -22,6 +22,7 @@ from lustral.training import (
     cross_entropy,
     frozen,
     learning_rate_factor,
+    reach,
     set_training_mode,
 )
 from toy import NUM_CLASSES, toy_images
@@ -374,6 +375,45 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error(model: Classifi
 def test_small_sets_stretch_the_recipe(num_images: int, least_steps: int, batch_size: int, epochs: int) -> None:
     recipe = Trainer(epochs=6, batch_size=128, learning_rate=0.03).stretched(num_images, least_steps)
     assert (recipe.batch_size, recipe.epochs, recipe.learning_rate) == (batch_size, epochs, 0.03)
+
+
+def test_the_reach_by_hand() -> None:
+    two = nn.Sequential(nn.Linear(4, 3), nn.Conv2d(4, 6, 2, bias=False))
+    nn.init.constant_(two[0].weight, -0.5)
+    nn.init.constant_(two[1].weight, 0.25)
+    assert reach(two) == pytest.approx((12 * 2 / 0.5 + 96 * 4 / 0.25) / 108)
+    assert reach(nn.BatchNorm2d(3)) == 0
+    nn.init.zeros_(two[0].weight)
+    assert reach(two) == math.inf
+
+
+def test_the_rate_is_bounded_by_the_reach(model: Classifier) -> None:
+    recipe, far = Trainer(learning_rate=0.01), reach(model)
+    assert recipe.bounded(model, 0.005 * far).learning_rate == pytest.approx(0.005)
+    assert recipe.bounded(model, 0.02 * far) == recipe
+    assert recipe.bounded(model, None) == recipe
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.25)  # a quarter of the weights: a quarter of the rate
+    assert recipe.bounded(model, 0.005 * far).learning_rate == pytest.approx(0.005 / 4)
+    nn.init.zeros_(next(p for p in model.parameters() if p.ndim > 1))
+    assert recipe.bounded(model, 0.005 * far) == recipe
+
+
+def test_wider_networks_get_lower_rates_in_inverse_proportion() -> None:
+    rates = []
+    for width in (8, 16, 32):
+        network = build_classifier(
+            f"preact_resnet18:width={width}",
+            num_classes=10,
+            image_shape=(3, 32, 32),
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            generator=child(0),
+        )
+        rates.append(Trainer(learning_rate=1.0).bounded(network, 0.7).learning_rate)
+    assert rates[0] / rates[1] == pytest.approx(2, rel=0.05)
+    assert rates[1] / rates[2] == pytest.approx(2, rel=0.05)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"warmup": 1.0}])

@@ -90,6 +90,26 @@ def set_training_mode(model: nn.Module, batch_norm: Literal["train", "frozen"]) 
                 module.eval()
 
 
+def reach(model: nn.Module) -> float:
+    """Return how far a step of Adam can move the units of a model: their change over what they compute, per learning rate.
+
+    Adam moves every weight by up to the learning rate, however small its gradient, and the weights of a unit move together. Over
+    inputs of one size that changes the unit's sum by the rate times its number of inputs n, where weights of root mean square w
+    that point anywhere give a sum of w sqrt(n): the ratio is sqrt(n) / w per unit of the rate. It grows with the width of a
+    network, in proportion if the starting weights shrink as usual, which is why the best rate of Adam falls in inverse
+    proportion (Yang et al., "Tensor Programs V", NeurIPS 2021, arXiv 2203.03466).
+
+    Returns:
+        The mean over the weights of all kernels and matrices; infinite where one of these is all zero, 0 without any.
+    """
+    weights = [parameter.detach().float() for parameter in model.parameters() if parameter.ndim > 1]
+    ratios = [
+        math.sqrt(w[0].numel()) / size if (size := float(w.square().mean().sqrt())) else math.inf for w in weights
+    ]
+    counts = [weight.numel() for weight in weights]
+    return sum(ratio * count for ratio, count in zip(ratios, counts, strict=True)) / max(sum(counts), 1)
+
+
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
     """Return the plain objective: mean cross-entropy of the labels."""
     return F.cross_entropy(model(images).float(), labels)
@@ -167,6 +187,18 @@ class Trainer:
         batch_size = min(self.batch_size, max(num_images // 4, 2))
         epochs = max(self.epochs, math.ceil(least_steps / max(num_images // batch_size, 1)))
         return replace(self, batch_size=batch_size, epochs=epochs)
+
+    def bounded(self, model: nn.Module, relative_rate: float | None) -> Trainer:
+        """Return this recipe with a learning rate of at most ``relative_rate / reach(model)``, so that it serves any width.
+
+        Args:
+            model: the one to train.
+            relative_rate: largest change of a unit in a step of Adam, over what it computes; None leaves the recipe as it is.
+        """
+        step = reach(model)
+        if relative_rate is None or not 0 < step < math.inf:
+            return self
+        return replace(self, learning_rate=min(self.learning_rate, relative_rate / step))
 
     def fit(
         self,

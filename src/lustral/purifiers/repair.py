@@ -32,6 +32,21 @@ def fine_tuning_recipe(epochs: int, *, weight_decay: float = 5e-4) -> Trainer:
     )
 
 
+def check_relative_rate(rate: float | None) -> None:
+    """Raise ``ValueError`` unless the rate is positive, or None."""
+    if rate is not None and not rate > 0:
+        raise ValueError(f"expected a relative rate > 0, or None for the trainer's own rate; got {rate}")
+
+
+def slowed(asked: Trainer, used: Trainer) -> tuple[str, ...]:
+    """Return a note on a learning rate that was lowered for the network; none where it was not."""
+    if used.learning_rate >= asked.learning_rate:
+        return ()
+    return (
+        f"The learning rate was {used.learning_rate:.1e} instead of {asked.learning_rate:.1e}, for a network this wide.",
+    )
+
+
 @dataclass(kw_only=True)
 class Repair:
     """One run of a purifier: splits the clean images, counts the cost, keeps the history. Use it in a ``with`` block.
