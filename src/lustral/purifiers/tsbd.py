@@ -157,7 +157,9 @@ class TSBD:
             f"Clean unlearning took {epochs} epochs, to an accuracy of {left:.3f}; {ratio:g} of the neurons were reset."
         ]
         if not admissible:
-            notes.append("Even the smallest share of neurons cost more held-out accuracy than allowed.")
+            notes.append(
+                f"Even {ratio:g} of the neurons cost more held-out accuracy than allowed: fewer may do (`neuron_ratios`)."
+            )
         return repair.result(model, *notes)
 
     def _choose(self, repair: Repair, changes: Mapping[str, Tensor], floor: float) -> tuple[nn.Module, float, bool]:
