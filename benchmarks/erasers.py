@@ -340,13 +340,13 @@ which leaves 4 % ASR; that the wave itself spoils the image is a guess.
 
 The other defences met only the attacks in their columns, BaEraser, MESA and Neural Cleanse BadNets alone; compare them in the
 second table. On BadNets all three of these, NAD, FT-SAM and Fine-Pruning leave less than 4 % for at most 1.4 points. Over six
-attacks ANP leaves 6.0 % (SIG 18) for 4.1 points; RNP erases all but SIG (94 %), FST all but SIG (66 %) at a low robust accuracy
-(53.7), FT-SAM and Fine-Pruning keep half of Blended and most of SIG, NAD 90 % of both. SIG is what most fail at. CLP's six attacks
-come out as in print (ASR 65.1, DER 0.649; 65.9 and 0.648 there): it erases SSBA and BPP, for 5 to 11 points, and nothing else; of
-BadNets, Blended and WaNet it cuts one to five channels of this narrow network. ANP's published row has 0.8 % ASR at 5 points; ANP and
-RNP found nothing to cut until masks were learnt in training mode ([a trap](methods/anp.md)) and cut in order. Refreshing the
-batch normalisation costs 4 points and makes the triggers work better. Of what SSBA's audits show, ANP's erasure holds (5 % after
-retuning), RNP's less so (26 %; a benign model 2 %).
+attacks ANP leaves 6.0 % (SIG 18) for 4.1 points; RNP erases all but SIG (94 %), FST all but SIG (66 %) at a low robust
+accuracy (53.7), FT-SAM and Fine-Pruning keep half of Blended and most of SIG, NAD 90 % of both. SIG is what most fail at.
+CLP's six attacks come out as in print (ASR 65.1, DER 0.649; 65.9 and 0.648 there): it erases SSBA and BPP, for 5 to 11
+points, and nothing else; of BadNets, Blended and WaNet it cuts one to five channels of this narrow network. ANP's published
+row has 0.8 % ASR at 5 points; ANP and RNP found nothing to cut until masks were learnt in training mode ([a
+trap](methods/anp.md)) and cut in order. Refreshing the batch normalisation costs 4 points and makes the triggers work better.
+Of what SSBA's audits show, ANP's erasure holds (5 % after retuning), RNP's less so (26 %; a benign model 2 %).
 
 SAU's rate was chosen on IMC, I-BAU's on IMC and on Blended with seed 1, Neural Polarizer's settings on Blended at 1 % poison;
 none of these is in this table, nothing was changed after it was seen. SAU had run on BadNets at 1e-3 before (ACC 84.0, ASR
@@ -399,12 +399,12 @@ The audits say that erased is not gone: after the models that SAU and I-BAU made
 clean images alone, Blended was back at 97 and 99 %, BadNets at 33 and 24 %; TSBD's stayed at 22 and 4 %. Neither a benign
 model nor an exact purification comes back (below 4 %).
 """,
-    "erasers_architectures": """With 250 clean images and networks trained from scratch on 4,750, erasing costs far more
-than on CIFAR-10. SAU cuts the attack to 3 to 13 % on all three networks at 9 to 15 points of accuracy (at 10 to 16 before its rate
-was bounded by the width of the network, 12.5 instead of 9.7 on the benign ones), TSBD to 6 to 11 % at 11 to 28, FT-SAM to 14 to 19 % at 2 to 17. Neural Polarizer costs at most 8 points and erases on the ResNet only. The ViT
-is weak before (57.6 % ACC, 53.6 % ASR, barely above the half from which victims count), so little can be said of it: FT-SAM
-does best there. Controls: fine-tuning alone loses 1 to 18 points, so that much of the cost is what training on 250 images
-costs.
+    "erasers_architectures": """With 250 clean images and networks trained from scratch on 4,750, erasing costs far more than
+on CIFAR-10. SAU cuts the attack to 3 to 13 % on all three networks at 9 to 15 points of accuracy (at 10 to 16 before its rate
+was bounded by the width of the network; on the benign ones the bound saves 2.8), TSBD to 6 to 11 % at 11 to 28, FT-SAM to 14
+to 19 % at 2 to 17. Neural Polarizer costs at most 8 points and erases on the ResNet only. The ViT is weak before (57.6 % ACC,
+53.6 % ASR, barely above the half from which victims count), so little can be said of it: FT-SAM does best there. Controls:
+fine-tuning alone loses 1 to 18 points, so that much of the cost is what training on 250 images costs.
 """,
     "erasers_paper": """Three of four victims: WaNet's was not trained when the machine's time ended, nor SAU's published
 budget of 100 rounds run. Victims were trained for 60 epochs instead of BackdoorBench's 100, otherwise alike. What
