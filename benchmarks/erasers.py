@@ -142,8 +142,9 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
         named["audit"] = row["audit"]
     before = {f"{name}_before": row["before"][name] for name in ("acc", "asr")}
     after = {name: row["after"][name] for name in ("acc", "asr", "ra")}
-    rates = {name: value for name, value in {**before, **after}.items() if value is not None}
-    return {**named, **rates, "der": row["der"], "seconds": row["seconds"], "image_passes": row["image_passes"]}
+    rates = {name: round(value, 5) for name, value in {**before, **after}.items() if value is not None}
+    der = None if row["der"] is None else round(row["der"], 5)
+    return {**named, **rates, "der": der, "seconds": row["seconds"], "image_passes": row["image_passes"]}
 
 
 def cards() -> None:
