@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -21,6 +21,7 @@ def draw(seed: int, scale: float) -> torch.Tensor:
 
 
 @given(st.integers(0, 10_000), st.sampled_from(NORMS), st.floats(0.01, 10), st.floats(0.01, 10))
+@example(0, "l1", 2.0, 0.010000000000000002)  # a small radius beside the sum
 @settings(max_examples=60, deadline=None)
 def test_projections_end_in_the_ball_and_leave_its_inside_alone(
     seed: int, norm: Norm, scale: float, radius: float

@@ -44,15 +44,18 @@ def project(delta: Tensor, norm: Norm, radius: float) -> Tensor:
 
 
 def _onto_l1_ball(flat: Tensor, radius: float) -> Tensor:
-    """Shrink every coordinate by the least amount that brings the sum within ``radius`` (Duchi et al., ICML 2008)."""
-    size = flat.abs()
+    """Shrink every coordinate by the least amount that brings the sum within ``radius`` (Duchi et al., ICML 2008).
+
+    In float64: the amount is a difference of sums, and in float32 it is off by much of a radius that is small beside them.
+    """
+    size = flat.abs().double()
     ordered = size.sort(1, descending=True).values
     excess = ordered.cumsum(1) - radius
     rank = torch.arange(1, flat.shape[1] + 1, device=flat.device)
     last = (ordered * rank > excess).sum(1, keepdim=True)
     threshold = (excess.gather(1, (last - 1).clamp_min(0)) / last.clamp_min(1)).clamp_min(0)
     inside = size.sum(1, keepdim=True) <= radius
-    return torch.where(inside, flat, flat.sign() * (size - threshold).clamp_min(0))
+    return torch.where(inside, flat, flat.sign() * (size - threshold).clamp_min(0).to(flat.dtype))
 
 
 def steepest(slope: Tensor, norm: Norm) -> Tensor:
