@@ -384,7 +384,10 @@ def test_the_reach_by_hand() -> None:
     assert reach(two) == pytest.approx((12 * 2 / 0.5 + 96 * 4 / 0.25) / 108)
     assert reach(nn.BatchNorm2d(3)) == 0
     nn.init.zeros_(two[0].weight)
-    assert reach(two) == math.inf
+    assert reach(two) == pytest.approx(4 / 0.25)  # what is all zero tells no size
+    token = nn.Module()
+    token.token = nn.Parameter(torch.full((1, 1, 9), 1e-6))
+    assert reach(token) == 0
 
 
 def test_the_rate_is_bounded_by_the_reach(model: Classifier) -> None:
@@ -397,7 +400,8 @@ def test_the_rate_is_bounded_by_the_reach(model: Classifier) -> None:
             parameter.mul_(0.25)  # a quarter of the weights: a quarter of the rate
     assert recipe.bounded(model, 0.005 * far).learning_rate == pytest.approx(0.005 / 4)
     nn.init.zeros_(next(p for p in model.parameters() if p.ndim > 1))
-    assert recipe.bounded(model, 0.005 * far) == recipe
+    assert recipe.bounded(model, 0.005 * far).learning_rate < 0.005  # a pruned layer does not lift the bound
+    assert recipe.bounded(nn.BatchNorm2d(3), 0.005 * far) == recipe
 
 
 def test_wider_networks_get_lower_rates_in_inverse_proportion() -> None:

@@ -100,14 +100,16 @@ def reach(model: nn.Module) -> float:
     proportion (Yang et al., "Tensor Programs V", NeurIPS 2021, arXiv 2203.03466).
 
     Returns:
-        The mean over the weights of all kernels and matrices; infinite where one of these is all zero, 0 without any.
+        The mean over the weights of all kernels and matrices, 0 without any. What is all zero, as a pruned layer, has no size to
+        compare with and is left out; so is what has one row, as the tokens of a transformer.
     """
-    weights = [parameter.detach().float() for parameter in model.parameters() if parameter.ndim > 1]
-    ratios = [
-        math.sqrt(w[0].numel()) / size if (size := float(w.square().mean().sqrt())) else math.inf for w in weights
-    ]
-    counts = [weight.numel() for weight in weights]
-    return sum(ratio * count for ratio, count in zip(ratios, counts, strict=True)) / max(sum(counts), 1)
+    total, count = 0.0, 0
+    for parameter in model.parameters():
+        weight = parameter.detach().float()
+        if weight.ndim > 1 and len(weight) > 1 and (size := float(weight.square().mean().sqrt())) > 0:
+            total += weight.numel() * math.sqrt(weight[0].numel()) / size
+            count += weight.numel()
+    return total / max(count, 1)
 
 
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
@@ -195,8 +197,7 @@ class Trainer:
             model: the one to train.
             relative_rate: largest change of a unit in a step of Adam, over what it computes; None leaves the recipe as it is.
         """
-        step = reach(model)
-        if relative_rate is None or not 0 < step < math.inf:
+        if relative_rate is None or not (step := reach(model)):
             return self
         return replace(self, learning_rate=min(self.learning_rate, relative_rate / step))
 

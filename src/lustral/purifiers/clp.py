@@ -25,7 +25,7 @@ from lustral.purifiers.selection import accuracy_floor, held_out_accuracy
 def channel_bounds(conv: nn.Conv2d, norm: _BatchNorm) -> Tensor:
     """Return the Lipschitz bound of each output channel of a convolution with its normalisation, (C,)."""
     assert norm.running_var is not None
-    kernels = conv.weight.float().flatten(2).cpu()  # (C, in, k * k); a GPU takes minutes for thousands of small SVDs
+    kernels = conv.weight.float().flatten(2).cpu()  # (C, in, k * k); thousands of small SVDs, which a GPU is slow at
     factor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight.abs()
