@@ -39,12 +39,11 @@ def check_relative_rate(rate: float | None) -> None:
 
 
 def slowed(asked: Trainer, used: Trainer) -> tuple[str, ...]:
-    """Return a note on a learning rate that was lowered for the network; none where it was not."""
+    """Return a note on a learning rate that ``relative_rate`` lowered; none where it did not."""
     if used.learning_rate >= asked.learning_rate:
         return ()
-    return (
-        f"The learning rate was {used.learning_rate:.1e} instead of {asked.learning_rate:.1e}, for a network this wide.",
-    )
+    lowered = f"{used.learning_rate:.1e} instead of {asked.learning_rate:.1e}"
+    return (f"The learning rate was {lowered}, the most that `relative_rate` allows for weights like these.",)
 
 
 @dataclass(kw_only=True)
