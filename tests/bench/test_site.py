@@ -466,6 +466,7 @@ def test_cards_that_cannot_be_used_are_named_all_at_once(tmp_path: Path, store: 
     [
         {"method": "m", "published": [{"source": "A", "acc": 0.5}, {"source": "B", "table": {"x": {"asr": 0.25}}}]},
         {"method": "m", "published": None, "ours": {"seconds": 3.0, "note": "words", "odd": [1, "two", None]}},
+        {"method": "m", "ours": {"victims": [{"attack": "sig", "asr": 0.1, "audit": {"before": {"exact": 0.1}}}]}},
         {"method": "m"},
     ],
 )
@@ -478,6 +479,9 @@ def test_cards_of_any_shape_make_a_page(tmp_path: Path, card: dict[str, Any]) ->
         assert "50.0%" in text
         assert "25.0%" in text
         assert text.index("Published source: A") < text.index("Published source: B")
+    if "victims" in card.get("ours", {}):
+        assert "sig, before" in text
+        assert "card 1" not in text
 
 
 # -- the folder -----------------------------------------------------------------------------------------------------

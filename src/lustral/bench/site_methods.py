@@ -116,21 +116,25 @@ def _add_drop(values: dict[str, Any]) -> None:
 
 
 def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
-    """Return the rows of a part of a card: its own numbers, and those of every object inside it, whatever its shape."""
+    """Return the rows of a part of a card: its own numbers, and those of every object inside it, whatever its shape.
+
+    A row is called by its "name" or "attack"; what lies inside of one with an attack names that first.
+    """
     rows: list[dict[str, Any]] = []
 
-    def walk(node: Any, name: str) -> None:
+    def walk(node: Any, name: str, within: str = "") -> None:
         if isinstance(node, Mapping):
-            label = str(node.get("name") or name)
+            label = str(node.get("name") or node.get("attack") or name)
+            within = f"{label}, " if node.get("attack") else within
             values = {CARD_NAMES.get(key, key): value for key, value in node.items() if is_number(value)}
             if values:
                 rows.append({"name": label, "values": values, "halves": {}, "href": "", "setting": "", "runs": ""})
             for key, value in node.items():
                 if isinstance(value, Mapping | list):
-                    walk(value, str(key) if isinstance(value, Mapping) else label)
+                    walk(value, f"{within}{key}" if isinstance(value, Mapping) else label, within)
         elif isinstance(node, list):
             for number, item in enumerate(node, 1):
-                walk(item, f"{name} {number}")
+                walk(item, f"{name} {number}", within)
 
     walk(part, fallback)
     return rows
