@@ -362,6 +362,9 @@ def test_metadata_is_not_believed_blindly(tmp_path: Path, change: dict[str, str 
 def test_bad_layouts_and_reserved_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks tensors of the layout: fc\.weight"):
         save_model(tmp_path / "a.pt", small_model(), arch=ARCH, image_shape=SHAPE, layout={"fc.weight": torch.float32})
+    some = {key: tensor.dtype for key, tensor in small_model().network.state_dict().items() if not key.endswith("bias")}
+    with pytest.raises(ValueError, match=r"layout leaves out tensors of the model: .*bias"):
+        save_model(tmp_path / "a.pt", small_model(), arch=ARCH, image_shape=SHAPE, layout=some)
     with pytest.raises(ValueError, match="reserved names in extra metadata: arch, mean"):
         save_model(
             tmp_path / "a.safetensors", small_model(), arch=ARCH, image_shape=SHAPE, extra={"mean": "", "arch": ""}

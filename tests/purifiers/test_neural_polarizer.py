@@ -69,14 +69,16 @@ def test_a_new_polarizer_changes_nothing_and_a_trained_one_folds_exactly(number:
     model = nn.Sequential(copy.deepcopy(layer), nn.Flatten(), nn.LazyLinear(3)).eval()
     features = torch.randn(shape, generator=child(1))
     plain = model(features)
-    polarized = insert(model, "0")
+    wiring = Wiring(layers=("0",), head="2", normed={})
+    polarized = insert(model, "0", wiring)
     assert torch.allclose(model(features), plain, atol=1e-4)  # but for the normalisation's epsilon
     shake(polarized, 2)
     wanted = model(features)
     assert not torch.allclose(wanted, plain, atol=0.1)
-    had_bias = layer.bias is not None
-    assert fold(model, "0", Wiring(layers=("0",), head="2", normed={})) == had_bias
+    keys = set(layer.state_dict())
+    fold(model, "0", wiring)
     assert type(model[0]) is type(layer)
+    assert set(model[0].state_dict()) == keys  # without room for a bias, the polarizer has none
     assert torch.allclose(model(features), wanted, atol=1e-4)
 
 
@@ -87,9 +89,11 @@ def test_the_architecture_stays_where_a_normalisation_follows(arch: str) -> None
     wiring = trace(model, images)
     name = late_layer(model, wiring)
     keys = {key: value.shape for key, value in model.state_dict().items()}
-    shake(insert(model, name), 3)
+    polarized = insert(model, name, wiring)
+    assert polarized.polarizer.offset
+    shake(polarized, 3)
     wanted = model(images)
-    assert fold(model, name, wiring)
+    fold(model, name, wiring)
     assert {key: value.shape for key, value in model.state_dict().items()} == keys
     assert torch.allclose(model(images), wanted, atol=1e-4)
 
@@ -136,12 +140,12 @@ def test_a_layer_that_cannot_be_filtered_is_named(toy_view: DefenderView) -> Non
         NeuralPolarizer(layer="nowhere").purify(toy_view, generator=child(0))
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(ValueError, match="without groups"):
-        insert(grouped, "0")
+        insert(grouped, "0", Wiring(layers=("0",), head="1", normed={}))
 
 
 def test_the_gradient_reaches_the_polarizer_alone(toy_view: DefenderView) -> None:
     model = copy.deepcopy(toy_view.model).requires_grad_(False)
-    polarized = insert(model, "network.features.8")
+    polarized = insert(model, "network.features.8", trace(model, torch.zeros(1, 3, 12, 12)))
     x, y = next(toy_view.clean.batches(24))
     loss: Tensor = NeuralPolarizer().objective(model, x, y, child(0))
     loss.backward()  # type: ignore[no-untyped-call]

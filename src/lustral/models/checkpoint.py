@@ -180,8 +180,8 @@ def save_model(
         extra: more text metadata (safetensors only).
 
     Raises:
-        ValueError: unknown suffix, weights that are not finite, ``layout`` names a tensor that the model lacks, or
-            ``extra`` uses a reserved name.
+        ValueError: unknown suffix, weights that are not finite, ``layout`` names a tensor that the model lacks or leaves out
+            one that it needs, or ``extra`` uses a reserved name.
         OSError: the file could not be written; an old one is intact.
     """
     path = Path(path)
@@ -190,6 +190,8 @@ def save_model(
     layout = layout or {key: tensor.dtype for key, tensor in state.items()}
     if unknown := layout.keys() - state.keys():
         raise ValueError(f"the model lacks tensors of the layout: {listing(sorted(unknown))}")
+    if left_out := [key for key in state if key not in layout and not key.endswith("num_batches_tracked")]:
+        raise ValueError(f"the layout leaves out tensors of the model: {listing(left_out)}")
     tensors = {  # own memory for each: formats refuse or keep tensors that share it
         key_prefix + key: state[key].detach().cpu().to(dtype, copy=True, memory_format=torch.contiguous_format)
         for key, dtype in layout.items()

@@ -12,7 +12,7 @@ with yhat = argmax F(x) and m the most probable class of x~ but y.
 Both the polarizer and the convolution behind it are linear, so the filtered network has the given architecture again: the
 product of the two is one convolution. The paper pads what the polarizer returns; here it is applied to the padded features, so
 that the product is exact at the borders too. A bias that the convolution has no room for goes into the running mean of the
-normalisation that follows.
+normalisation that follows; where none follows, the polarizer has no offset.
 """
 
 from __future__ import annotations
@@ -47,10 +47,16 @@ Start = Literal["auto", "identity", "standardised"]
 class Polarizer(nn.Module):
     """A linear map of channels and a normalisation, the identity at birth: (B, C, H, W) or (..., C) to the same."""
 
-    def __init__(self, channels: int, *, last: bool) -> None:
-        """Build it for C channels; ``last``: channels are the last axis (tokens) and not the second (maps)."""
+    def __init__(self, channels: int, *, last: bool, offset: bool = True) -> None:
+        """Build it for C channels.
+
+        Args:
+            channels: C.
+            last: channels are the last axis (tokens) and not the second (maps).
+            offset: the normalisation shifts; False: it scales only.
+        """
         super().__init__()
-        self.last = last
+        self.last, self.offset = last, offset
         self.weight = nn.Parameter(torch.eye(channels))
         self.norm = nn.BatchNorm1d(channels)
 
@@ -62,12 +68,13 @@ class Polarizer(nn.Module):
         return F.conv2d(features, matrix[:, :, None, None], offset)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Return A (C, C) and b (C,): the normalisation with its running statistics after the linear map."""
+        """Return A (C, C) and b (C,): the normalisation with its running statistics after the linear map; 0 without offset."""
         norm = self.norm
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        return scale[:, None] * self.weight, norm.bias - scale * norm.running_mean
+        offset = norm.bias - scale * norm.running_mean
+        return scale[:, None] * self.weight, offset if self.offset else torch.zeros_like(offset)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, variance: Tensor, *, identity: bool) -> None:
@@ -84,12 +91,12 @@ class Polarizer(nn.Module):
 class Polarized(nn.Module):
     """A convolution or linear layer with a polarizer in front of it."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Take the layer; its weights stay as they are."""
+    def __init__(self, layer: nn.Conv2d | nn.Linear, *, offset: bool) -> None:
+        """Take the layer, whose weights stay as they are; see ``Polarizer`` for ``offset``."""
         super().__init__()
         self.layer = layer
         channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-        self.polarizer = Polarizer(channels, last=isinstance(layer, nn.Linear)).to(layer.weight.device)
+        self.polarizer = Polarizer(channels, last=isinstance(layer, nn.Linear), offset=offset).to(layer.weight.device)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return layer(polarizer(pad(h))), the padding before the polarizer."""
@@ -116,8 +123,10 @@ def pad_for(layer: nn.Conv2d, features: Tensor) -> Tensor:
     return F.pad(features, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def insert(model: nn.Module, name: str) -> Polarized:
+def insert(model: nn.Module, name: str, wiring: Wiring) -> Polarized:
     """Put a polarizer in front of a layer of ``model``, in place, and return the pair.
+
+    It has an offset where that can be multiplied in: where the layer has a bias or a batch normalisation takes its output.
 
     Raises:
         ValueError: the layer is no convolution without groups and no linear layer.
@@ -127,7 +136,7 @@ def insert(model: nn.Module, name: str) -> Polarized:
         raise ValueError(
             f"a polarizer goes before a linear layer or a convolution without groups; {name} is {layer}: name another layer"
         )
-    polarized = Polarized(layer)
+    polarized = Polarized(layer, offset=layer.bias is not None or norm_behind(model, name, wiring) is not None)
     replace_module(model, name, polarized)
     return polarized
 
@@ -138,13 +147,16 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), own, module)
 
 
-@torch.no_grad()
-def fold(model: nn.Module, name: str, wiring: Wiring) -> bool:
-    """Multiply the polarizer at ``name`` into its layer, in place; the network computes the same as before.
+def norm_behind(model: nn.Module, name: str, wiring: Wiring) -> nn.modules.batchnorm._BatchNorm | None:
+    """Return the batch normalisation with running statistics that takes a layer's output, or None."""
+    norm = model.get_submodule(wiring.normed[name]) if name in wiring.normed else None
+    tracks = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    return norm if tracks else None  # type: ignore[return-value]
 
-    Returns:
-        Whether the architecture is the given one: False where the layer had to be given a bias that it did not have.
-    """
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str, wiring: Wiring) -> None:
+    """Multiply the polarizer at ``name`` into its layer, in place; the network computes the same, with the keys it had before."""
     polarized = model.get_submodule(name)
     assert isinstance(polarized, Polarized)
     layer, (weight, bias) = polarized.layer, polarized.folded()
@@ -152,13 +164,8 @@ def fold(model: nn.Module, name: str, wiring: Wiring) -> bool:
     replace_module(model, name, layer)
     if layer.bias is not None:
         layer.bias.copy_(bias)
-        return True
-    norm = model.get_submodule(wiring.normed[name]) if name in wiring.normed else None
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+    elif (norm := norm_behind(model, name, wiring)) is not None and norm.running_mean is not None:
         norm.running_mean.sub_(bias)
-        return True
-    layer.bias = nn.Parameter(bias.clone())
-    return False
 
 
 @torch.no_grad()
@@ -263,19 +270,19 @@ class NeuralPolarizer:
                 )
             statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
             model.requires_grad_(False)
-            polarizer = insert(model, name).polarizer
+            polarizer = insert(model, name, wiring).polarizer
             polarizer.settle(*statistics, identity=self.initial == "identity")
             trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
             if self.initial == "auto" and held_out_accuracy(model, repair.held_out) < SURVIVES * repair.before:
                 polarizer.settle(*statistics, identity=True)
                 trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
-            same = fold(trained, name, wiring)
+            fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):
                 parameter.requires_grad_(need)
         note = f"A polarizer before {name} was multiplied into it."
-        if not same:
-            note += f" {name} has a bias now that it did not have: a file of these weights has one tensor more."
+        if not polarizer.offset:
+            note += f" It has no offset: {name} has no bias, and no batch normalisation that keeps statistics follows."
         return repair.result(trained, note)
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
