@@ -20,9 +20,11 @@ from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
 from lustral.evaluation import evaluate
 from lustral.inverters import MaskSearch
+from lustral.models import arch_of
 from lustral.protocols import DefenderView, ImageSet, Progress, Purified, Verdict, Victim
 from lustral.purifiers import (
     ANP,
+    CNPD,
     FST,
     FTSAM,
     IBAU,
@@ -43,7 +45,7 @@ from lustral.report import ReportData, write_erase_report
 from lustral.training import Trainer
 from toy import gentle_trainer, quick_detector, quick_inverter, toy_images, toy_trainer
 
-CLAIM_ERASING = ("anp", "baeraser", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
+CLAIM_ERASING = ("anp", "baeraser", "cnpd", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
     "mask_area": quick_detector,
@@ -64,6 +66,10 @@ SMALL: dict[str, Callable[[], Any]] = {
     ),
     "neural_polarizer": lambda: NeuralPolarizer(
         trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.005, schedule="constant"), least_steps=100
+    ),
+    "cnpd": lambda: CNPD(
+        trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.1, schedule="constant", weight_decay=0.0),
+        least_steps=100,
     ),
     "rnp": lambda: RNP(least_steps=20),
     "sau": lambda: SAU(trainer=dataclasses.replace(SAU().trainer, learning_rate=1e-3), steps=3, least_steps=100),
@@ -252,7 +258,9 @@ def test_purifiers_return_a_new_working_model(name: str, results: Callable[[str]
     assert not given & {id(parameter) for parameter in purified.model.parameters()}
     assert purified.selected is None or 0 <= purified.selected < len(purified.history)
     state, new = backdoored.model.state_dict(), purified.model.state_dict()
-    unchanged = all(torch.equal(new[key], value) for key, value in state.items())
+    same = arch_of(purified.model.network, "given") == "given"
+    assert (state.keys() == new.keys()) == same
+    unchanged = same and all(torch.equal(new[key], value) for key, value in state.items())
     assert (purified.selected is None) <= unchanged, (
         "a model that was changed must not be reported as returned unchanged"
     )

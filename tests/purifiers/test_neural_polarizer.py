@@ -13,15 +13,8 @@ from lustral.models import build_classifier
 from lustral.models.wiring import Wiring, late_layer, trace
 from lustral.protocols import DefenderView
 from lustral.purifiers import NeuralPolarizer, neural_polarizer
-from lustral.purifiers.neural_polarizer import (
-    Polarized,
-    Polarizer,
-    Start,
-    feature_statistics,
-    fold,
-    insert,
-    runner_up,
-)
+from lustral.purifiers.neural_polarizer import Polarized, Polarizer, fold, insert
+from lustral.purifiers.polarizing import Start, feature_statistics, runner_up
 from lustral.randomness import child
 from lustral.training import Trainer
 from toy import toy_images

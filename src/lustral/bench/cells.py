@@ -31,7 +31,7 @@ from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.evaluation import Evaluation, compare, evaluate
 from lustral.files import json_ready
 from lustral.images import as_float, as_uint8, stratified_indices
-from lustral.models import Classifier, load_model, save_model
+from lustral.models import Classifier, arch_of, load_model, save_model
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, Purified, Verdict, Victim
 from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
@@ -245,7 +245,7 @@ class Workbench:
     def _weights(self, model: Classifier, victim: Mapping[str, Any], clean: ImageSet) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL_FILE
-            save_model(path, model, arch=victim["arch"], image_shape=clean.image_shape)
+            save_model(path, model, arch=arch_of(model.network, victim["arch"]), image_shape=clean.image_shape)
             return path.read_bytes()
 
     def measure_again(self, record: Mapping[str, Any]) -> Evaluation | None:

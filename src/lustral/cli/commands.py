@@ -33,7 +33,7 @@ from lustral.evaluation import Evaluation, clean_accuracy, compare
 from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import as_float, as_uint8
-from lustral.models import Classifier, load_model, save_model
+from lustral.models import Classifier, arch_of, load_model, save_model
 from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
 from lustral.randomness import child
@@ -121,13 +121,15 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     model = purified.model
     assert isinstance(model, Classifier)
     loaded = opened.loaded
+    arch = arch_of(model.network, loaded.arch)
+    same = arch == loaded.arch
     save_model(
         out / "model.safetensors",
         model,
-        arch=loaded.arch,
+        arch=arch,
         image_shape=loaded.image_shape,
-        key_prefix=loaded.key_prefix,
-        layout=loaded.layout,
+        key_prefix=loaded.key_prefix if same else "",
+        layout=loaded.layout if same else None,
     )
     before, after = true_evaluations(opened, model, seed=command.common.seed)
     page = ReportData(

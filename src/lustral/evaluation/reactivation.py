@@ -57,6 +57,12 @@ def resistance(asr: float, benign_asr: float) -> float:
     return 1 - (asr - benign_asr) / (1 - benign_asr)
 
 
+def are_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Say whether two models have the same parameters but for their values, so that there is a straight line between them."""
+    mine, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (one, other))
+    return mine == theirs
+
+
 @torch.no_grad()
 def interpolated(one: nn.Module, other: nn.Module, share: float, clean: ImageSet) -> nn.Module:
     """Return the model at (1 - share) one + share other, its batch-norm statistics estimated anew on clean images."""
@@ -169,7 +175,8 @@ class Reactivation:
 
         Returns:
             For each check its ACC, ASR and RA on the purified model, the benign one and an exact purification; "resistance"
-            in [0, 1] or a little above, 1 where the purified model is no easier to retune than the benign one.
+            in [0, 1] or a little above, 1 where the purified model is no easier to retune than the benign one. "path" is empty
+            where the purified model is of another architecture than the backdoored one.
         """
         few, _ = split(train, self.clean_share, generator=fork(generator, "few"))
         exact = self.exact_purification(victim, few, generator=fork(generator, "exact"), on_progress=on_progress)
@@ -195,9 +202,10 @@ class Reactivation:
             resistance(checks["retuned"]["purified"]["asr"], checks["retuned"]["benign"]["asr"])
         )
         checks["pushed"] = self.pushed(victim, purified, retuned["purified"], benign, exact, train, test, generator)
+        shares = self.path if are_alike(purified, victim.model) else ()
         checks["path"] = [
             {"share": share, **self.rates(victim, interpolated(purified, victim.model, share, few), test, generator)}
-            for share in self.path
+            for share in shares
         ]
         return checks
 

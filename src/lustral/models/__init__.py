@@ -3,6 +3,7 @@
 from lustral.models.build import NETWORKS, build_classifier, runs_user_code
 from lustral.models.checkpoint import LoadedModel, load_model, save_model
 from lustral.models.classifier import Classifier, Normalise
+from lustral.models.conditioned import Conditioned, arch_of
 from lustral.models.preact_resnet import PreActResNet18
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.state_dicts import ModelFileError
@@ -12,11 +13,13 @@ __all__ = [
     "NETWORKS",
     "VGG",
     "Classifier",
+    "Conditioned",
     "LoadedModel",
     "ModelFileError",
     "Normalise",
     "PreActResNet18",
     "SmallCNN",
+    "arch_of",
     "build_classifier",
     "load_model",
     "runs_user_code",

@@ -5,6 +5,8 @@
 * ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes the same option;
 * ``torchvision:NAME``: a classification network of torchvision, untrained, with torchvision's keys;
 * ``timm:NAME``: a network of timm, untrained, with timm's keys;
+* ``conditioned:LAYER@BASE``: the network BASE, any of these forms, with a polarizer for each class before its layer LAYER, as
+  CNPD writes it (``lustral.models.conditioned``);
 * ``path/to/file.py:FUNCTION``: the network that this function or class returns, called with ``num_classes`` if it takes
   that. Building it runs the file, so this form is for a user's own command line and never taken from a model file.
 """
@@ -25,6 +27,7 @@ import torch
 from torch import Generator, nn
 
 from lustral.models.classifier import Classifier
+from lustral.models.conditioned import PREFIX, Conditioned
 from lustral.models.preact_resnet import PreActResNet18
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
@@ -38,8 +41,9 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "vgg16_bn": partial(VGG, 16),
     "vgg19_bn": partial(VGG, 19),
 }
-_OTHER_FORMS = ("torchvision:NAME", "timm:NAME", "FILE.py:FUNCTION")
+_OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{PREFIX}:LAYER@BASE", "FILE.py:FUNCTION")
 _PYTHON_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
+_DEEPEST = 4  # conditioned networks inside each other
 _LARGEST_OPTION = 1024  # a name may come from a model file: no name shall make us allocate all memory
 
 
@@ -133,6 +137,8 @@ def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> i
 
 def _builder(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
     """Return what builds the network, having checked the name and its options."""
+    if arch.startswith(f"{PREFIX}:"):
+        return _conditioned(arch, num_classes, image_shape)
     if match := _PYTHON_FILE.fullmatch(arch):
         return partial(_from_python_file, Path(match["file"]), match["function"], num_classes)
     name, _, rest = arch.partition(":")
@@ -146,6 +152,14 @@ def _builder(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> 
     network = NETWORKS[name]
     options = _parse_options(arch, rest, set(inspect.signature(network).parameters) - {"num_classes", "in_channels"})
     return partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
+
+
+def _conditioned(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
+    layer, _, base = arch.removeprefix(f"{PREFIX}:").partition("@")
+    if not layer or not base or arch.count(f"{PREFIX}:") > _DEEPEST:
+        raise ValueError(f"expected {PREFIX}:LAYER@BASE, at most {_DEEPEST} inside each other; got {arch[:200]!r}")
+    build_base = _builder(base, num_classes, image_shape)
+    return lambda: Conditioned(build_base(), layer, num_classes)
 
 
 def _parse_options(arch: str, text: str, allowed: set[str]) -> dict[str, int]:

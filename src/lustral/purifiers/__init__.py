@@ -4,6 +4,7 @@ from lustral.purifiers.anp import ANP
 from lustral.purifiers.baeraser import BaEraser
 from lustral.purifiers.bn_refresh import BNRefresh
 from lustral.purifiers.clp import CLP
+from lustral.purifiers.cnpd import CNPD
 from lustral.purifiers.fine_pruning import FinePruning
 from lustral.purifiers.fine_tuning import FineTuning
 from lustral.purifiers.fst import FST
@@ -20,6 +21,7 @@ from lustral.purifiers.tsbd import TSBD
 __all__ = [
     "ANP",
     "CLP",
+    "CNPD",
     "FST",
     "FTSAM",
     "IBAU",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,21 +26,12 @@ from torch.nn import functional as F
 
 from lustral.images import check_holdout
 from lustral.models.wiring import Wiring, late_layer, trace
-from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified
+from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import project
+from lustral.purifiers.polarizing import GENTLER, SURVIVES, Start, feature_statistics, runner_up, unlikely
 from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import held_out_accuracy
-from lustral.training import Trainer, autocast, frozen
-
-LEAST_VARIANCE = (
-    0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
-)
-SURVIVES = 0.8  # share of the held-out accuracy that standardised features must leave to start from them
-GENTLER = 0.1  # factor of the rate where they do not: all that the network sees goes through the polarizer
-ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
-
-
-Start = Literal["auto", "identity", "standardised"]
+from lustral.training import Trainer, frozen
 
 
 class Polarizer(nn.Module):
@@ -168,36 +158,6 @@ def fold(model: nn.Module, name: str, wiring: Wiring) -> None:
         norm.running_mean.sub_(bias)
 
 
-@torch.no_grad()
-def feature_statistics(model: nn.Module, name: str, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance, (C,) each, of what enters a layer on clean images."""
-    layer = model.get_submodule(name)
-    sums: list[tuple[Tensor, Tensor, int]] = []
-
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features = inputs[0].float()
-        flat = features.flatten(0, -2) if isinstance(layer, nn.Linear) else features.transpose(0, 1).flatten(1).T
-        sums.append((flat.sum(0), flat.square().sum(0), len(flat)))
-
-    handle = layer.register_forward_pre_hook(note)
-    try:
-        with frozen(model):
-            for x, _ in data.batches(batch_size):
-                with autocast(x.device):
-                    model(x.contiguous(memory_format=torch.channels_last))
-    finally:
-        handle.remove()
-    count = sum(n for _, _, n in sums)
-    mean = torch.stack([s for s, _, _ in sums]).sum(0) / count
-    variance = (torch.stack([q for _, q, _ in sums]).sum(0) / count - mean.square()).clamp_min(0)
-    return mean, variance.clamp_min(LEAST_VARIANCE * float(variance.mean()))
-
-
-def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each image's most probable class other than its label, (B,) int64."""
-    return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class NeuralPolarizer:
     """Train one linear layer before a late convolution, and multiply it in.
@@ -294,7 +254,7 @@ class NeuralPolarizer:
         rival = runner_up(fooled.detach(), y)
         loss = self.clean_weight * F.cross_entropy(clean, y) + self.restore_weight * F.cross_entropy(fooled, own)
         for weight, label in ((self.margin_weight, rival), (self.target_weight, target)):
-            loss = loss - weight * (ALMOST_ONE - s.gather(1, label[:, None])).log().mean()
+            loss = loss + weight * unlikely(s, label)
         return loss
 
     def aim(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

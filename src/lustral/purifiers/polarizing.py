@@ -1,0 +1,55 @@
+"""What the neural polarizers share: the features that they filter, how they start, and the terms of their losses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lustral.protocols import ImageSet
+from lustral.training import autocast, frozen
+
+LEAST_VARIANCE = (
+    0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
+)
+SURVIVES = 0.8  # share of the held-out accuracy that standardised features must leave to start from them
+GENTLER = 0.1  # factor of the rate where they do not: all that the network sees goes through the polarizer
+ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
+
+Start = Literal["auto", "identity", "standardised"]
+
+
+@torch.no_grad()
+def feature_statistics(model: nn.Module, name: str, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, (C,) each, of what enters a layer on clean images."""
+    layer = model.get_submodule(name)
+    sums: list[tuple[Tensor, Tensor, int]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features = inputs[0].float()
+        flat = features.flatten(0, -2) if isinstance(layer, nn.Linear) else features.transpose(0, 1).flatten(1).T
+        sums.append((flat.sum(0), flat.square().sum(0), len(flat)))
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        with frozen(model):
+            for x, _ in data.batches(batch_size):
+                with autocast(x.device):
+                    model(x.contiguous(memory_format=torch.channels_last))
+    finally:
+        handle.remove()
+    count = sum(n for _, _, n in sums)
+    mean = torch.stack([s for s, _, _ in sums]).sum(0) / count
+    variance = (torch.stack([q for _, q, _ in sums]).sum(0) / count - mean.square()).clamp_min(0)
+    return mean, variance.clamp_min(LEAST_VARIANCE * float(variance.mean()))
+
+
+def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each image's most probable class other than its label, (B,) int64."""
+    return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+
+
+def unlikely(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of -log(1 - probability of the label), which asks that it be small; (B, K) and (B,) int64."""
+    return -(ALMOST_ONE - probabilities.gather(1, labels[:, None])).log().mean()
