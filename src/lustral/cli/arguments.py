@@ -114,7 +114,7 @@ class Erase(Generic[Settings]):
 
     Attributes:
         suspect: the model and the clean images.
-        out: folder for model.safetensors (keys and shapes of the given file), report.html and result.json.
+        out: folder for model.safetensors (keys and shapes of the given file, but for cnpd), report.html and result.json.
         method: how to erase; `lustral erase --list` explains each.
         settings: of the method.
         list: explain each method in a line.
