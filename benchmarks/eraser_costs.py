@@ -1,6 +1,7 @@
 """How many passes each eraser makes over its clean images: what `lustral erase --list` says.
 
-    python benchmarks/eraser_costs.py
+    python benchmarks/eraser_costs.py           # all
+    python benchmarks/eraser_costs.py cnpd sau  # these anew, the others as they were measured
 
 Passes of one image through the network, forward and back, per clean image; a forward pass alone is a third. They depend on the
 settings and on the number of clean images (2,500 here, drawn from the embedded digits with replacement), hardly on the network,
@@ -9,7 +10,9 @@ so a small one serves. What ends early (bisections, searches, unlearning) makes 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -27,6 +30,9 @@ CLEAN = 2500
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("methods", nargs="*", choices=[[], *PURIFIERS], metavar="METHOD", help="all if left out")
+    chosen = parser.parse_args().methods
     torch.set_num_threads(1)
     source = load_source("digits")
     assert source.test is not None
@@ -42,12 +48,13 @@ def main() -> None:
         data_name="digits",
     )
     drawn = torch.randint(len(train), (CLEAN,), generator=child(0, "clean"))
-    view, passes = DefenderView(model=victim.model, clean=train.subset(drawn)), {}
-    for name, kind in PURIFIERS.items():
-        cost = kind().purify(view, generator=child(0, "erase")).cost
+    view = DefenderView(model=victim.model, clean=train.subset(drawn))
+    passes = json.loads(RESULT.read_text())["passes"] if chosen else {}
+    for name in chosen or PURIFIERS:
+        cost = PURIFIERS[name]().purify(view, generator=child(0, "erase")).cost
         passes[name] = round(cost.image_passes / CLEAN, 1)
         print(f"{name:18} {passes[name]:7.1f} passes {cost.seconds:7.1f} s", flush=True)
-    write_json_atomic(RESULT, {"clean_images": CLEAN, "passes": passes})
+    write_json_atomic(RESULT, {"clean_images": CLEAN, "passes": dict(sorted(passes.items()))})
 
 
 if __name__ == "__main__":
