@@ -15,6 +15,21 @@ from torch.nn import functional as F
 PREFIX = "conditioned"  # of the name of such an architecture: conditioned:LAYER@BASE
 
 
+def require_filterable(network: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    """Return the layer of that name.
+
+    Raises:
+        ValueError: there is none, or it is no convolution without groups and no linear layer.
+    """
+    layer = dict(network.named_modules()).get(name)
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        what = f"there is no {name!r}" if layer is None else f"{name} is {layer}"
+        raise ValueError(
+            f"a polarizer goes before a linear layer or a convolution without groups; {what}: name another layer"
+        )
+    return layer
+
+
 class ClassPolarizers(nn.Module):
     """One linear map of channels and one normalisation for each class; at birth all of them change nothing.
 
@@ -84,12 +99,7 @@ class Conditioned(nn.Module):
             ValueError: there is no such layer, or it is no convolution without groups and no linear layer.
         """
         super().__init__()
-        found = dict(network.named_modules()).get(layer)
-        if not isinstance(found, nn.Conv2d | nn.Linear) or (isinstance(found, nn.Conv2d) and found.groups > 1):
-            what = f"there is no {layer!r}" if found is None else f"{layer} is {found}"
-            raise ValueError(
-                f"a polarizer goes before a linear layer or a convolution without groups; {what}: name another layer"
-            )
+        found = require_filterable(network, layer)
         self.network, self.layer = network, layer
         channels = found.in_channels if isinstance(found, nn.Conv2d) else found.in_features
         self.polarizers = ClassPolarizers(num_classes, channels, last=isinstance(found, nn.Linear)).to(

@@ -23,10 +23,19 @@ from torch.nn import functional as F
 
 from lustral.images import check_holdout
 from lustral.models import Classifier, Conditioned
-from lustral.models.wiring import late_layer, trace
+from lustral.models.wiring import trace
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import project
-from lustral.purifiers.polarizing import GENTLER, SURVIVES, Start, feature_statistics, runner_up, unlikely
+from lustral.purifiers.polarizing import (
+    GENTLER,
+    SURVIVES,
+    Start,
+    check_polarizing,
+    feature_statistics,
+    place,
+    runner_up,
+    unlikely,
+)
 from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import held_out_accuracy
 from lustral.training import Trainer
@@ -95,23 +104,15 @@ class CNPD:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        if self.radius <= 0 or self.step_size <= 0 or self.steps < 1:
-            raise ValueError(
-                f"expected radius > 0, step_size > 0 and steps >= 1; got {self.radius}, {self.step_size} and {self.steps}"
-            )
-        if min(self.clean_weight, self.restore_weight, self.margin_weight, self.target_weight) < 0:
-            raise ValueError("expected weights of at least 0")
+        weights = (self.clean_weight, self.restore_weight, self.margin_weight, self.target_weight)
+        check_polarizing(self.radius, self.step_size, self.steps, *weights)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the model with a polarizer for each class, a ``Conditioned`` network; see ``Purifier``."""
         with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
             wiring = trace(model, next(repair.fit.batches(1))[0])
-            name = late_layer(model, wiring) if self.layer is None else self.layer
-            if name not in wiring.layers:
-                raise ValueError(
-                    f"no layer {name!r} before the head; the last ones are {', '.join(wiring.layers[-5:])}"
-                )
+            name = place(model, wiring, self.layer)
             mean, variance = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
             needed = [parameter.requires_grad for parameter in model.parameters()]
             model.requires_grad_(False)

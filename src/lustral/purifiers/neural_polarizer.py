@@ -25,10 +25,20 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.images import check_holdout
-from lustral.models.wiring import Wiring, late_layer, trace
+from lustral.models.conditioned import require_filterable
+from lustral.models.wiring import Wiring, trace
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import project
-from lustral.purifiers.polarizing import GENTLER, SURVIVES, Start, feature_statistics, runner_up, unlikely
+from lustral.purifiers.polarizing import (
+    GENTLER,
+    SURVIVES,
+    Start,
+    check_polarizing,
+    feature_statistics,
+    place,
+    runner_up,
+    unlikely,
+)
 from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import held_out_accuracy
 from lustral.training import Trainer, frozen
@@ -121,11 +131,7 @@ def insert(model: nn.Module, name: str, wiring: Wiring) -> Polarized:
     Raises:
         ValueError: the layer is no convolution without groups and no linear layer.
     """
-    layer = model.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d | nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
-        raise ValueError(
-            f"a polarizer goes before a linear layer or a convolution without groups; {name} is {layer}: name another layer"
-        )
+    layer = require_filterable(model, name)
     polarized = Polarized(layer, offset=layer.bias is not None or norm_behind(model, name, wiring) is not None)
     replace_module(model, name, polarized)
     return polarized
@@ -140,8 +146,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def norm_behind(model: nn.Module, name: str, wiring: Wiring) -> nn.modules.batchnorm._BatchNorm | None:
     """Return the batch normalisation with running statistics that takes a layer's output, or None."""
     norm = model.get_submodule(wiring.normed[name]) if name in wiring.normed else None
-    tracks = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
-    return norm if tracks else None  # type: ignore[return-value]
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+        return norm
+    return None
 
 
 @torch.no_grad()
@@ -203,12 +210,8 @@ class NeuralPolarizer:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        if self.radius <= 0 or self.step_size <= 0 or self.steps < 1:
-            raise ValueError(
-                f"expected radius > 0, step_size > 0 and steps >= 1; got {self.radius}, {self.step_size} and {self.steps}"
-            )
-        if min(self.clean_weight, self.restore_weight, self.margin_weight, self.target_weight) < 0:
-            raise ValueError("expected weights of at least 0")
+        weights = (self.clean_weight, self.restore_weight, self.margin_weight, self.target_weight)
+        check_polarizing(self.radius, self.step_size, self.steps, *weights)
         if not 0 <= self.enough <= 1:
             raise ValueError(f"expected a share in [0, 1] for enough; got {self.enough}")
 
@@ -223,11 +226,7 @@ class NeuralPolarizer:
             model = repair.copy()
             needed = [parameter.requires_grad for parameter in model.parameters()]
             wiring = trace(model, next(repair.fit.batches(1))[0])
-            name = late_layer(model, wiring) if self.layer is None else self.layer
-            if name not in wiring.layers:
-                raise ValueError(
-                    f"no layer {name!r} before the head; the last ones are {', '.join(wiring.layers[-5:])}"
-                )
+            name = place(model, wiring, self.layer)
             statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
             model.requires_grad_(False)
             polarizer = insert(model, name, wiring).polarizer

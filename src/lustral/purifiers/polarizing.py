@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lustral.models.wiring import Wiring, late_layer
 from lustral.protocols import ImageSet
 from lustral.training import autocast, frozen
 
@@ -18,6 +19,26 @@ GENTLER = 0.1  # factor of the rate where they do not: all that the network sees
 ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
 
 Start = Literal["auto", "identity", "standardised"]
+
+
+def check_polarizing(radius: float, step_size: float, steps: int, *weights: float) -> None:
+    """Raise ``ValueError`` unless a perturbation can be made so and no term of the loss is turned round."""
+    if radius <= 0 or step_size <= 0 or steps < 1:
+        raise ValueError(f"expected radius > 0, step_size > 0 and steps >= 1; got {radius}, {step_size} and {steps}")
+    if min(weights) < 0:
+        raise ValueError("expected weights of at least 0")
+
+
+def place(model: nn.Module, wiring: Wiring, layer: str | None) -> str:
+    """Return the name of the layer to filter for: ``layer``, or of None the one that ``late_layer`` finds.
+
+    Raises:
+        ValueError: images meet no such layer before the head.
+    """
+    name = late_layer(model, wiring) if layer is None else layer
+    if name not in wiring.layers:
+        raise ValueError(f"no layer {name!r} before the head; the last ones are {', '.join(wiring.layers[-5:])}")
+    return name
 
 
 @torch.no_grad()
