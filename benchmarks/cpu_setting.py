@@ -200,7 +200,7 @@ RANDOM_PATCH = MaskArea(inverter=MaxEntropy(operator="random_patch", steps=200, 
 METHODS: dict[str, Purifier] = {
     "baeraser": BaEraser(),
     "mesa": Mesa(),
-    "fine_tuning": FineTuning(),
+    "fine_tuning": FineTuning(choose="held_out"),
     "bn_refresh": BNRefresh(),
     "baeraser.published-code": BaEraser(schedule="published"),
     "baeraser.published-paper": BaEraser(schedule="published", form="paper"),

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lustral.images import split
 from lustral.protocols import DefenderView, ImageSet, Progress
 from lustral.purifiers import BNRefresh, FineTuning, Mesa
-from lustral.randomness import child
+from lustral.purifiers.selection import held_out_accuracy
+from lustral.randomness import child, fork
 from toy import gentle_trainer, quick_detector
 
 
@@ -71,15 +73,34 @@ def test_impossible_refreshes_are_refused(wrong: dict[str, Any]) -> None:
         BNRefresh(**wrong)
 
 
-def test_fine_tuning_keeps_the_most_accurate_epoch(toy_view: DefenderView) -> None:
-    purified = FineTuning(trainer=gentle_trainer(epochs=3), least_steps=1).purify(toy_view, generator=child(0))
+def test_fine_tuning_keeps_the_last_epoch(toy_view: DefenderView) -> None:
+    trainer = gentle_trainer(epochs=3)
+    purified = FineTuning(trainer=trainer, least_steps=1).purify(toy_view, generator=child(0))
     assert [h["epoch"] for h in purified.history] == [0, 1, 2, 3]
-    assert purified.selected is not None
-    accuracies = [h["clean_accuracy"] for h in purified.history]
-    assert accuracies[purified.selected] == max(accuracies[1:])
-    assert purified.selected > 0, "the given model is not one to choose"
+    assert purified.selected == 3
+    assert not purified.model.training
     assert purified.verdict is None
     assert purified.cost.clean_images == 280
+    held_out, _ = split(toy_view.clean, 0.2, generator=fork(child(0), "holdout"))
+    assert held_out_accuracy(purified.model, held_out) == purified.history[3]["clean_accuracy"]
+
+
+def test_fine_tuning_can_keep_the_most_accurate_epoch(toy_view: DefenderView) -> None:
+    falling = gentle_trainer(epochs=3, learning_rate=0.4)  # destroys, so that the last is not the best
+    runs = {
+        choose: FineTuning(trainer=falling, least_steps=1, choose=choose).purify(toy_view, generator=child(0))
+        for choose in ("last", "held_out")
+    }
+    purified = runs["held_out"]
+    accuracies = [h["clean_accuracy"] for h in purified.history]
+    assert purified.history == runs["last"].history, "one training, two choices"
+    assert purified.selected is not None
+    assert purified.selected > 0, "the given model is not one to choose"
+    assert accuracies[purified.selected] == max(accuracies[1:])
+    held_out, _ = split(toy_view.clean, 0.2, generator=fork(child(0), "holdout"))
+    assert held_out_accuracy(purified.model, held_out) == accuracies[purified.selected]
+    with pytest.raises(ValueError, match="expected choose to be one of last, held_out; got 'first'"):
+        FineTuning(choose="first")  # type: ignore[arg-type]
 
 
 def test_mesa_retrains_what_the_scan_names(toy_view: DefenderView) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Generator
 
@@ -14,6 +15,8 @@ from lustral.purifiers.selection import Selection, held_out_accuracy
 from lustral.randomness import fork
 from lustral.training import Trainer
 
+Choice = Literal["last", "held_out"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
@@ -22,18 +25,23 @@ class FineTuning:
     Attributes:
         trainer: how; learning rate 0.01 as in BackdoorBench, and augmentation as at training.
         least_steps: small clean sets get more epochs, until there are this many steps.
-        holdout: share of the clean images kept from training to choose the epoch on.
+        holdout: share of the clean images kept from training to watch the accuracy.
+        choose: weights of the "last" epoch, as in BackdoorBench, or of the one most accurate on "held_out" images. That is often
+            the first, whose small steps have changed nothing yet: chosen by clean accuracy, the backdoor stays.
     """
 
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 90
     holdout: float = 0.2
+    choose: Choice = "last"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
         if self.least_steps < 0:
             raise ValueError(f"expected least_steps >= 0; got {self.least_steps}")
+        if self.choose not in get_args(Choice):
+            raise ValueError(f"expected choose to be one of {', '.join(get_args(Choice))}; got {self.choose!r}")
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
@@ -42,7 +50,7 @@ class FineTuning:
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
             selection.note_given(view.model)
-            self.trainer.stretched(len(fit), self.least_steps).fit(
+            last = self.trainer.stretched(len(fit), self.least_steps).fit(
                 view.model,
                 fit,
                 generator=fork(generator, "training"),
@@ -51,9 +59,10 @@ class FineTuning:
                 stage="fine-tuning",
             )
         assert selection.best_model is not None
+        is_last = self.choose == "last"
         return Purified(
-            model=selection.best_model,
+            model=last.eval() if is_last else selection.best_model,
             history=tuple(selection.history),
-            selected=selection.best_index,
+            selected=len(selection.history) - 1 if is_last else selection.best_index,
             cost=meter.cost,
         )
