@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from lustral.bench.plan import PlanError
 from lustral.bench.runner import run_local
 from lustral.bench.store import Store
 from lustral.bench.upkeep import find_waste, remove_waste, verify
-from lustral.evaluation import Reactivation
+from lustral.evaluation import Controls, Reactivation
+from lustral.protocols import Victim
 from lustral.training import Trainer
 
 CPU = torch.device("cpu")
@@ -61,6 +63,28 @@ def test_audits_are_made_once_and_belong_to_their_results(tmp_path: Path) -> Non
     remove_waste(store, find_waste(store, keep=[quick_grid(**{**PLAN, "defences": []})]))
     assert not store.keys("audits")
     assert not store.keys("results")
+
+
+def test_the_audits_of_a_victim_share_their_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attacks = [*({"method": "badnets", "target_labels": [label]} for label in (3, 4)), {"method": "none"}]
+    defences = [{"method": "bn_refresh"}, {"method": "bn_refresh", "settings": {"passes": 3}}]
+    grid = quick_grid(**{**PLAN, "attacks": attacks, "defences": defences})
+    store = Store(str(tmp_path)).open(create=True)
+    run_local(grid, store, device=CPU)
+    made: list[str] = []
+    whole = Reactivation.controls
+
+    def counted(self: Reactivation, victim: Victim, **rest: Any) -> Controls:
+        made.append(str(victim.relabel(torch.zeros(1, dtype=torch.int64), 10).item()))
+        return whole(self, victim, **rest)
+
+    monkeypatch.setattr(Reactivation, "controls", counted)
+    outcomes = list(run_audits(audits_of(grid, QUICK), store, QUICK, device=CPU))
+    assert [state for _, state, _ in outcomes] == ["computed"] * 4
+    assert made == ["3", "4"]
+    rates = [record["metrics"]["retuned"]["benign"] for _, _, record in outcomes if record is not None]
+    assert rates[0] == rates[1]
+    assert rates[2] == rates[3]
 
 
 def test_an_audit_without_its_result_is_a_fault(tmp_path: Path) -> None:

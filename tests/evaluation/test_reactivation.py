@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ from torch import nn
 
 from lustral.evaluation import Reactivation, resistance
 from lustral.evaluation.reactivation import Push, interpolated, joined, triggered_images
-from lustral.protocols import DefenderView, Victim
+from lustral.protocols import DefenderView, ImageSet, Victim
 from lustral.purifiers import BNRefresh
-from lustral.randomness import child
+from lustral.randomness import child, fork
 from lustral.training import Trainer
 from toy import gentle_trainer, toy_images
 
 QUICK = Reactivation(
-    clean_share=0.1,
+    clean_share=0.2,
     trainer=gentle_trainer(epochs=3),
     clean_epochs=3,
     push_images=60,
@@ -30,18 +31,34 @@ QUICK = Reactivation(
 
 
 @pytest.fixture(scope="module")
-def checks(backdoored: Victim, benign: Victim) -> dict[str, Any]:
-    """The checks on a 'purification' that did nothing but refresh statistics: the backdoor is wide awake."""
+def refreshed(backdoored: Victim) -> nn.Module:
+    """A 'purification' that did nothing but refresh statistics: the backdoor is wide awake."""
     view = DefenderView(model=backdoored.model, clean=toy_images(280, seed=2))
-    purified = BNRefresh().purify(view, generator=child(0)).model
+    return BNRefresh().purify(view, generator=child(0)).model
+
+
+@pytest.fixture(scope="module")
+def checks(backdoored: Victim, refreshed: nn.Module, benign: Victim) -> dict[str, Any]:
+    """The checks on it."""
     return QUICK.audit(
         backdoored,
-        purified,
+        refreshed,
         benign=benign.model,
         train=toy_images(1400, seed=0),
         test=toy_images(210, seed=1),
         generator=child(1),
     )
+
+
+def test_controls_can_be_shared_by_the_audits_of_a_victim(
+    checks: dict[str, Any], backdoored: Victim, refreshed: nn.Module, benign: Victim
+) -> None:
+    sets: dict[str, Any] = {"train": toy_images(1400, seed=0), "test": toy_images(210, seed=1)}
+    stream = fork(child(1), "controls")
+    controls = QUICK.controls(backdoored, benign=benign.model, **sets, generator=stream)
+    assert set(controls.rates) == {"before", "retuned", "retuned_clean"}
+    given = QUICK.audit(backdoored, refreshed, benign=benign.model, **sets, generator=child(1), controls=controls)
+    assert given == checks
 
 
 def test_an_awake_backdoor_has_no_resistance(checks: dict[str, Any]) -> None:
@@ -61,6 +78,29 @@ def test_the_path_ends_at_the_backdoored_model(checks: dict[str, Any]) -> None:
     assert shares == [0.0, 0.5, 1.0]
     assert checks["path"][-1]["asr"] > 0.9
     assert checks["path"][-1]["acc"] > 0.9
+
+
+def test_the_path_is_measured_on_some_test_images(
+    backdoored: Victim, refreshed: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    whole = Reactivation.rates
+
+    def counted(victim: Victim, model: nn.Module, test: ImageSet, generator: torch.Generator) -> Any:
+        counts.append(len(test))
+        return whole(victim, model, test, generator)
+
+    monkeypatch.setattr(Reactivation, "rates", staticmethod(counted))
+    replace(QUICK, path_images=70).audit(
+        backdoored,
+        refreshed,
+        benign=refreshed,
+        train=toy_images(1400, seed=0),
+        test=toy_images(210, seed=1),
+        generator=child(1),
+    )
+    assert counts[-3:] == [70, 70, 70]
+    assert set(counts[:-3]) == {210}
 
 
 def test_every_model_is_pushed(checks: dict[str, Any]) -> None:
@@ -116,6 +156,6 @@ def test_a_push_is_bounded_and_drawn_from_its_seed() -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    for wrong in ({"clean_share": 0.0}, {"poisoned_images": 0}, {"push_images": 0}):
+    for wrong in ({"clean_share": 0.0}, {"poisoned_images": 0}, {"push_images": 0}, {"path_images": 0}):
         with pytest.raises(ValueError, match="expected"):
             Reactivation(**wrong)

@@ -21,10 +21,10 @@ from lustral.bench.grid import Cell, Grid, facts
 from lustral.bench.plan import PlanError
 from lustral.bench.store import MODEL_FILE, Store, content_key
 from lustral.catalog import PURIFIERS
-from lustral.evaluation import Reactivation
+from lustral.evaluation import Controls, Reactivation
 from lustral.models import load_model
 from lustral.protocols import OnProgress
-from lustral.randomness import child
+from lustral.randomness import child, fork
 from lustral.settings import describe
 from lustral.victims import NO_ATTACK
 
@@ -113,6 +113,7 @@ def run_audits(
         on_progress: makes the callback for one audit.
     """
     bench = Workbench(store=store, device=device)
+    shared: dict[tuple[str, str], Controls] = {}
     for audit in audits:
         if store.has("audits", audit.key):
             yield audit, "present", store.read("audits", audit.key)
@@ -128,15 +129,24 @@ def run_audits(
             if not mine:
                 yield audit, "busy", None
                 continue
-            record = make(audit, result, bench, settings, None if on_progress is None else on_progress(audit))
+            report = None if on_progress is None else on_progress(audit)
+            record = make(audit, result, bench, settings, shared, report)
             store.put("audits", audit.key, record)
         yield audit, "computed", record
 
 
 def make(
-    audit: Audit, result: Mapping[str, Any], bench: Workbench, settings: Reactivation, on_progress: OnProgress | None
+    audit: Audit,
+    result: Mapping[str, Any],
+    bench: Workbench,
+    settings: Reactivation,
+    shared: dict[tuple[str, str], Controls],
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
-    """Return the record of one audit."""
+    """Return the record of one audit.
+
+    ``shared`` holds the controls of the last victim, by its key and the benign model's; those of another replace them.
+    """
     started, spec = time.perf_counter(), audit.result.spec["victim"]
     benign = bench.victim(audit.benign.key).model
     victim = bench.victim(result["victim_key"])
@@ -145,15 +155,29 @@ def make(
         path.write_bytes(bench.store.file(result, MODEL_FILE))
         purified = load_model(path).model.to(bench.device)
     source = bench.sources.open(spec["data"]["name"], spec["data"]["image_size"])
-    train = bench.sources.training_set(spec["data"]["name"], spec["data"]["image_size"])
+    train = bench.sources.training_set(spec["data"]["name"], spec["data"]["image_size"]).to(bench.device)
     assert source.test is not None
+    test = source.test.to(bench.device)
+    pair = result["victim_key"], audit.benign.key
+    if pair not in shared:
+        controls = settings.controls(
+            victim,
+            benign=benign,
+            train=train,
+            test=test,
+            generator=fork(child(spec["seed"], "audit"), "controls"),
+            on_progress=on_progress,
+        )
+        shared.clear()
+        shared[pair] = controls
     checks = settings.audit(
         victim,
         purified,
         benign=benign,
-        train=train.to(bench.device),
-        test=source.test.to(bench.device),
+        train=train,
+        test=test,
         generator=child(spec["seed"], "audit"),
+        controls=shared[pair],
         on_progress=on_progress,
     )
     return {

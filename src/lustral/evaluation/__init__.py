@@ -13,10 +13,11 @@ from lustral.evaluation.metrics import (
     wilson_interval,
 )
 from lustral.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
-from lustral.evaluation.reactivation import Reactivation, resistance
+from lustral.evaluation.reactivation import Controls, Reactivation, resistance
 
 __all__ = [
     "AttackMetrics",
+    "Controls",
     "Evaluation",
     "Rate",
     "Reactivation",

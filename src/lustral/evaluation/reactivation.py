@@ -104,6 +104,23 @@ class Push(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Controls:
+    """What the audits of one victim have in common, whichever model was purified.
+
+    Attributes:
+        few: the attacker's training images that models are retuned on.
+        tuning: training set by check: "retuned" with a few poisoned images, "retuned_clean" without.
+        models: "benign" and "exact", the exact purification.
+        rates: by check ("before" too), by model: ACC, ASR and RA.
+    """
+
+    few: ImageSet
+    tuning: Mapping[str, ImageSet]
+    models: Mapping[str, nn.Module]
+    rates: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reactivation:
     """The checks, with the published settings as defaults.
 
@@ -118,6 +135,7 @@ class Reactivation:
         push_weight: alpha, of the divergence from the retuned model's answers; 0.2 in the paper.
         hidden: units of the push's hidden layers; 1024 in the paper.
         path: shares of the way back to the backdoored model at which accuracy and attack are measured.
+        path_images: test images drawn for that.
     """
 
     clean_share: float = 0.02
@@ -142,13 +160,14 @@ class Reactivation:
     push_weight: float = 0.2
     hidden: int = 1024
     path: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(11))
+    path_images: int = 2000
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.clean_share <= 1 or self.poisoned_images < 1 or self.push_images < 1:
+        if not 0 < self.clean_share <= 1 or min(self.poisoned_images, self.push_images, self.path_images) < 1:
             raise ValueError(
-                "expected clean_share in (0, 1], poisoned_images >= 1 and push_images >= 1; got "
-                f"{self.clean_share}, {self.poisoned_images} and {self.push_images}"
+                "expected clean_share in (0, 1], poisoned_images, push_images and path_images >= 1; got "
+                f"{self.clean_share}, {self.poisoned_images}, {self.push_images} and {self.path_images}"
             )
 
     def audit(
@@ -160,6 +179,7 @@ class Reactivation:
         train: ImageSet,
         test: ImageSet,
         generator: Generator,
+        controls: Controls | None = None,
         on_progress: OnProgress | None = None,
     ) -> dict[str, Any]:
         """Try to wake a purified model up.
@@ -171,6 +191,7 @@ class Reactivation:
             train: the attacker's training images, of which shares are drawn.
             test: test images that no defence has seen.
             generator: CPU stream.
+            controls: of ``controls``, where several models of one victim are audited; None: made here.
             on_progress: called a few times a second.
 
         Returns:
@@ -178,36 +199,81 @@ class Reactivation:
             in [0, 1] or a little above, 1 where the purified model is no easier to retune than the benign one. "path" is empty
             where the purified model is of another architecture than the backdoored one.
         """
-        few, _ = split(train, self.clean_share, generator=fork(generator, "few"))
-        exact = self.exact_purification(victim, few, generator=fork(generator, "exact"), on_progress=on_progress)
-        models = {"purified": purified, "benign": benign, "exact": exact}
-        poison = triggered_images(victim, few, poisoned=True, generator=fork(generator, "poison"))
-        seeds = torch.randperm(len(poison), generator=fork(generator, "which"))[: self.poisoned_images]
-        tuning = {"retuned": joined(few, poison.subset(seeds)), "retuned_clean": few}
-        checks: dict[str, Any] = {
-            "before": {name: self.rates(victim, m, test, generator) for name, m in models.items()}
+        stream = fork(generator, "controls")
+        if controls is None:
+            controls = self.controls(
+                victim, benign=benign, train=train, test=test, generator=stream, on_progress=on_progress
+            )
+
+        def with_controls(check: str, model: nn.Module) -> dict[str, Mapping[str, Any]]:
+            return {"purified": self.rates(victim, model, test, generator), **controls.rates[check]}
+
+        checks: dict[str, Any] = {"before": with_controls("before", purified)}
+        retuned = {
+            check: self.tune(purified, check, controls.tuning[check], generator, on_progress, "retuning purified")
+            for check in controls.tuning
         }
-        retuned: dict[str, nn.Module] = {}
-        for check, data in tuning.items():
-            epochs = self.trainer.epochs if check == "retuned" else self.clean_epochs
-            checks[check] = {}
-            for name, model in models.items():
-                tuned = replace(self.trainer, epochs=epochs).fit(
-                    model, data, generator=fork(generator, check), on_progress=on_progress, stage=f"retuning {name}"
-                )
-                checks[check][name] = self.rates(victim, tuned, test, generator)
-                if check == "retuned":
-                    retuned[name] = tuned
+        for check, model in retuned.items():
+            checks[check] = with_controls(check, model)
         checks["resistance"] = json_number(
             resistance(checks["retuned"]["purified"]["asr"], checks["retuned"]["benign"]["asr"])
         )
-        checks["pushed"] = self.pushed(victim, purified, retuned["purified"], benign, exact, train, test, generator)
+        checks["pushed"] = self.pushed(
+            victim, purified, retuned["retuned"], benign, controls.models["exact"], train, test, generator
+        )
+        seen, _ = split(test, min(1.0, self.path_images / len(test)), generator=fork(generator, "path"))
         shares = self.path if are_alike(purified, victim.model) else ()
         checks["path"] = [
-            {"share": share, **self.rates(victim, interpolated(purified, victim.model, share, few), test, generator)}
+            {
+                "share": share,
+                **self.rates(victim, interpolated(purified, victim.model, share, controls.few), seen, generator),
+            }
             for share in shares
         ]
         return checks
+
+    def controls(
+        self,
+        victim: Victim,
+        *,
+        benign: nn.Module,
+        train: ImageSet,
+        test: ImageSet,
+        generator: Generator,
+        on_progress: OnProgress | None = None,
+    ) -> Controls:
+        """Return what does not depend on the purified model: the sets to retune on, and both controls, retuned and measured.
+
+        ``audit`` makes them of the stream ``fork(generator, "controls")``; given ones of that stream give the same audit.
+        """
+        few, _ = split(train, self.clean_share, generator=fork(generator, "few"))
+        exact = self.exact_purification(victim, few, generator=fork(generator, "exact"), on_progress=on_progress)
+        poison = triggered_images(victim, few, poisoned=True, generator=fork(generator, "poison"))
+        seeds = torch.randperm(len(poison), generator=fork(generator, "which"))[: self.poisoned_images]
+        tuning = {"retuned": joined(few, poison.subset(seeds)), "retuned_clean": few}
+        models = {"benign": benign, "exact": exact}
+        rates = {"before": {name: self.rates(victim, model, test, generator) for name, model in models.items()}}
+        for check, data in tuning.items():
+            rates[check] = {}
+            for name, model in models.items():
+                tuned = self.tune(model, check, data, generator, on_progress, f"retuning {name}")
+                rates[check][name] = self.rates(victim, tuned, test, generator)
+        return Controls(few=few, tuning=tuning, models=models, rates=rates)
+
+    def tune(
+        self,
+        model: nn.Module,
+        check: str,
+        data: ImageSet,
+        generator: Generator,
+        on_progress: OnProgress | None,
+        stage: str,
+    ) -> nn.Module:
+        """Return a model after the retuning of a check, "retuned" or "retuned_clean"."""
+        epochs = self.trainer.epochs if check == "retuned" else self.clean_epochs
+        return replace(self.trainer, epochs=epochs).fit(
+            model, data, generator=fork(generator, check), on_progress=on_progress, stage=stage
+        )
 
     def exact_purification(
         self, victim: Victim, clean: ImageSet, *, generator: Generator, on_progress: OnProgress | None = None
