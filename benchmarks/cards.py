@@ -84,7 +84,8 @@ def eraser_card(name: str) -> dict[str, Any]:
 def main() -> None:
     for name, published in PUBLISHED.items():
         ours = attack_card(name) if name in ("badnets", "blended") else eraser_card(name)
-        card = {"method": name, "published": published, "ours": {"setting": SETTING, **ours}}
+        setting = f"{SETTING}, the epoch chosen on held-out images" if name == "fine_tuning" else SETTING
+        card = {"method": name, "published": published, "ours": {"setting": setting, **ours}}
         write_json_atomic(CARDS / f"{name}.json", card)
 
 

@@ -107,7 +107,7 @@ def means_table() -> list[str]:
             f"| {family} | {method} | {len(rows)} | {mean(asr):.2f} | {max(asr):.2f} | {mean(loss):.2f} | {max(loss):.2f} | "
             f"{mean(ra):.1f} |"
         )
-    return lines
+    return [*lines, "", "The epoch of `fine_tuning` was chosen on held-out images (`choose=held_out`)."]
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def _store_row(row: Mapping[str, Any]) -> dict[str, Any]:
         if "attack" in row
         else row["defence"]
     )
-    over = [f"{row['attacks']} attacks"] if "attack" not in row else []
+    over = [f"{row['attacks']} {'attack' if row['attacks'] == 1 else 'attacks'}"] if "attack" not in row else []
     over += [f"{row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}"]
     over += [f"{row['failed']} failed"] if row["failed"] else []
     return {
