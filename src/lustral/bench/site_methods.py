@@ -105,7 +105,7 @@ def method_page(
         "command": str(ours["command"]) if ours.get("command") else "",
         "has_card": card is not None,
         "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
-        "card": "" if card is None else json.dumps(card, indent=2, ensure_ascii=False),
+        "card": "" if card is None else folded(card),
     }
 
 
@@ -113,6 +113,28 @@ def _add_drop(values: dict[str, Any]) -> None:
     """Add by how much the attack success rate fell, where the numbers before and after are there."""
     if "asr_before" in values and "asr" in values:
         values.setdefault("asr_drop", values["asr_before"] - values["asr"])
+
+
+def folded(node: Any, indent: int = 0) -> str:
+    """Return JSON in which whatever holds no objects or arrays stands on one line.
+
+    >>> print(folded({"victims": [{"attack": "badnets", "asr": 0.1}, {"attack": "sig", "asr": 0.2}]}))
+    {
+      "victims": [
+        {"attack": "badnets", "asr": 0.1},
+        {"attack": "sig", "asr": 0.2}
+      ]
+    }
+    """
+    parts = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    if not any(isinstance(part, dict | list) for part in parts):
+        return json.dumps(node, ensure_ascii=False)
+    names = (
+        [f"{json.dumps(name, ensure_ascii=False)}: " for name in node] if isinstance(node, dict) else [""] * len(node)
+    )
+    pad, (first, last) = " " * (indent + 2), "{}" if isinstance(node, dict) else "[]"
+    lines = [f"{pad}{name}{folded(part, indent + 2)}" for name, part in zip(names, parts, strict=True)]
+    return "\n".join([first, ",\n".join(lines), f"{' ' * indent}{last}"])
 
 
 def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
