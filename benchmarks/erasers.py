@@ -519,6 +519,10 @@ cut the attack success of both victims by more than half, FST at the price of 15
 too (44 and 2 %) at 1e-3; the lower rates that serve 2,500 images better are too low for as few steps as 58 images give.
 Of the methods that cut channels, ANP alone erases something, Blended, for 14 points: 14 held-out images cannot notice
 such a loss.
+
+MESA, BaEraser and Neural Cleanse erase BadNets and miss Blended; CNPD erases neither (93 %). Audits, of BadNets, say little
+here: five poisoned images among 27 bring the benign model itself to 67 %. Beside that, the erasures of BaEraser and I-BAU hold (4
+and 1 %), those of TSBD and Neural Polarizer do not (99 and 78 %). The methods after BN refresh have not been audited.
 """,
 }
 
