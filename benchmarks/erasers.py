@@ -141,11 +141,13 @@ def kept() -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in SETTINGS if name in found}
 
 
-def short(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a result as cards have it."""
+def short(row: dict[str, Any], *, with_arch: bool) -> dict[str, Any]:
+    """Return a result as cards have it, named by what its attack does not tell: the network, if wanted, and settings."""
     named = {name: row[name] for name in ("attack", "poison_rate", "target_label", "seed", "clean_images")}
-    if row["settings"] != row["defence"]:
-        named["name"] = f"{row['attack']}, {row['settings'].removeprefix(row['defence'] + ' ')}"
+    told = [row["arch"]] if with_arch else []
+    told += [row["settings"].removeprefix(row["defence"] + " ")] if row["settings"] != row["defence"] else []
+    if told:
+        named["name"] = ", ".join([row["attack"], *told])
     if row.get("audit"):
         named["audit"] = row["audit"]
     before = {f"{name}_before": row["before"][name] for name in ("acc", "asr")}
@@ -160,7 +162,8 @@ def cards() -> None:
     for method in (*PUBLISHED, *OF_CPU_SETTING):
         ours = {}
         for plan, rows in kept().items():
-            own = [short(row) for row in rows if row["defence"] == method]
+            several = len({row["arch"] for row in rows}) > 1
+            own = [short(row, with_arch=several) for row in rows if row["defence"] == method]
             if own:
                 command = f"lustral bench run benchmarks/plans/{plan}.toml --store STORE"
                 ours[plan] = {"setting": SETTINGS[plan], "victims": own, "command": command}
