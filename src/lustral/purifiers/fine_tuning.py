@@ -10,7 +10,7 @@ from torch import Generator
 from lustral.cost import CostMeter
 from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.repair import fine_tuning_recipe
+from lustral.purifiers.repair import fine_tuning_recipe, loss_notes
 from lustral.purifiers.selection import Selection, held_out_accuracy
 from lustral.randomness import fork
 from lustral.training import Trainer
@@ -60,9 +60,12 @@ class FineTuning:
             )
         assert selection.best_model is not None
         is_last = self.choose == "last"
+        chosen = len(selection.history) - 1 if is_last else selection.best_index
+        before, after = (selection.history[index]["clean_accuracy"] for index in (0, chosen))
         return Purified(
             model=last.eval() if is_last else selection.best_model,
             history=tuple(selection.history),
-            selected=len(selection.history) - 1 if is_last else selection.best_index,
+            selected=chosen,
             cost=meter.cost,
+            notes=loss_notes(before - after),
         )

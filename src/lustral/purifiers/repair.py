@@ -38,6 +38,15 @@ def check_relative_rate(rate: float | None) -> None:
         raise ValueError(f"expected a relative rate > 0, or None for the trainer's own rate; got {rate}")
 
 
+def loss_notes(lost: float) -> tuple[str, ...]:
+    """Return a note on held-out accuracy lost, as a fraction; none where it is within ``ACCEPTED_LOSS``."""
+    if lost <= ACCEPTED_LOSS:
+        return ()
+    return (
+        f"Held-out accuracy fell by {100 * lost:.1f} points: measure it on images of your own before you use this model.",
+    )
+
+
 def slowed(asked: Trainer, used: Trainer) -> tuple[str, ...]:
     """Return a note on a learning rate that ``relative_rate`` lowered; none where it did not."""
     if used.learning_rate >= asked.learning_rate:
@@ -148,15 +157,10 @@ class Repair:
         if history and not describes_given(history[0]):
             counted = "channels" if "channels" in history[0] else "epoch"
             history = ({counted: 0, "clean_accuracy": self.before}, *history)
-        if lost > ACCEPTED_LOSS:
-            notes = (
-                *notes,
-                f"Held-out accuracy fell by {100 * lost:.1f} points: measure it on images of your own before you use this model.",
-            )
         return Purified(
             model=model.eval(),
             history=history,
             selected=len(history) - 1 if history else None,
             cost=self._meter.cost,
-            notes=notes,
+            notes=(*notes, *loss_notes(lost)),
         )
