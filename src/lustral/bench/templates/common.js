@@ -85,7 +85,7 @@ window.lustral = (() => {
 
   /** Return a name with places where a narrow heading may break it. */
   function breakable(name) {
-    return name.split(/(?<=[_=:,])/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
+    return name.split(/(?<=[_=:,]|\.(?=[a-z]))/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
   }
 
   const readHash = () => new URLSearchParams(location.hash.slice(1));
