@@ -415,8 +415,11 @@ that, furthest on Label-Consistent (100 %). CLP erases SSBA and BPP, for 11 and 
 TrojanNN; against the others it cuts few channels of this narrow network. That its mean ASR is near the published one
 (68.4 and 65.9) is chance: on SSBA it is 2 here and 68 there. ANP and RNP found nothing to cut until masks were learnt in
 training mode ([a trap](methods/anp.md)) and cut in order. Refreshing the batch normalisation costs 3 points and makes the
-triggers work better. Of what SSBA's audits show, ANP's erasure holds (5 % after retuning), RNP's less so (26 %; a benign
-model 2 %).
+triggers work better.
+
+Audits. On SSBA ANP's erasure holds (5 % after retuning with five poisoned images; a benign model 2 %), RNP's less so
+(26 %). On BPP those of MESA, FT-SAM, FST and NAD hold (3 to 4 %, a benign model 2, an exact purification 26); Fine-Pruning's
+comes back from 0.3 to 98.8 %: what it cut and tuned away a few images restore.
 
 BaEraser, MESA and Neural Cleanse first search a small trigger, and do nothing where they find none: of WaNet, SIG and
 Low-Frequency they keep all (Neural Cleanse 86 % of SIG), and the benign model comes back as it was. Where the
@@ -456,9 +459,10 @@ attacks with every seed, at most a tenth of Blended left. On BadNets SAU, TSBD a
 """,
     "erasers_1pct": """The six attacks of ten that take hold at 1 %: SSBA, WaNet, BPP and Input-aware do not
 ([attacks](results-attacks.md): ASR below 3 %), so there is nothing to erase. A benign model knows no poison rate: its
-rows are those of the ten attacks and of few images. SAU, Neural Polarizer, TSBD and I-BAU met all six with 2,500 images and
-BadNets, Blended and SIG with fewer; CNPD three, most others Blended alone. Neural Polarizer's and CNPD's settings were
-chosen on this Blended victim, and two rates of SAU were compared on this SIG.
+rows are those of the ten attacks and of few images. SAU, Neural Polarizer, TSBD, I-BAU, ANP and RNP met all six with
+2,500 images, the four all but Label-Consistent with fewer; CNPD, fine-tuning and the other baselines Blended,
+Low-Frequency and TrojanNN (FT-SAM and NAD not Blended). Neural Polarizer's and CNPD's settings were chosen on this
+Blended victim, and two rates of SAU were compared on this SIG.
 
 Who breaks where. At 1 % a backdoor is harder to erase than at 10 %, not easier. With 2,500 images BadNets falls to SAU,
 TSBD and I-BAU as before (3 to 5 %). Blended does not: SAU leaves 63 % (3 at 10 % poison), I-BAU 91 (16), TSBD 48 (6), ANP
@@ -469,12 +473,16 @@ Low-Frequency, weak before (77 %), comes down to 31 with I-BAU, 32 with SAU, 39 
 Polarizer at 67. On average over the six SAU leaves 28 %, I-BAU 37, TSBD 55, Neural Polarizer 74. Least of Blended is left
 by CNPD, 38 % for 2.8 points, on the victim that it was tuned on; FST, Fine-Pruning and CLP leave 81 to 91 %, the search
 of Neural Cleanse finds nothing. Neural Polarizer leaves 19 % of BadNets, better than the 94 at 10 % poison, two thirds of
-Low-Frequency and above 80 % of the others. ANP, which erases most at 10 %, and RNP fail at 1 %: 59 and 87 % on average,
-and a third of BadNets even for ANP (BackdoorBench has 26 % for ANP at 1 %).
+Low-Frequency and above 80 % of the others. ANP, which erases most at 10 %, and RNP fail at 1 %: 48 and 86 % on average,
+and a third of BadNets even for ANP (BackdoorBench has 26 % for ANP at 1 %). TrojanNN's small patch falls to ANP (6 %) and to
+the search of Neural Cleanse (3 % for 0.9 points), and to no other baseline (76 to 100 %); of Low-Frequency FST leaves 30,
+as SAU and I-BAU do, the others 45 to 78.
 
-Fewer images change little on BadNets (SAU 5 % with 500 images and 14 with 50, I-BAU 3 and 7, TSBD 8 and 25) and nothing
-on Blended (56 to 93 %, whichever of the four tries). With 50 images SIG falls to SAU, Neural Polarizer and I-BAU (0.4, 1
-and 13 %), but so does the model: ACC 75 to 79, RA on SIG at most 31. Fine-tuning, the control, leaves 80 % or more of
+Fewer images change little on BadNets (SAU 5 % with 500 images and 14 with 50, I-BAU 3 and 7, TSBD 8 and 25), on TrojanNN
+(SAU 1 and 2, I-BAU 4 and 5, TSBD and Neural Polarizer above 90) and on Blended (56 to 93 %, whichever of the four tries).
+Of Low-Frequency SAU leaves 20 % with 500 images and 61 with 50, I-BAU 31 and 30, TSBD 33 and 68. With 50 images SIG falls
+to SAU, Neural Polarizer and I-BAU (0.4, 1 and 13 %), but so does the model: ACC 75 to 79, RA on SIG at most 31.
+Fine-tuning, the control, leaves 80 % or more of
 BadNets, Blended, SIG and Label-Consistent with its epoch chosen on held-out images; its last weights 80 to 96 % of
 Blended, 57 of Low-Frequency and 99.9 of TrojanNN.
 
