@@ -385,8 +385,9 @@ IN_SHORT = """## In short
   find six and five; what they do not find they leave whole.
 * **Wide networks: `cnpd` as well** (2.0 % for 2.0 points at width 64), but it makes another architecture, and the backdoor
   sleeps: five poisoned images wake it up.
-* **1 % poison, or few clean images: no single one is reliable.** SAU leaves 28 % of six attacks at 1 %, the others more;
-  with 500 images SAU's and I-BAU's erasures came back on clean fine-tuning. Get more clean images, or train anew.
+* **1 % poison, or few clean images: no single one is reliable.** SAU leaves 28 % of six attacks at 1 %, the others more,
+  but MESA, where it finds a trigger, 3 to 13 %; with 500 images SAU's and I-BAU's erasures came back on clean fine-tuning.
+  Get more clean images, or train anew.
 * **Not by themselves:** `fine_tuning`, `nad`, `ft_sam`, `fine_pruning`, `rnp`, `clp`, `neural_polarizer` each leave more
   than a quarter of the ten attacks on average, `fst` two thirds of SIG."""
 
@@ -461,30 +462,31 @@ attacks with every seed, at most a tenth of Blended left. On BadNets SAU, TSBD a
 ([attacks](results-attacks.md): ASR below 3 %), so there is nothing to erase. A benign model knows no poison rate: its
 rows are those of the ten attacks and of few images. SAU, Neural Polarizer, TSBD, I-BAU, ANP and RNP met all six with
 2,500 images, the four all but Label-Consistent with fewer; CNPD, fine-tuning and the other baselines Blended,
-Low-Frequency and TrojanNN (FT-SAM and NAD not Blended). Neural Polarizer's and CNPD's settings were chosen on this
-Blended victim, and two rates of SAU were compared on this SIG.
+Low-Frequency and TrojanNN. Neural Polarizer's and CNPD's settings were chosen on this Blended victim, and two rates of
+SAU were compared on this SIG.
 
 Who breaks where. At 1 % a backdoor is harder to erase than at 10 %, not easier. With 2,500 images BadNets falls to SAU,
-TSBD and I-BAU as before (3 to 5 %). Blended does not: SAU leaves 63 % (3 at 10 % poison), I-BAU 91 (16), TSBD 48 (6), ANP
-61 (10), RNP 98 (1). SIG keeps 49 to 89 %, whichever eraser tries. Of Label-Consistent SAU and I-BAU leave 3 %, TSBD 99:
-resetting more than 5 % of the neurons costs too much accuracy, and the backdoor is not among these ([what was
+TSBD and I-BAU as before (3 to 5 %). Blended does not: SAU leaves 63 % (3 at 10 % poison), I-BAU 91 (16), TSBD 48 (6),
+ANP 61 (10), RNP 98 (1). SIG keeps 49 to 89 %, whichever eraser tries. Of Label-Consistent SAU and I-BAU leave 3 %, TSBD
+99: resetting more than 5 % of the neurons costs too much accuracy, and the backdoor is not among these ([what was
 tried](methods/tsbd.md)); so it is with TrojanNN, of which TSBD leaves 84 % and CNPD 53, SAU and I-BAU 2 and 5.
 Low-Frequency, weak before (77 %), comes down to 31 with I-BAU, 32 with SAU, 39 with CNPD and 41 with TSBD, Neural
-Polarizer at 67. On average over the six SAU leaves 28 %, I-BAU 37, TSBD 55, Neural Polarizer 74. Least of Blended is left
-by CNPD, 38 % for 2.8 points, on the victim that it was tuned on; FST, Fine-Pruning and CLP leave 81 to 91 %, the search
-of Neural Cleanse finds nothing. Neural Polarizer leaves 19 % of BadNets, better than the 94 at 10 % poison, two thirds of
-Low-Frequency and above 80 % of the others. ANP, which erases most at 10 %, and RNP fail at 1 %: 48 and 86 % on average,
-and a third of BadNets even for ANP (BackdoorBench has 26 % for ANP at 1 %). TrojanNN's small patch falls to ANP (6 %) and to
-the search of Neural Cleanse (3 % for 0.9 points), and to no other baseline (76 to 100 %); of Low-Frequency FST leaves 30,
-as SAU and I-BAU do, the others 45 to 78.
+Polarizer at 67. On average over the six SAU leaves 28 %, I-BAU 37, TSBD 55, Neural Polarizer 74. Least of Blended is
+left by MESA, whose search finds its trigger: 13 % for 1.1 points, RA 70; then by CNPD, 38 % for 2.8, on the victim that
+it was tuned on; FST, Fine-Pruning and CLP leave 81 to 91 %, the search of Neural Cleanse finds nothing. Neural
+Polarizer leaves 19 % of BadNets, better than the 94 at 10 % poison, two thirds of Low-Frequency and above 80 % of the
+others. ANP, which erases most at 10 %, and RNP fail at 1 %: 48 and 86 % on average, and a third of BadNets even for ANP
+(BackdoorBench has 26 % for ANP at 1 %). TrojanNN's small patch falls to ANP (6 %) and to the searches of BaEraser, MESA
+and Neural Cleanse (1, 3 and 3 % for 0.6 to 1.3 points), and to no other baseline (76 to 100 %); of Low-Frequency FST
+leaves 30, as SAU and I-BAU do, the others 45 to 78. BaEraser's search finds neither Blended nor Low-Frequency, MESA's
+not the latter.
 
-Fewer images change little on BadNets (SAU 5 % with 500 images and 14 with 50, I-BAU 3 and 7, TSBD 8 and 25), on TrojanNN
-(SAU 1 and 2, I-BAU 4 and 5, TSBD and Neural Polarizer above 90) and on Blended (56 to 93 %, whichever of the four tries).
-Of Low-Frequency SAU leaves 20 % with 500 images and 61 with 50, I-BAU 31 and 30, TSBD 33 and 68. With 50 images SIG falls
-to SAU, Neural Polarizer and I-BAU (0.4, 1 and 13 %), but so does the model: ACC 75 to 79, RA on SIG at most 31.
-Fine-tuning, the control, leaves 80 % or more of
-BadNets, Blended, SIG and Label-Consistent with its epoch chosen on held-out images; its last weights 80 to 96 % of
-Blended, 57 of Low-Frequency and 99.9 of TrojanNN.
+Fewer images change little on BadNets (SAU 5 % with 500 images and 14 with 50, I-BAU 3 and 7, TSBD 8 and 25), on
+TrojanNN (SAU 1 and 2, I-BAU 4 and 5, TSBD and Neural Polarizer above 90) and on Blended (56 to 93 %, whichever of the
+four tries). Of Low-Frequency SAU leaves 20 % with 500 images and 61 with 50, I-BAU 31 and 30, TSBD 33 and 68. With 50
+images SIG falls to SAU, Neural Polarizer and I-BAU (0.4, 1 and 13 %), but so does the model: ACC 75 to 79, RA on SIG at
+most 31. Fine-tuning, the control, leaves 80 % or more of BadNets, Blended, SIG and Label-Consistent with its epoch
+chosen on held-out images; its last weights 80 to 96 % of Blended, 57 of Low-Frequency and 99.9 of TrojanNN.
 
 Seconds are with two trainings and tests at a time on two cores.
 """,
