@@ -380,11 +380,11 @@ IN_SHORT = """## In short
   16, 1.4 % of four for 2.1 at width 64, where its erasure also held when it was tuned on poisoned images again.
 * **Less left, for more: `tsbd`** (6 % for 2.6 points, at most a fifth of any attack) or **`anp`** (6 % for 3.7) at width
   16.
-* **If `lustral scan` finds a trigger: `mesa` or `baeraser`.** They leave at most 5 % of what they find, for at most 1.4
-  points, give most triggered images their right answers back and leave a benign model as it was. Of the ten attacks they
+* **If `lustral scan` finds a trigger: `mesa` or `baeraser`.** At 10 % poison they leave at most 5 % of what they find, for at
+  most 1.4 points, give most triggered images their right answers back and leave a benign model as it was. Of the ten attacks they
   find six and five; what they do not find they leave whole.
 * **Wide networks: `cnpd` as well** (2.0 % for 2.0 points at width 64), but it makes another architecture, and the backdoor
-  sleeps: five poisoned images wake it up.
+  sleeps: five poisoned images woke that of BadNets up.
 * **1 % poison, or few clean images: no single one is reliable.** SAU leaves 28 % of six attacks at 1 %, the others more,
   but MESA, where it finds a trigger, 3 to 13 %; with 500 images SAU's and I-BAU's erasures came back on clean fine-tuning.
   Get more clean images, or train anew.
@@ -535,7 +535,7 @@ At this size the bars of the cpu setting are met by SAU (1.4 % ASR, 2.1 points, 
 BadNets and WaNet and neither Blended nor SIG. TSBD misses 5 % by 0.3: it leaves 12 % of SIG. On the benign model all but
 Fine-Pruning and CLP cost more than 1.5 points: CNPD 1.6, SAU and RNP 2.0, TSBD 3.7.
 
-Width 16 does not tell what happens at width 64. SAU leaves 9.4 % there (32 of SIG, here 2), CNPD 16.5 (19 of SIG), with
+Width 16 does not tell what happens at width 64. SAU leaves 9.4 % there (32 of SIG, here 2), CNPD 18.9 (19 of SIG), with
 the same settings, but for the rates of SAU and I-BAU that are bounded by the width. NAD, which leaves 50 % there, leaves
 7 here and erases what it does not in print; RNP keeps two thirds of Blended and 95 % of SIG. Single runs: on victims of
 the same recipe trained in an earlier run TSBD left 6 % of SIG instead of 12, FST 1 instead of 34, ANP 34 of Blended
