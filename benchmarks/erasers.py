@@ -36,9 +36,9 @@ SETTINGS = {  # by plan
     "erasers_toy": "small CNN, embedded digits (1,365 training images, 72 clean ones), CPU",
 }
 PICTURES = {  # titles of the plans that are drawn
-    "erasers": "Width 16, 2,500 clean images, 10 % poison",
+    "erasers": "Width 16, 2,500 clean images, 10 % poison (SIG and Label-Consistent: 5 %)",
     "erasers_1pct": "Width 16, 2,500 clean images, 1 % poison",
-    "erasers_paper": "Width 64, 2,500 clean images, 10 % poison",
+    "erasers_paper": "Width 64, 2,500 clean images, 10 % poison (SIG: 5 %)",
 }
 CHECKS = ("before", "retuned", "retuned_clean", "pushed")  # of an audit
 MODELS = ("purified", "benign", "exact")
