@@ -319,6 +319,18 @@ def test_a_rate_too_high_for_the_network_is_lowered_and_said_so(name: str, toy_v
         dataclasses.replace(small(name), relative_rate=0.0)
 
 
+@pytest.mark.parametrize("name", ["baeraser", "mesa"])
+def test_unlearning_that_costs_too_much_starts_anew_at_a_lower_rate(name: str, toy_view: DefenderView) -> None:
+    hasty = dataclasses.replace(small(name).trainer, learning_rate=0.1)  # thirty times too high
+    erased = dataclasses.replace(small(name), trainer=hasty).purify(toy_view, generator=child(1))
+    slowed = [entry.get("slowed", 1.0) for entry in erased.history]
+    assert slowed[0] == 1.0
+    assert sorted(slowed) == slowed
+    assert max(slowed) in (4.0, 16.0)
+    assert any(f"divided by {max(slowed):g}" in note for note in erased.notes)
+    assert erased.history[erased.selected]["clean_accuracy"] > erased.given["clean_accuracy"] - 0.05
+
+
 # --- on a GPU ---
 
 

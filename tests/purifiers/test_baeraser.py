@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,8 +231,10 @@ def test_the_objective_is_the_equation(toy_view: DefenderView, monkeypatch: pyte
     student = linear_model_for(toy_view.clean)
     with torch.no_grad():
         student[1].bias += 0.5  # type: ignore[index]
-    selection: Any = None
-    eraser._unlearn(model, model, toy_view.clean, [trigger], selection, child(0), None)
+    selection: Any = SimpleNamespace(admissible=True)
+    eraser._unlearn(
+        model, model, toy_view.clean, [trigger], selection, 1.0, index=0, generator=child(0), on_progress=None
+    )
     x, y = next(toy_view.clean.batches(16))
     stamped = x.clone()
     stamped[..., 10:, 10:] = 1

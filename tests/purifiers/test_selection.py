@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lustral.protocols import ImageSet, RecoveredTrigger
 from lustral.purifiers import selection
-from lustral.purifiers.selection import Selection, held_out_accuracy, natural_rate
-from lustral.training import EpochReport
+from lustral.purifiers.selection import Selection, held_out_accuracy, natural_rate, slowed_notes, slower_until_kept
+from lustral.training import EpochReport, TrainingDiverged
 
 
 class Scripted(nn.Module):
@@ -88,6 +88,50 @@ def test_history_is_what_was_measured() -> None:
     watcher.measure(Scripted(0.7, (0.25,)), epoch=2, loss=0.1)
     rates = {"recovered_asr": 0.25, "natural_rate": 0.02}
     assert watcher.history == [{"round": 3, "epoch": 2, "loss": 0.1, "clean_accuracy": 0.7, **rates}]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "first", "tried", "said"),
+    [
+        ({1.0: 0.95}, 1.0, [1.0], ()),
+        ({1.0: 0.5, 4.0: 0.95}, 1.0, [1.0, 4.0], ("divided by 4",)),
+        ({1.0: 0.5, 4.0: 0.6, 16.0: 0.7}, 1.0, [1.0, 4.0, 16.0], ("divided by 16", "fell by more than 2 points")),
+        ({4.0: 0.5, 16.0: 0.95}, 4.0, [4.0, 16.0], ("divided by 16",)),  # a later round begins where one before ended
+    ],
+)
+def test_a_rate_that_costs_too_much_is_lowered(
+    accuracies: dict[float, float], first: float, tried: list[float], said: tuple[str, ...]
+) -> None:
+    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.9, extra={"round": 1})
+    asked: list[float] = []
+
+    def train(divisor: float) -> None:
+        asked.append(divisor)
+        watcher.measure(Scripted(accuracies[divisor], (0.3,)))
+
+    last = slower_until_kept(watcher, train, first)
+    assert (asked, last) == (tried, tried[-1])
+    assert [entry.get("slowed", 1.0) for entry in watcher.history] == tried
+    assert isinstance(watcher.best_model, Scripted)
+    assert watcher.best_model.accuracy == max(accuracies.values())
+    notes = slowed_notes(watcher, last, 0.02)
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
+
+
+def test_a_training_that_diverges_is_a_try_like_any_other_until_the_slowest() -> None:
+    watcher = Selection(held_out=held_out(), triggers=[], floor=0.9)
+
+    def train(divisor: float) -> None:
+        if divisor < bearable:
+            raise TrainingDiverged("too fast")
+        watcher.measure(Scripted(0.95, ()))
+
+    bearable = 4.0
+    assert slower_until_kept(watcher, train) == 4.0
+    bearable = 64.0
+    with pytest.raises(TrainingDiverged):
+        slower_until_kept(Selection(held_out=held_out(), triggers=[], floor=0.9), train)
 
 
 class ByBrightness(nn.Module):

@@ -276,6 +276,15 @@ def test_a_trigger_that_works_as_before_is_called_still_there(tmp_path: Path) ->
             + [{"neuron_ratio": 0.3, "clean_accuracy": 0.9}],
             ["epoch 0", "epoch 2", "30% of neurons reset", "5% of neurons reset"],
         ),
+        (
+            [{"round": 1, "epoch": 1, "clean_accuracy": 0.3}]
+            + [{"round": n, "slowed": 4.0, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 2)],
+            ["round 1", "round 1, rate / 4", "round 2, rate / 4"],
+        ),
+        (
+            [{"round": 1, "slowed": 4.0 * n, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 4)],
+            ["rate / 4", "rate / 16"],
+        ),
     ],
 )
 def test_the_chart_says_what_a_history_counts(tmp_path: Path, history: list[dict[str, float]], said: list[str]) -> None:

@@ -33,7 +33,7 @@ from lustral.detectors.mask_area import MaskArea, ordinary_area
 from lustral.images import check_holdout, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
 from lustral.purifiers.repair import fine_tuning_recipe
-from lustral.purifiers.selection import Selection, accuracy_floor
+from lustral.purifiers.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
 from lustral.randomness import fork
 from lustral.training import Trainer, autocast, frozen, set_training_mode
 
@@ -215,7 +215,8 @@ class BaEraser:
             bank = self.detector.inverter.invert(
                 fit_view, labels, generator=fork(generator, "recover", 0), on_progress=on_progress
             )
-        best: tuple[tuple[float, ...], nn.Module, int] | None = None
+        best: tuple[tuple[float, ...], nn.Module, int, tuple[str, ...]] | None = None
+        divisor = 1.0
         note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
         for index in range(self.rounds):
             selection = Selection(
@@ -223,7 +224,17 @@ class BaEraser:
             )
             if index == 0:
                 selection.note_given(model)
-            self._unlearn(model, view.model, fit, bank, selection, fork(generator, "unlearn", index), on_progress)
+            divisor = self._unlearn(
+                model,
+                view.model,
+                fit,
+                bank,
+                selection,
+                divisor,
+                index=index,
+                generator=generator,
+                on_progress=on_progress,
+            )
             assert selection.best_model is not None
             model = selection.best_model
             CostMeter.follow(view.model, model)
@@ -240,18 +251,13 @@ class BaEraser:
             admissible = history[selection.best_index]["clean_accuracy"] >= floor
             key = (float(admissible), min(area, wanted), history[selection.best_index]["clean_accuracy"])
             if best is None or key > best[0]:
-                best = (key, model, selection.best_index)
+                best = (key, model, selection.best_index, slowed_notes(selection, divisor, self.accuracy_loss))
             if area >= wanted:
                 note = f"A freshly started search needed {area:.1f} pixels after round {index + 1}: no trigger is left."
                 break
             bank += fresh
         assert best is not None
-        if not best[0][0]:
-            note += (
-                f" Held-out accuracy fell by more than {100 * self.accuracy_loss:g} points and a standard error: measure it on "
-                "images of your own before you use this model."
-            )
-        return best[1], history, best[2], (note,)
+        return best[1], history, best[2], (note, *best[3])
 
     def _unlearn(
         self,
@@ -260,14 +266,18 @@ class BaEraser:
         fit: ImageSet,
         bank: Sequence[RecoveredTrigger],
         selection: Selection,
+        divisor: float,
+        *,
+        index: int,
         generator: Generator,
         on_progress: OnProgress | None,
-    ) -> None:
-        """Run one unlearning; ``selection`` keeps the weights."""
+    ) -> float:
+        """Run one unlearning, slower where it costs too much; ``selection`` keeps the weights. Return the rate's divisor."""
         start = [p.detach().clone() for p in received.parameters()]
         cap = math.log(fit.num_classes) + self.ascent_margin
         teacher = copy.deepcopy(received)
-        importance: list[Tensor] | None = clean_importance(received, fit) if self.penalty == "dynamic" else None
+        first = clean_importance(received, fit) if self.penalty == "dynamic" else None
+        importance = first
 
         def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
             trigger = bank[int(torch.randint(len(bank), (), generator=stream))]
@@ -299,15 +309,25 @@ class BaEraser:
                 importance = clean_importance(report.model, fit)
                 set_training_mode(report.model, self.trainer.batch_norm)
 
-        self.trainer.stretched(len(fit), self.least_steps).fit(
-            model,
-            fit,
-            generator=generator,
-            objective=objective,
-            on_epoch=after_epoch,
-            on_progress=on_progress,
-            stage="unlearning",
-        )
+        trainer = self.trainer.stretched(len(fit), self.least_steps)
+
+        def train(by: float) -> None:
+            nonlocal importance
+            importance = first
+            replace(trainer, learning_rate=trainer.learning_rate / by).fit(
+                model,
+                fit,
+                generator=fork(generator, "unlearn", index),
+                objective=objective,
+                on_epoch=after_epoch,
+                on_progress=on_progress,
+                stage="unlearning",
+            )
+
+        if self.schedule == "published":
+            train(divisor)
+            return divisor
+        return slower_until_kept(selection, train, divisor)
 
 
 NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."

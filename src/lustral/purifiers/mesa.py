@@ -8,7 +8,7 @@ no regulariser.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,7 +19,7 @@ from lustral.detectors.mask_area import MaskArea
 from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.repair import fine_tuning_recipe
-from lustral.purifiers.selection import Selection, accuracy_floor
+from lustral.purifiers.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
 from lustral.randomness import fork
 from lustral.training import Trainer
 
@@ -31,7 +31,8 @@ class Mesa:
     Attributes:
         detector: the scan that names the labels, and whose inverter recovers the distribution.
         trigger_rate: probability that an image is triggered; 0.01 in the paper, which has 8,000 images.
-        trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation.
+        trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation. Where no epoch holds the accuracy it starts
+            anew at a quarter of the rate, twice at most.
         least_steps: small clean sets get more epochs, until there are this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
             standard error.
@@ -84,15 +85,20 @@ class Mesa:
             floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
             selection.note_given(view.model)
-            self.trainer.stretched(len(fit), self.least_steps).fit(
-                view.model,
-                fit,
-                generator=fork(generator, "training"),
-                objective=objective,
-                on_epoch=selection.watch,
-                on_progress=on_progress,
-                stage="retraining",
-            )
+            trainer = self.trainer.stretched(len(fit), self.least_steps)
+
+            def retrain(divisor: float) -> None:
+                replace(trainer, learning_rate=trainer.learning_rate / divisor).fit(
+                    view.model,
+                    fit,
+                    generator=fork(generator, "training"),
+                    objective=objective,
+                    on_epoch=selection.watch,
+                    on_progress=on_progress,
+                    stage="retraining",
+                )
+
+            divisor = slower_until_kept(selection, retrain)
         assert selection.best_model is not None
         return Purified(
             model=selection.best_model,
@@ -100,4 +106,5 @@ class Mesa:
             selected=selection.best_index,
             cost=meter.cost,
             verdict=verdict,
+            notes=slowed_notes(selection, divisor, self.accuracy_loss),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lustral.inverters.max_entropy import firing_rate
 from lustral.protocols import ImageSet, RecoveredTrigger
-from lustral.training import EpochReport, autocast, frozen
+from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
 
+SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divided by, again and again, and the most
 EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate above the natural one; within a step: a tie
 
 
@@ -108,3 +109,54 @@ class Selection:
         if self.best is None or key > self.best:
             self.best, self.best_index = key, len(self.history) - 1
             self.best_model = copy.deepcopy(model).eval()
+
+    @property
+    def admissible(self) -> bool:
+        """Whether the weights kept so far hold the floor."""
+        return self.best is not None and self.best[0] > 0
+
+
+def slower_until_kept(selection: Selection, train: Callable[[float], None], divisor: float = 1.0) -> float:
+    """Train, and again from the start at a quarter of the rate as long as no epoch holds the floor, down to a sixteenth.
+
+    What a wide network loses at a rate that a narrow one bears, 2,000 images do not give back. A training that diverges is a
+    try like any other.
+
+    Args:
+        selection: watches the training; ``extra["slowed"]`` tells the tries apart in its history.
+        train: trains once, at the rate divided by its argument.
+        divisor: of the first try.
+
+    Returns:
+        The divisor of the last try.
+
+    Raises:
+        TrainingDiverged: the slowest training did.
+    """
+    while True:
+        if divisor > 1:
+            selection.extra["slowed"] = divisor
+        try:
+            train(divisor)
+        except TrainingDiverged:
+            if divisor >= SLOWEST:
+                raise
+        if selection.admissible or divisor >= SLOWEST:
+            return divisor
+        divisor *= SLOWER
+
+
+def slowed_notes(selection: Selection, divisor: float, accuracy_loss: float) -> tuple[str, ...]:
+    """Return notes on a rate that ``slower_until_kept`` lowered, and on a loss of accuracy that it did not prevent."""
+    notes = []
+    if divisor > 1:
+        notes.append(
+            f"The learning rate was divided by {divisor:g}: at higher ones no epoch held the clean accuracy, as happens on wide "
+            "networks."
+        )
+    if not selection.admissible:
+        notes.append(
+            f"Held-out accuracy fell by more than {100 * accuracy_loss:g} points and a standard error: measure it on images of "
+            "your own before you use this model."
+        )
+    return tuple(notes)

@@ -15,7 +15,11 @@ MAX_BARS = 25
 SMALLEST_AREA = 0.1  # pixels; smaller areas are drawn as this one
 MAX_X_LABELS = 6
 UNITS = {"step": "step {}", "epoch": "epoch {}", "round": "round {}", "channels": "{} cut"}  # what a history counts
-PARTS = {"round": "round {}", "neuron_ratio": "{:.0%} of neurons reset"}  # what it may start over for
+PARTS = {
+    "round": "round {}",
+    "neuron_ratio": "{:.0%} of neurons reset",
+    "slowed": "rate / {:g}",
+}  # what it may start over for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +252,9 @@ def _line_chart(
         summaries.append(f"{name} from {known[0]:.4g} to {known[-1]:.4g}")
     if not lines:
         return None
-    part = next((part for part in PARTS if any(part in entry for entry in history)), "round")
-    rounds = [entry.get(part) for entry in history]
     unit = next((unit for unit in UNITS if any(unit in entry for entry in history)), None)
+    parts = [part for part in PARTS if part != unit and len({entry.get(part) for entry in history}) > 1]
+    rounds = [", ".join(PARTS[part].format(entry[part]) for part in parts if part in entry) for entry in history]
     stride = math.ceil(len(history) / MAX_X_LABELS)
     return LineChart(
         title=title,
@@ -262,9 +266,9 @@ def _line_chart(
             if i % stride == 0 and (unit is None or unit in entry)
         ),
         rounds=tuple(
-            (to_x(i - 0.5) if i else 0.0, PARTS[part].format(which))
+            (to_x(i - 0.5) if i else 0.0, which)
             for i, which in enumerate(rounds)
-            if unit != part and len(set(rounds)) > 1 and which is not None and (i == 0 or which != rounds[i - 1])
+            if which and (i == 0 or which != rounds[i - 1])
         ),
         selected=None if selected is None else to_x(selected),
         description=f"Line chart over {len(history)} measurements: {'; '.join(summaries)}.",
