@@ -33,14 +33,20 @@ SETTINGS = {  # by plan
     "erasers_few": "PreAct-ResNet18 of width 16, CIFAR-10, few clean images, CPU",
     "erasers_architectures": "BadNets on other networks, ten classes of Tiny ImageNet at 32 pixels, CPU",
     "erasers_paper": "PreAct-ResNet18 of width 64, CIFAR-10, one NVIDIA H200",
-    "erasers_paper_budgets": "the same victims, published budgets and unbounded rates, one NVIDIA H200",
+    "erasers_paper_seeds": "PreAct-ResNet18 of width 64, CIFAR-10, another seed, one NVIDIA H200",
+    "erasers_paper_budgets": "the victims of erasers_paper, published budgets and unbounded rates, one NVIDIA H200",
     "erasers_toy": "small CNN, embedded digits (1,365 training images, 72 clean ones), CPU",
 }
 PICTURES = {  # titles of the plans that are drawn
     "erasers": "Width 16, 2,500 clean images, 10 % poison (SIG and Label-Consistent: 5 %)",
     "erasers_1pct": "Width 16, 2,500 clean images, 1 % poison",
     "erasers_paper": "Width 64, 2,500 clean images, 10 % poison (SIG: 5 %)",
+    "erasers_paper_seeds": "Width 64, another seed, 2,500 clean images, 10 % poison (SIG: 5 %)",
 }
+FIRST_SEEDS = {
+    "erasers_seeds": "erasers",
+    "erasers_paper_seeds": "erasers_paper",
+}  # plans of further seeds, and of the first
 CHECKS = ("before", "retuned", "retuned_clean", "pushed")  # of an audit
 MODELS = ("purified", "benign", "exact")
 WORKED = 0.5  # attack success rate above which a victim counts in means of ASR and DER
@@ -260,8 +266,8 @@ def table() -> None:
         lines += ["", *audited(rows)]
         if plan == "erasers":
             lines += [*beside_leaderboard(rows), ""]
-        if plan == "erasers_seeds":
-            lines += [*over_seeds(rows, found.get("erasers", [])), ""]
+        if plan in FIRST_SEEDS:
+            lines += [*over_seeds(rows, found.get(FIRST_SEEDS[plan], []), FIRST_SEEDS[plan]), ""]
         lines += [remark(plan), "", ""]
     write_text_atomic(TABLE, "\n".join(lines).rstrip() + "\n")
 
@@ -321,28 +327,38 @@ def beside_leaderboard(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def over_seeds(rows: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
-    """Return a table of means and extremes over the seeds of each attack that worked, with the seed that another plan has."""
-    rows, first = ([row for row in own if (row["before"]["asr"] or 0) > WORKED] for own in (rows, first))
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    count = len({row["seed"] for row in [*first, *rows]})
+def over_seeds(rows: list[dict[str, Any]], first: list[dict[str, Any]], plan: str) -> list[str]:
+    """Return a table of means and extremes over the seeds of each attack that worked, with the seed that another plan has.
+
+    Erasers that did not meet every attack with every seed are left out.
+    """
+    everything = [row for row in [*labelled(first), *rows] if (row["before"]["asr"] or 0) > WORKED]
+    attacks = list(dict.fromkeys(row["attack"] for row in rows if (row["before"]["asr"] or 0) > WORKED))
+    count = len({row["seed"] for row in everything})
     lines = [
-        f"ASR and ACC loss over {count} seeds, the first of them from the table of ten attacks: mean (least to most).",
+        f"ASR and ACC loss over {count} seeds, the first of them from {plan}: mean (least to most).",
         "",
-        f"| eraser | {' | '.join(f'{attack}, ASR | {attack}, ACC loss' for attack in attacks)} |",
-        "|---" * (2 * len(attacks) + 1) + "|",
+        f"| eraser | {' | '.join(f'{attack}, ASR | {attack}, ACC loss' for attack in ['all', *attacks])} |",
+        "|---" * (2 * len(attacks) + 3) + "|",
     ]
     for method in dict.fromkeys(row["defence"] for row in rows):
+        by_attack = [
+            [row for row in everything if (row["defence"], row["attack"]) == (method, attack)] for attack in attacks
+        ]
+        if any(len(own) < count for own in by_attack):
+            continue
+        asr = [[row["after"]["asr"] for row in own] for own in by_attack]
+        loss = [[row["before"]["acc"] - row["after"]["acc"] for row in own] for own in by_attack]
         cells = []
-        for attack in attacks:
-            own = [row for row in [*first, *rows] if (row["defence"], row["attack"]) == (method, attack)]
-            whole = len(own) == count
-            cells += [
-                spread([row["after"]["asr"] for row in own]) if whole else "",
-                spread([row["before"]["acc"] - row["after"]["acc"] for row in own]) if whole else "",
-            ]
+        for rates, losses in zip([seed_means(asr), *asr], [seed_means(loss), *loss], strict=True):
+            cells += [spread(rates), spread(losses)]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
+
+
+def seed_means(by_attack: list[list[float]]) -> list[float]:
+    """Return the mean over attacks for each seed."""
+    return [statistics.fmean(values) for values in zip(*by_attack, strict=True)]
 
 
 def spread(values: list[float]) -> str:
