@@ -119,7 +119,7 @@ def test_every_record_has_a_page(store: Store, site: Path, written: SiteSummary)
         failed["victim"]
     }
     assert (written.cells, written.victims) == (153, 31)
-    assert written.methods == len(list((site / "methods").iterdir()))
+    assert written.methods == len(list((site / "methods").glob("*.html")))
     assert written.size == sum(path.stat().st_size for path in site.rglob("*") if path.is_file())
     assert written.problems == ()
 
@@ -320,6 +320,17 @@ def test_a_methods_page_has_the_published_number_beside_the_cards_and_ours(store
         if (row["attack"], row["defence"], row["data"], row["poison_rate"]) == ("badnets", "none", "cifar10", 0.1)
     )
     assert f"{100 * mean['acc']:.1f}%±{100 * mean['acc_half']:.1f}" in text
+
+
+def test_a_methods_page_has_the_means_of_the_cards_tables_and_the_card_as_a_file(site: Path) -> None:
+    card = json.loads((CARDS / "sau.json").read_text())
+    assert json.loads((site / "methods" / "sau.json").read_text()) == card
+    assert 'href="sau.json"' in (site / "methods" / "sau.html").read_text()
+    victims = [row for row in card["erasers"]["erasers"]["victims"] if row.get("asr_before", 0) > 0.5]
+    acc, asr, ra = (100 * sum(row[key] for row in victims) / len(victims) for key in ("acc", "asr", "ra"))
+    assert len(victims) == 10  # the benign model has no attack to count
+    row = f"erasers{card['erasers']['erasers']['setting']}, 2,500 clean images {acc:.1f}%{asr:.1f}%{ra:.1f}%"
+    assert row in page_text(site / "methods" / "sau.html")
 
 
 def test_a_published_fall_of_asr_stands_beside_ours(store: Store, site: Path) -> None:

@@ -1,7 +1,7 @@
 """A store of results as static pages: overview with heat maps, table of all cells, charts, a page per cell, victim and method.
 
     OUT/index.html table.html charts.html methods.html
-    OUT/cells/KEY.html victims/KEY.html methods/NAME.html
+    OUT/cells/KEY.html victims/KEY.html methods/NAME.html methods/NAME.json
     OUT/pictures/SHA256.png   each picture once
     OUT/assets/               style, scripts, and the data as scripts, because pages opened as files may not fetch anything
     OUT/lustral-site.json     says that this folder is a site of ours and may be replaced by the next one
@@ -27,7 +27,7 @@ import lustral
 from lustral.bench.rows import BENIGN, UNDEFENDED, load_cells
 from lustral.bench.site_data import cells_script, means_of, settings_of, settings_script
 from lustral.bench.site_folder import LAYOUT, MARKER, PAGES, SiteError, recover, replacing, require_ours
-from lustral.bench.site_methods import method_page, read_cards
+from lustral.bench.site_methods import folded, method_page, read_cards
 from lustral.bench.site_press import OnPages, Press
 from lustral.bench.site_records import PICTURES, Picture, Relatives, png_size, record_page
 from lustral.bench.site_words import count, duration, file_name, page_of, table_link
@@ -267,6 +267,8 @@ class _Site:
         own = [row for row in settings if name in (row["attack_method"], row["defence_method"])]
         page = method_page(name, self.cards.get(name), own, [row for row in means if row["defence_method"] == name])
         self.press.page("method.html.j2", f"methods/{file_name(name)}.html", is_wide=True, it=page)
+        if page["file"]:
+            self.press.file(f"methods/{page['file']}", folded(self.cards[name]) + "\n")
         return str(page["kind"])
 
     def method_list(self, kinds: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lustral.bench.rows import UNDEFENDED
-from lustral.bench.site_words import MISSING, PRINTS, count, is_number, plain, plus_minus, spaced, table_link
+from lustral.bench.site_words import MISSING, PRINTS, count, file_name, is_number, plain, plus_minus, spaced, table_link
 
 CARD_FORMS = {  # fields of cards, in the order of the table: heading and how they print
     "acc": ("ACC", "percent"),
@@ -25,6 +26,7 @@ CARD_FORMS = {  # fields of cards, in the order of the table: heading and how th
     "image_passes": ("image passes", "passes"),
 }
 CARD_NAMES = {"accuracy_loss": "acc_loss", "worst_accuracy_loss": "worst_acc_loss", "asr0": "asr_before"}
+WORKED = 0.5  # attack success rate above which a victim counts in means
 STORE_FIELDS = ("acc", "asr", "ra", "der", "correct", "acc_loss", "asr_before", "seconds")
 
 
@@ -77,6 +79,9 @@ def method_page(
     is_attack = any(row["attack_method"] == method for row in settings)
     groups = [("Published", _card_rows((card or {}).get("published"), "published"))]
     groups.append(("Our number on the card", _card_rows((card or {}).get("ours"), "card")))
+    groups.append(
+        ("Our tables on the card: mean over attacks that had worked", _table_rows((card or {}).get("erasers")))
+    )
     if is_attack:
         victims = [row for row in settings if row["defence"] == UNDEFENDED]
         groups.append(("This store: victims, mean over seeds", [_store_row(row) for row in victims]))
@@ -103,9 +108,9 @@ def method_page(
         "source": _sources((card or {}).get("published")),
         "setting": plain(ours.get("setting")) if ours.get("setting") else "",
         "command": str(ours["command"]) if ours.get("command") else "",
+        "file": "" if card is None else f"{file_name(method)}.json",
         "has_card": card is not None,
         "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
-        "card": "" if card is None else folded(card),
     }
 
 
@@ -159,6 +164,42 @@ def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
                 walk(item, f"{name} {number}", within)
 
     walk(part, fallback)
+    return rows
+
+
+def _table_rows(tables: Any) -> list[dict[str, Any]]:
+    """Return a row for each budget and variant of each of a card's tables: means over victims whose attack had worked."""
+    rows = []
+    for name, table in tables.items() if isinstance(tables, Mapping) else ():
+        groups: dict[tuple[float | None, str], list[Mapping[str, Any]]] = {}
+        for victim in table.get("victims", ()) if isinstance(table, Mapping) else ():
+            before = victim.get("asr_before") if isinstance(victim, Mapping) else None
+            if before is not None and is_number(before) and before > WORKED:
+                variant = str(victim.get("name", "")).removeprefix(str(victim.get("attack"))).removeprefix(", ")
+                clean = victim.get("clean_images")
+                groups.setdefault((clean if is_number(clean) else None, variant), []).append(victim)
+        for (clean, variant), victims in groups.items():
+            values: dict[str, Any] = {"num_victims": len(victims)}
+            for key in ("acc", "asr", "ra", "der", "asr_before", "seconds"):
+                if found := [float(victim[key]) for victim in victims if is_number(victim.get(key))]:
+                    values[key] = statistics.median(found) if key == "seconds" else statistics.fmean(found)
+            if losses := [
+                victim["acc_before"] - victim["acc"]
+                for victim in victims
+                if is_number(victim.get("acc_before")) and is_number(victim.get("acc"))
+            ]:
+                values["acc_loss"] = statistics.fmean(losses)
+            budget = "" if clean is None else f"{clean:,} clean images"
+            rows.append(
+                {
+                    "name": ", ".join(part for part in (str(name), variant) if part),
+                    "values": values,
+                    "halves": {},
+                    "href": "",
+                    "setting": ", ".join(part for part in (plain(table.get("setting", "")), budget) if part),
+                    "runs": "",
+                }
+            )
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class Press:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links, inside=inside)
+        self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links)
         self.environment.globals["site"] = {
             "title": self.title,
             "version": lustral.__version__,
@@ -78,15 +77,6 @@ class Press:
         with open(f"{self.folder}/{path}", "xb", buffering=0) as file:
             file.write(data)
         self.size += len(data)
-
-
-def inside(text: str) -> Markup:
-    """Return text for the inside of an element, where quotes may stay as they are: JSON would grow by half.
-
-    >>> inside('{"a": "<b>"}')
-    Markup('{"a": "&lt;b&gt;"}')
-    """
-    return Markup(html.escape(text, quote=False))
 
 
 def table_cells(texts: Sequence[str]) -> Markup:
