@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from lustral.protocols import ImageSet, RecoveredTrigger
 from lustral.purifiers import selection
-from lustral.purifiers.selection import Selection, held_out_accuracy, natural_rate, slowed_notes, slower_until_kept
+from lustral.purifiers.selection import (
+    Selection,
+    accuracy_up_to,
+    held_out_accuracy,
+    natural_rate,
+    slowed_notes,
+    slower_until_kept,
+)
 from lustral.training import EpochReport, TrainingDiverged
 
 
@@ -142,6 +149,26 @@ class ByBrightness(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bright = self.drop(x[:, 0, 0, 0])
         return torch.stack([torch.full_like(bright, 0.5), bright], 1)
+
+
+def test_accuracy_up_to_a_bound_is_exact_or_stops_early() -> None:
+    looked: list[int] = []
+
+    class Always(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            looked.append(len(x))
+            return torch.stack([torch.ones(len(x)), torch.zeros(len(x))], 1)
+
+    labels = torch.tensor([0] * 500 + [1] * 500)
+    images = ImageSet(images=torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), labels=labels, num_classes=2)
+    model = Always().train()
+    assert accuracy_up_to(model, images, 0.5) == 0.5  # at the bound is not above it
+    assert sum(looked) == 1000
+    looked.clear()
+    assert accuracy_up_to(model, images, 0.2) is None
+    assert sum(looked) == 256  # a batch of right answers tells
+    assert model.training
+    assert torch.is_grad_enabled()
 
 
 def test_held_out_accuracy_by_hand() -> None:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.protocols import ImageSet, OnProgress
-from lustral.purifiers.selection import held_out_accuracy
+from lustral.purifiers.selection import accuracy_up_to, held_out_accuracy
 from lustral.randomness import fork
 from lustral.training import EpochReport, Trainer
 
@@ -41,7 +41,7 @@ def unlearn_clean(
     share_left: float,
     generator: Generator,
     on_progress: OnProgress | None = None,
-) -> tuple[nn.Module, float, int]:
+) -> tuple[nn.Module, float | None, int]:
     """Train a copy of a model away from clean labels until the task is forgotten.
 
     Args:
@@ -54,15 +54,16 @@ def unlearn_clean(
         on_progress: called a few times a second.
 
     Returns:
-        (the unlearned model, its accuracy, epochs taken).
+        (the unlearned model; its accuracy, or None where the task was not forgotten; epochs taken).
     """
     bound = forgotten(held_out_accuracy(model, data), data.num_classes, share_left)
-    reached, epochs = 1.0, 0
+    reached: float | None = None
+    epochs = 0
 
     def enough(report: EpochReport) -> bool:
         nonlocal reached, epochs
-        reached, epochs = held_out_accuracy(report.model, data), report.epoch
-        return reached <= bound
+        reached, epochs = accuracy_up_to(report.model, data, bound), report.epoch
+        return reached is not None
 
     unlearned, taken = model, 0
     for raised in range(MOST_RAISES + 1):
@@ -76,6 +77,16 @@ def unlearn_clean(
             stage="unlearning clean images",
         )
         taken += epochs
-        if reached <= bound:
+        if reached is not None:
             break
     return unlearned, reached, taken
+
+
+def unlearning_note(accuracy: float | None, epochs: int) -> str:
+    """Return what ``unlearn_clean`` found, as a clause.
+
+    >>> unlearning_note(0.1131, 14)
+    'Clean unlearning took 14 epochs, to an accuracy of 0.113'
+    """
+    found = "and did not forget the task" if accuracy is None else f"to an accuracy of {accuracy:.3f}"
+    return f"Clean unlearning took {epochs} epochs, {found}"

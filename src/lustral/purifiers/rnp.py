@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lustral.images import check_holdout
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.channels import MaskedNorms, check_step, cut_in_order, require_norms
-from lustral.purifiers.clean_unlearning import unlearn_clean
+from lustral.purifiers.clean_unlearning import unlearn_clean, unlearning_note
 from lustral.purifiers.repair import Repair
 from lustral.purifiers.selection import accuracy_floor
 from lustral.randomness import fork
@@ -94,7 +94,7 @@ class RNP:
             )
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
             model, said = cut_in_order(repair, mean(seen), step=self.step, highest=self.highest_mask, floor=floor)
-        first = f"Clean unlearning took {epochs} epochs, to an accuracy of {left:.3f}."
+        first = f"{unlearning_note(left, epochs)}."
         return repair.result(model, first, said)
 
 

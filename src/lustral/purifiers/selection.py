@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,20 +20,34 @@ SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divid
 EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate above the natural one; within a step: a tie
 
 
-@torch.no_grad()
+def predictions(model: nn.Module, images: ImageSet) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield (predicted labels, labels) batch by batch, in evaluation mode."""
+    with torch.no_grad(), frozen(model):
+        for x, labels in images.batches(256):
+            with autocast(images.device):
+                predicted = model(x.contiguous(memory_format=torch.channels_last)).argmax(1)
+            yield predicted, labels
+
+
 def predicted_labels(model: nn.Module, images: ImageSet) -> Tensor:
     """Return the predicted labels (N,) in evaluation mode."""
-    predictions = []
-    with frozen(model):
-        for x, _ in images.batches(256):
-            with autocast(images.device):
-                predictions.append(model(x.contiguous(memory_format=torch.channels_last)).argmax(1))
-    return torch.cat(predictions)
+    return torch.cat([predicted for predicted, _ in predictions(model, images)])
 
 
 def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
     """Return the clean accuracy on held-out images."""
     return int((predicted_labels(model, held_out) == held_out.labels).sum()) / len(held_out)
+
+
+def accuracy_up_to(model: nn.Module, images: ImageSet, bound: float) -> float | None:
+    """Return the clean accuracy, or None as soon as it is sure to be above ``bound``: a well-fitted model is soon told."""
+    correct = 0
+    with closing(predictions(model, images)) as batches:
+        for predicted, labels in batches:
+            correct += int((predicted == labels).sum())
+            if correct / len(images) > bound:
+                return None
+    return correct / len(images)
 
 
 def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:

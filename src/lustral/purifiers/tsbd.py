@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lustral.images import check_holdout
 from lustral.models.wiring import trace
 from lustral.protocols import DefenderView, OnProgress, Purified
-from lustral.purifiers.clean_unlearning import unlearn_clean
+from lustral.purifiers.clean_unlearning import unlearn_clean, unlearning_note
 from lustral.purifiers.repair import Repair, fine_tuning_recipe
 from lustral.purifiers.selection import accuracy_floor
 from lustral.purifiers.shifted_weights import TINY, Shift, interpolated_loss
@@ -153,9 +153,7 @@ class TSBD:
             )
             changes = weight_changes(view.model, unlearned, layers)
             model, ratio, admissible = self._choose(repair, changes, floor)
-        notes = [
-            f"Clean unlearning took {epochs} epochs, to an accuracy of {left:.3f}; {ratio:g} of the neurons were reset."
-        ]
+        notes = [f"{unlearning_note(left, epochs)}; {ratio:g} of the neurons were reset."]
         if not admissible:
             notes.append(
                 f"Even {ratio:g} of the neurons cost more held-out accuracy than allowed: fewer may do (`neuron_ratios`)."
