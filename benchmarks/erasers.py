@@ -43,10 +43,10 @@ PICTURES = {  # titles of the plans that are drawn
     "erasers_paper": "Width 64, 2,500 clean images, 10 % poison (SIG: 5 %)",
     "erasers_paper_seeds": "Width 64, another seed, 2,500 clean images, 10 % poison (SIG: 5 %)",
 }
-FIRST_SEEDS = {
+FIRST_SEEDS = {  # plans of further seeds, and of the first
     "erasers_seeds": "erasers",
     "erasers_paper_seeds": "erasers_paper",
-}  # plans of further seeds, and of the first
+}
 CHECKS = ("before", "retuned", "retuned_clean", "pushed")  # of an audit
 MODELS = ("purified", "benign", "exact")
 WORKED = 0.5  # attack success rate above which a victim counts in means of ASR and DER

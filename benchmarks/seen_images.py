@@ -25,7 +25,6 @@ from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store
 from lustral.catalog import PURIFIERS
-from lustral.evaluation import evaluate
 from lustral.files import write_json_atomic
 from lustral.images import stratified_indices
 from lustral.protocols import DefenderView
@@ -44,11 +43,9 @@ def measure(url: str, attacks: list[str], methods: list[str]) -> None:
     torch.set_num_threads(1)
     found = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
     done = {(row["attack"], row["defence"]) for row in found}
-    store, source = Store(url).open(create=False), load_source("cifar10")
-    assert source.test is not None
-    train, _ = source.training_split()
+    train, _ = load_source("cifar10").training_split()
     chosen, _ = stratified_indices(train.labels, train.num_classes, CLEAN, generator=child(0, "clean"))
-    bench = Workbench(store=store, device=torch.device("cpu"))
+    bench = Workbench(store=Store(url).open(create=False), device=torch.device("cpu"))
     cells = [cell for cell in expand(read_plan(PLAN), Sources()).cells if cell.kind == "victims"]
     for attack in attacks:
         (cell,) = (cell for cell in cells if cell.spec["attack"]["method"] == attack)
@@ -59,7 +56,7 @@ def measure(url: str, attacks: list[str], methods: list[str]) -> None:
             view, began = DefenderView(model=victim.model, clean=train.subset(chosen)), time.perf_counter()
             purified = PURIFIERS[method]().purify(view, generator=child(0, "erase"))
             seconds = time.perf_counter() - began
-            after = evaluate(victim, purified.model, source.test, generator=child(0, "evaluation"))
+            after = bench.evaluate(victim, purified.model, cell.spec)
             rates = {name: getattr(after, name).value for name in ("acc", "asr", "ra")}
             found.append(
                 {"attack": attack_label(cell.spec), "defence": method, "after": rates, "seconds": round(seconds, 1)}

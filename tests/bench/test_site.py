@@ -648,6 +648,12 @@ def test_curves_mark_rounds_and_survive_nothing() -> None:
     (flat,) = curves([{"round": 1, "epoch": 1, "loss": 0.0}, {"round": 2, "epoch": 1, "loss": 0.0}], selected=7)
     assert flat.rounds == (50.0,)
     assert flat.selected is None
+    slowed = [
+        {"round": 1, "epoch": 1, "loss": 0.0},
+        *({"round": n, "slowed": 4.0, "epoch": 1, "loss": 0.0} for n in (1, 1, 2)),
+    ]
+    (anew,) = curves(slowed, None)  # the divisor of the rate is no curve of its own
+    assert anew.rounds == (pytest.approx(1 + 98 / 6, abs=0.01), pytest.approx(1 + 98 * 5 / 6, abs=0.01))
     (wild,) = curves([{"epoch": 1, "accuracy": 1.5}, {"epoch": 2, "accuracy": 0.5}], None)
     assert float(wild.y_ticks[-1][1]) >= 1.5  # no share: the axis follows the numbers
 

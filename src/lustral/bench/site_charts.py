@@ -13,6 +13,7 @@ AXES = ("epoch", "step", "round", "iteration")  # fields that count instead of m
 MOST_LINES = 6  # styles that the style sheet tells apart
 MOST_X_LABELS = 6
 MOST_Y_LABELS = 5
+TURNS = ("round", "slowed")  # where a history starts over, in another round or at another rate
 LEAST_POINTS = 2  # of a line; a single number is in the table
 LARGEST = 1e300  # of a number that is drawn: differences and powers of ten must stay finite
 LOG_RATIO = 50.0  # positive values that span more than this are drawn on a logarithmic axis
@@ -37,7 +38,7 @@ class Chart:
         grid: SVG path of the horizontal lines.
         y_ticks: (position from the top in percent, text).
         x_ticks: (position in percent, text).
-        rounds: positions in percent where a new round starts.
+        rounds: positions in percent where a new round starts, or the same at another rate.
         selected: position of the entry that was kept, or None.
         description: the chart in a sentence, for those who cannot see it.
     """
@@ -73,7 +74,7 @@ def curves(history: Sequence[Mapping[str, Any]], selected: int | None) -> list[C
 
 
 def _names(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in AXES]
+    return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in (*AXES, *TURNS)]
 
 
 def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float | None] | None:
@@ -115,7 +116,7 @@ def _chart(
         texts.append(f"{spaced(name)} from {present[0]:.4g} to {present[-1]:.4g}")
     unit = next((axis for axis in AXES if any(axis in entry for entry in history)), None)
     stride = math.ceil(count / MOST_X_LABELS)
-    turns = [entry.get("round") for entry in history]
+    turns = [tuple(entry.get(turn) for turn in TURNS if turn != unit) for entry in history]
     return Chart(
         title=title,
         lines=tuple(lines),
@@ -129,7 +130,7 @@ def _chart(
             for i, entry in enumerate(history)
             if i % stride == 0
         ),
-        rounds=tuple(to_x(i - 0.5) for i in range(1, count) if unit != "round" and turns[i] != turns[i - 1]),
+        rounds=tuple(to_x(i - 0.5) for i in range(1, count) if turns[i] != turns[i - 1]),
         selected=to_x(selected) if selected is not None and 0 <= selected < count else None,
         description=f"Line chart over {count} measurements: {'; '.join(texts)}.",
     )

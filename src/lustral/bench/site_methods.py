@@ -109,7 +109,6 @@ def method_page(
         "setting": plain(ours.get("setting")) if ours.get("setting") else "",
         "command": str(ours["command"]) if ours.get("command") else "",
         "file": "" if card is None else f"{file_name(method)}.json",
-        "has_card": card is not None,
         "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
     }
 

@@ -15,11 +15,11 @@ MAX_BARS = 25
 SMALLEST_AREA = 0.1  # pixels; smaller areas are drawn as this one
 MAX_X_LABELS = 6
 UNITS = {"step": "step {}", "epoch": "epoch {}", "round": "round {}", "channels": "{} cut"}  # what a history counts
-PARTS = {
+PARTS = {  # what it may start over for
     "round": "round {}",
     "neuron_ratio": "{:.0%} of neurons reset",
     "slowed": "rate / {:g}",
-}  # what it may start over for
+}
 
 
 @dataclass(frozen=True, kw_only=True)
