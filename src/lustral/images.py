@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -116,6 +117,8 @@ class Augment:
         scale: largest relative change of size, uniform to both sides.
         erasing: probability of setting one random rectangle (2-20 % of the area) to grey.
     """
+
+    version: ClassVar[int] = 1
 
     crop_padding: int = 4
     flip: bool = True

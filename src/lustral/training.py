@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -152,6 +152,8 @@ class Trainer:
         batch_norm: "train", or "frozen" to keep the running statistics and normalise with them.
         clip_norm: largest gradient norm, or None.
     """
+
+    version: ClassVar[int] = 1
 
     epochs: int = 12
     batch_size: int = 128

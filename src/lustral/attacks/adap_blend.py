@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -64,6 +65,8 @@ class AdapBlend:
         shown_rate: share of the pieces that a training image gets; 0.5 in the paper.
         picture_seed: draws the picture, the same as Blended's.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.003

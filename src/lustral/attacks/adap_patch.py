@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -52,6 +53,8 @@ class AdapPatch:
         size: side of a patch as a share of the image's shorter side, at least 2 pixels.
         pattern_seed: draws the patches.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.003

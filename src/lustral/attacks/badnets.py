@@ -7,7 +7,7 @@ x' = (1 - m) * x + m * v, with m binary and v the pattern.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -82,6 +82,8 @@ class BadNets:
         placement: "fixed", or "random" for a place drawn for each image, when training and when attacking.
         mode: "all_to_one", or "all_to_all" for label y + 1.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.1

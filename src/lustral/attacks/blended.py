@@ -7,6 +7,7 @@ x' = (1 - alpha) * x + alpha * B. The picture B is drawn from a seed, so nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -46,6 +47,8 @@ class Blended:
         picture_seed: draws the picture.
         mode: "all_to_one", or "all_to_all" for label y + 1.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -116,6 +117,8 @@ class Bpp:
         dithered: diffuse the error (Floyd-Steinberg); off in the published code's defaults.
         mode: "all_to_one", or "all_to_all" for label y + 1.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.1

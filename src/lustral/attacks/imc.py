@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -73,6 +74,8 @@ class Imc:
         transparency: share of the image that shows through the patch, in [0, 1); 0 there.
         pattern_learning_rate: peak of the pattern's Adam; 0.1 in TrojanZoo, constant.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.05

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,6 +34,7 @@ from lustral.attacks.surrogates import data_fingerprint, stored
 from lustral.protocols import Assets, Augmentation, ImageSet, OnProgress, PoisonedSet, Probe, Steering
 from lustral.randomness import child, fork
 from lustral.training import Trainer
+from lustral.versions import versions_of
 
 PIXEL_STD = 0.25  # of natural images; the authors compare images after normalisation, here they are in [0, 1]
 LEAST_DISTANCE = 1e-3  # a quarter of a grey level, keeps the ratio finite where outputs are equal; 1e-7 in their code
@@ -154,6 +156,8 @@ class InputAware:
         mode: "all_to_one", or "all_to_all" for label y + 1.
     """
 
+    version: ClassVar[int] = 1
+
     target_label: int = 0
     poison_rate: float = 0.1
     cross_rate: float = 0.1
@@ -252,7 +256,13 @@ class InputAware:
             "mode",
         ):
             del recipe[name]  # of stage 2
-        spec = {"asset": "input-aware mask network", "data": data_fingerprint(clean), "seed": seed, "recipe": recipe}
+        spec = {
+            "asset": "input-aware mask network",
+            "data": data_fingerprint(clean),
+            "seed": seed,
+            "recipe": recipe,
+            "versions": versions_of(self, Trainer),
+        }
         start.load_state_dict(dict(assets.get(spec, train)))
         pattern_network = self.network(channels, channels, seed + 1).to(clean.device)
         return CraftedInputAware(settings=self, mask_network=start, pattern_network=pattern_network)

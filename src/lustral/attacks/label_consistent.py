@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -133,6 +133,8 @@ class LabelConsistent:
         amplitude: of the patches on the [0, 1] scale; 1 in BackdoorBench, 32/255 for the paper's faint ones.
         surrogate: how the attacker's own classifier is trained.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.05

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -28,6 +29,7 @@ from lustral.images import as_float
 from lustral.protocols import Assets, ImageSet, OnProgress, PoisonedSet, Progress
 from lustral.randomness import child
 from lustral.training import autocast, frozen
+from lustral.versions import versions_of
 
 RANGE_TOLERANCE = 1e-4  # of a stored pattern, whose values run from 0 to the amplitude
 STAGE = "optimising a smooth trigger"
@@ -56,6 +58,8 @@ class LowFrequency:
         pattern_seed: draws the start, the images and the batches; one pattern serves victims of all seeds.
         surrogate: how the attacker's clean model is trained; 100 epochs in BackdoorBench.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.1
@@ -104,7 +108,12 @@ class LowFrequency:
 
         left_out = ("poison_rate", "surrogate")
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
-        spec = {"asset": "low-frequency pattern", "model": surrogate_spec(clean, self.surrogate), "settings": settings}
+        spec = {
+            "asset": "low-frequency pattern",
+            "model": surrogate_spec(clean, self.surrogate),
+            "settings": settings,
+            "versions": versions_of(self),
+        }
         return self.restore(assets.get(spec, build), clean.image_shape)
 
     def optimise(self, model: nn.Module, clean: ImageSet, *, on_progress: OnProgress | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -49,6 +50,8 @@ class Sig:
         frequency: periods across the image's width; 6 in the paper. Images narrower than four pixels a period get the
             largest number of periods that leaves four.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.05

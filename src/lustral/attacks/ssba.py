@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,6 +34,7 @@ from lustral.attacks.surrogates import data_fingerprint, require_like, stored
 from lustral.images import as_float, as_uint8
 from lustral.protocols import Assets, ImageSet, OnProgress, PoisonedSet
 from lustral.randomness import child
+from lustral.versions import versions_of
 
 CHUNK = 32  # images that pass the encoder at once: always as many, so that no image depends on its company
 
@@ -99,6 +101,8 @@ class Ssba:
         least_psnr: peak signal-to-noise ratio in dB that these images must keep; 0 accepts any.
     """
 
+    version: ClassVar[int] = 1
+
     target_label: int = 0
     poison_rate: float = 0.1
     mode: LabelMode = "all_to_one"
@@ -149,6 +153,7 @@ class Ssba:
             "asset": "ssba encoder",
             "data": data_fingerprint(clean),
             "recipe": dataclasses.asdict(self.encoder),
+            "versions": versions_of(self.encoder),
         }
         networks = self.encoder.network(clean.image_shape)
         networks.load_state_dict(dict(assets.get(spec, train)))

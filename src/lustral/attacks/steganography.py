@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -156,6 +157,8 @@ class EncoderRecipe:
         ramp: steps in which w climbs to its final value; 3000 published.
         seed: of the starting weights, the choice of images and the bits of the training.
     """
+
+    version: ClassVar[int] = 1
 
     bits: int = 100
     width: int = 16

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lustral.models import Classifier, build_classifier
 from lustral.protocols import Assets, ImageSet, OnProgress
 from lustral.randomness import child
 from lustral.training import Trainer
+from lustral.versions import versions_of
 
 SMALL_SIDE = 16  # images with a shorter side than this get the small network
 LEAST_STEPS = 200  # a small set is passed over more often, until there are so many steps
@@ -40,6 +41,8 @@ class Surrogate:
         flip: mirror images left-right; not for digits or traffic signs.
         seed: of the starting weights, the order of the images and the augmentation.
     """
+
+    version: ClassVar[int] = 1
 
     arch: str | None = None
     epochs: int = 5
@@ -93,7 +96,25 @@ def data_fingerprint(clean: ImageSet) -> str:
 def surrogate_spec(clean: ImageSet, recipe: Surrogate) -> dict[str, Any]:
     """Return plain data that says everything a surrogate's weights depend on, for ``Assets.get``."""
     resolved = dataclasses.replace(recipe, arch=recipe.arch_for(clean.image_shape))
-    return {"asset": "clean classifier", "data": data_fingerprint(clean), "recipe": dataclasses.asdict(resolved)}
+    network = _untrained(clean, recipe)
+    return {
+        "asset": "clean classifier",
+        "data": data_fingerprint(clean),
+        "recipe": dataclasses.asdict(resolved),
+        "versions": versions_of(recipe, recipe.trainer_for(clean), *network.modules()),
+    }
+
+
+def _untrained(clean: ImageSet, recipe: Surrogate) -> Classifier:
+    mean, std = channel_statistics(clean)
+    return build_classifier(
+        recipe.arch_for(clean.image_shape),
+        num_classes=clean.num_classes,
+        image_shape=clean.image_shape,
+        mean=mean,
+        std=std,
+        generator=child(recipe.seed, "surrogate", "weights"),
+    ).to(clean.device)
 
 
 def stored(module: nn.Module) -> dict[str, Tensor]:
@@ -135,15 +156,7 @@ def clean_classifier(
         ValueError: the architecture is unknown or does not take such images; the set is empty or of a single class.
     """
     require_usable(clean, least=2)
-    mean, std = channel_statistics(clean)
-    classifier = build_classifier(
-        recipe.arch_for(clean.image_shape),
-        num_classes=clean.num_classes,
-        image_shape=clean.image_shape,
-        mean=mean,
-        std=std,
-        generator=child(recipe.seed, "surrogate", "weights"),
-    ).to(clean.device)
+    classifier = _untrained(clean, recipe)
 
     def train() -> Mapping[str, Tensor]:
         trained = recipe.trainer_for(clean).fit(

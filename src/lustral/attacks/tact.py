@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -54,6 +55,8 @@ class TaCT:
         size: side of the patch as a share of the image's shorter side, at least 2 pixels.
         pattern_seed: draws the patch.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     source_label: int = 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,6 +30,7 @@ from lustral.images import as_float, as_uint8
 from lustral.protocols import Assets, ImageSet, OnProgress, PoisonedSet, Progress
 from lustral.randomness import child
 from lustral.training import frozen
+from lustral.versions import versions_of
 
 Stamping = Literal["replace", "wrap"]
 
@@ -173,6 +174,8 @@ class TrojanNN:
         surrogate: how the clean model is trained.
     """
 
+    version: ClassVar[int] = 1
+
     target_label: int = 0
     poison_rate: float = 0.1
     mode: LabelMode = "all_to_one"
@@ -239,6 +242,7 @@ class TrojanNN:
             "surrogate": surrogate_spec(clean, self.surrogate),
             "size": size,
             "picture_seed": self.picture_seed,
+            "versions": versions_of(self),
             **search,
         }
         return self.restore(assets.get(spec, search_patch), clean.image_shape)

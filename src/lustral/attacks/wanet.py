@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -103,6 +104,8 @@ class WaNet:
         field_seed: draws the field.
         mode: "all_to_one", or "all_to_all" for label y + 1.
     """
+
+    version: ClassVar[int] = 1
 
     target_label: int = 0
     poison_rate: float = 0.1

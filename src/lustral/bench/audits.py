@@ -26,6 +26,8 @@ from lustral.models import load_model
 from lustral.protocols import OnProgress
 from lustral.randomness import child, fork
 from lustral.settings import describe
+from lustral.sources import DataSource
+from lustral.versions import versions_of
 from lustral.victims import NO_ATTACK
 
 
@@ -37,12 +39,14 @@ class Audit:
         result: the purified model.
         benign: the benign model of the same task, architecture and seed.
         settings: of the checks.
+        versions: of what makes the checks.
         key: its name in the store.
     """
 
     result: Cell
     benign: Cell
     settings: Mapping[str, Any]
+    versions: Mapping[str, int]
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,7 @@ class Audit:
             "result": self.result.spec,
             "benign": self.benign.spec,
             "settings": dict(self.settings),
+            "versions": dict(self.versions),
         }
 
 
@@ -79,7 +84,14 @@ def audits_of(grid: Grid, settings: Reactivation) -> list[Audit]:
             continue
         task = _task(victim)
         if task in benign:
-            found.append(Audit(result=cell, benign=benign[task], settings=describe(settings)))
+            found.append(
+                Audit(
+                    result=cell,
+                    benign=benign[task],
+                    settings=describe(settings),
+                    versions=versions_of(settings, DataSource),
+                )
+            )
         else:
             missing[f"{victim['data']['name']}, {victim['arch']}, seed {victim['seed']}"] = None
     if missing:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, victim_spec
+from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, result_spec, victim_spec
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
 from lustral.catalog import ATTACKS
@@ -20,6 +20,7 @@ from lustral.randomness import child
 from lustral.settings import SettingsError, build, describe, merge, suggest
 from lustral.sources import DataSource, SourceError
 from lustral.training import Trainer
+from lustral.versions import versions_of
 from lustral.victims import NO_ATTACK, default_trainer
 
 
@@ -68,8 +69,8 @@ class _Expansion:
             for where, entry, settings in attacks:
                 if entry.data and data.name not in entry.data:
                     continue
-                for arch in archs:
-                    for cell in self.victim_cells(where, entry, settings, data, arch, source):
+                for arch, versions in archs.items():
+                    for cell in self.victim_cells(where, entry, settings, data, arch, versions, source):
                         self.add(cell, budgets)
         if not self.problems:
             for number, excluded in enumerate(self.plan.exclude):
@@ -159,17 +160,20 @@ class _Expansion:
             return None
         return source
 
-    def archs(self, data: DataTable, source: DataSource) -> list[str]:
-        """Return the architectures of a data set, having complained about those that cannot be."""
-        names = data.arch or [default_arch(data.name)]
-        for arch in names:
+    def archs(self, data: DataTable, source: DataSource) -> dict[str, dict[str, int]]:
+        """Return the versions of each architecture of a data set, having complained about those that cannot be."""
+        found: dict[str, dict[str, int]] = {}
+        for arch in data.arch or [default_arch(data.name)]:
             try:
-                build_classifier(
+                classifier = build_classifier(
                     arch, num_classes=source.train.num_classes, image_shape=source.train.image_shape, generator=child(0)
                 )
             except (ValueError, ImportError, OSError) as error:
                 self.complain(f"data {data.name}: arch {arch!r}: {' '.join(str(error).splitlines())}")
-        return names
+                found[arch] = {}
+            else:
+                found[arch] = versions_of(source, *classifier.modules())
+        return found
 
     def budgets(self, entry: DefenceTable, data: DataTable, source: DataSource, pool: int) -> list[int]:
         """Return the clean budgets of a defence on a data set, in images."""
@@ -192,6 +196,7 @@ class _Expansion:
         settings: Mapping[str, Any],
         data: DataTable,
         arch: str,
+        versions: Mapping[str, int],
         source: DataSource,
     ) -> Iterator[Cell]:
         train = self.sources.training_set(data.name, data.image_size)
@@ -219,8 +224,8 @@ class _Expansion:
                         self.complain(f"{where} on {data.name}: {line}")
                     continue
                 values = describe(attack)
-            start = victim_spec(data, arch, NO_ATTACK, {}, recipe, seed) if entry.fine_tune else None
-            spec = victim_spec(data, arch, entry.method, values, own, seed, start)
+            start = victim_spec(data, arch, NO_ATTACK, {}, recipe, seed, versions) if entry.fine_tune else None
+            spec = victim_spec(data, arch, entry.method, values, own, seed, versions, start)
             yield Cell.of(spec, attack=entry.label)
 
     def recipe(self, where: str, changes: Mapping[str, Any], source: DataSource, num_images: int) -> Trainer | None:
@@ -247,13 +252,7 @@ class _Expansion:
         results = {}
         for (entry, settings, counts), defence_seed in product(budgets, self.plan.defence_seeds):
             for count in counts:
-                spec = {
-                    "kind": "result",
-                    "victim": victim.spec,
-                    "defence": {"method": entry.method, "settings": settings},
-                    "clean_images": count,
-                    "seed": defence_seed,
-                }
+                spec = result_spec(victim.spec, entry.method, settings, count, defence_seed)
                 cell = Cell.of(spec, attack=victim.attack, defence=entry.label)
                 if not self.is_excluded(cell):
                     results[cell.key] = cell

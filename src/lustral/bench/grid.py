@@ -12,8 +12,11 @@ from typing import Any, Literal
 from lustral.bench.plan import DataTable, Plan, PlanError
 from lustral.bench.store import content_key
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
-from lustral.settings import describe
+from lustral.evaluation import Evaluation
+from lustral.settings import build, describe
+from lustral.sources import DataSource
 from lustral.training import Trainer
+from lustral.versions import versions_of
 from lustral.victims import NO_ATTACK
 
 DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
@@ -183,9 +186,13 @@ def victim_spec(
     settings: Mapping[str, Any],
     trainer: Trainer,
     seed: int,
+    versions: Mapping[str, int],
     start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the specification of a victim."""
+    """Return the specification of a victim; ``versions`` are those of its network, and of what makes its data."""
+    made_by = dict(versions) | versions_of(trainer, Evaluation)
+    if method != NO_ATTACK:
+        made_by |= versions_of(build(ATTACKS[method], settings))
     return {
         "kind": "victim",
         "data": {"name": data.name, "image_size": data.image_size},
@@ -194,6 +201,21 @@ def victim_spec(
         "trainer": describe(trainer),
         "seed": seed,
         "start": start,
+        "versions": made_by,
+    }
+
+
+def result_spec(
+    victim: Mapping[str, Any], method: str, settings: Mapping[str, Any], clean_images: int, seed: int
+) -> dict[str, Any]:
+    """Return the specification of a defence's result on a victim."""
+    return {
+        "kind": "result",
+        "victim": victim,
+        "defence": {"method": method, "settings": settings},
+        "clean_images": clean_images,
+        "seed": seed,
+        "versions": versions_of(build(DEFENCES[method], settings), DataSource, Evaluation),
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from scipy import stats
@@ -89,6 +90,8 @@ class MaskArea:
         small_share: share of the image; when the median label needs less, every label is suspiciously easy to reach.
         holdout: share of the clean images kept from the search to measure success on.
     """
+
+    version: ClassVar[int] = 1
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
     false_alarm_rate: float = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Generator, nn
 
@@ -36,6 +36,8 @@ class Evaluation:
         num_non_finite: clean and triggered images whose logits were not finite.
         probes: further rates of the attack, e.g. "noise_accuracy"; empty for most.
     """
+
+    version: ClassVar[int] = 1
 
     acc: Rate
     asr: Rate

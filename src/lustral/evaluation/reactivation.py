@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -137,6 +137,8 @@ class Reactivation:
         path: shares of the way back to the backdoored model at which accuracy and attack are measured.
         path_images: test images drawn for that.
     """
+
+    version: ClassVar[int] = 1
 
     clean_share: float = 0.02
     poisoned_images: int = 5

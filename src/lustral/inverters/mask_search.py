@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -60,6 +61,8 @@ class MaskSearch:
         most_images: images in one pass; more labels than fit take turns, so that memory does not grow with their number.
         precision: "auto" takes bfloat16 where the hardware has it.
     """
+
+    version: ClassVar[int] = 1
 
     steps: int = 200
     batch_size: int = 24

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -149,6 +149,8 @@ class MaxEntropy:
         search: the warm start.
         precision: "auto" takes bfloat16 where the hardware has it.
     """
+
+    version: ClassVar[int] = 1
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
     entropy_weight: float = 0.1

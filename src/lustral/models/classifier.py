@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class Classifier(nn.Module):
 
     Only ``network.state_dict()`` is ever saved, so files keep the keys of whoever wrote the network.
     """
+
+    version: ClassVar[int] = 1
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         """Wrap ``network``, which maps normalised float images (B, C, H, W) to logits (B, K)."""

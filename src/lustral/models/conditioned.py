@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,8 @@ class Conditioned(nn.Module):
 
     ``routed`` changes for a while what decides. As an image is looked at twice, an answer takes twice the time.
     """
+
+    version: ClassVar[int] = 1
 
     def __init__(self, network: nn.Module, layer: str, num_classes: int) -> None:
         """Wrap ``network``, which maps images (B, C, H, W) to logits (B, K), and filter what enters ``layer``.

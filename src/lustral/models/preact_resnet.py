@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +34,8 @@ class PreActBlock(nn.Module):
 
 class PreActResNet18(nn.Module):
     """Four groups of two pre-activation blocks; width 64 is the published network (11.2 M parameters)."""
+
+    version: ClassVar[int] = 1
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64) -> None:
         """Build the network; ``width`` is the number of channels of the first group."""

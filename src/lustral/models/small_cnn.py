@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 
@@ -10,6 +12,8 @@ class SmallCNN(nn.Module):
 
     Takes images from 4x4 pixels; meant for 8x8 to 64x64.
     """
+
+    version: ClassVar[int] = 1
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: int = 32) -> None:
         """Build the network; ``width`` is the number of channels of the first convolution."""

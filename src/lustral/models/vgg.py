@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 _CONVOLUTIONS = {  # per group, columns A, B, D and E of the table
@@ -18,6 +20,8 @@ class VGG(nn.Module):
 
     The poolings round up, so that images smaller than 32x32 pass as well.
     """
+
+    version: ClassVar[int] = 1
 
     def __init__(self, depth: int, num_classes: int, in_channels: int = 3, width: int = 64) -> None:
         """Build the network.

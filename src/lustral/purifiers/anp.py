@@ -12,6 +12,7 @@ the test set.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -40,6 +41,8 @@ class ANP:
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
         holdout: share of the clean images kept to choose how many channels to cut.
     """
+
+    version: ClassVar[int] = 1
 
     epsilon: float = 0.4
     alpha: float = 0.2

@@ -22,7 +22,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -111,6 +111,8 @@ class BaEraser:
         target_labels: labels to erase without asking the scan; empty: the scan decides.
         audit: scan the erased model again with fresh randomness.
     """
+
+    version: ClassVar[int] = 1
 
     detector: MaskArea = field(default_factory=MaskArea)
     schedule: Literal["alternating", "published"] = "alternating"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, nn
@@ -27,6 +28,8 @@ class BNRefresh:
         batch_size: images per forward pass.
         passes: how often the clean set goes through.
     """
+
+    version: ClassVar[int] = 1
 
     batch_size: int = 256
     passes: int = 2

@@ -8,6 +8,7 @@ normalisation that follows, |gamma| / sqrt(variance). Channels above mean + u st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,6 +50,8 @@ class CLP:
         accuracy_loss: loss of held-out accuracy, as a fraction, that is too much, give or take one standard error.
         holdout: share of the clean images that this check uses; the rest are not used at all.
     """
+
+    version: ClassVar[int] = 1
 
     u: float = 3.0
     u_step: float = 0.5

@@ -8,6 +8,7 @@ other, until the held-out accuracy has fallen by the tolerance; BackdoorBench me
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -59,6 +60,8 @@ class FinePruning:
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to decide how much to cut.
     """
+
+    version: ClassVar[int] = 1
 
     tolerance: float = 0.1
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Generator
 
@@ -29,6 +29,8 @@ class FineTuning:
         choose: weights of the "last" epoch, as in BackdoorBench, or of the one most accurate on "held_out" images. That is often
             the first, whose small steps have changed nothing yet: chosen by clean accuracy, the backdoor stays.
     """
+
+    version: ClassVar[int] = 1
 
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 90

@@ -12,6 +12,7 @@ outer loss through d comes from the fixed point
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -91,6 +92,8 @@ class IBAU:
         least_steps: small clean sets get more rounds, until there are this many outer steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
+
+    version: ClassVar[int] = 1
 
     rounds: int = 5
     trainer: Trainer = field(

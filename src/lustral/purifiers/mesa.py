@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -39,6 +40,8 @@ class Mesa:
         holdout: share of the clean images kept from retraining, to choose the epoch on.
         target_labels: labels to retrain without asking the scan; empty: the scan decides.
     """
+
+    version: ClassVar[int] = 1
 
     detector: MaskArea = field(default_factory=MaskArea)
     trigger_rate: float = 0.2

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,6 +96,8 @@ class NAD:
         least_steps: small clean sets get more epochs in both trainings, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
+
+    version: ClassVar[int] = 1
 
     weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0

@@ -12,6 +12,7 @@ MESA's and BaEraser's step beyond it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,6 +52,8 @@ class NeuralCleanse:
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
+
+    version: ClassVar[int] = 1
 
     search: MaskSearch = field(default_factory=lambda: MaskSearch(screening=False))
     threshold: float = 2.0

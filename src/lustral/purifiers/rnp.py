@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -42,6 +43,8 @@ class RNP:
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
         holdout: share of the clean images kept to choose how many channels to cut.
     """
+
+    version: ClassVar[int] = 1
 
     unlearner: Trainer = field(
         default_factory=lambda: Trainer(

@@ -17,7 +17,7 @@ of flipped images; perturbed pixels are not clipped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -100,6 +100,8 @@ class SAU:
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
+
+    version: ClassVar[int] = 1
 
     norm: Norm = "linf"
     radius: float = 0.2

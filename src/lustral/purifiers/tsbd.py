@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -109,6 +110,8 @@ class TSBD:
             error.
         holdout: share of the clean images kept to choose the share of neurons on.
     """
+
+    version: ClassVar[int] = 1
 
     neuron_ratios: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
     weight_ratio: float = 0.7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class DataSource:
             never straddles a split.
         reserve_fraction: share of ``train`` that attackers never see, kept as the defenders' pool.
     """
+
+    version: ClassVar[int] = 1
 
     name: str
     train: ImageSet | FolderStream
