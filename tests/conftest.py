@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,23 @@ from lustral.protocols import DefenderView, Victim
 from lustral.victims import implant
 from toy import toy_images, toy_trainer
 
-torch.set_num_threads(2)
+# One thread for each worker of pytest-xdist and for the processes that tests start: a second one costs on networks this small.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+PRECISION = os.environ.get("LUSTRAL_TEST_PRECISION", "auto")  # what "auto" means: tests/everywhere.py sets it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def precision() -> Iterator[None]:
+    """Let the library's "auto" be the precision that is under test, whatever this processor has."""
+    if PRECISION not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"expected LUSTRAL_TEST_PRECISION to be auto, float32 or bfloat16; got {PRECISION!r}")
+    with pytest.MonkeyPatch.context() as patch:
+        if PRECISION != "auto":
+            patch.setattr("lustral.training.has_fast_bfloat16", lambda _: PRECISION == "bfloat16")
+        yield
 
 
 def make_victim(attack: BadNets | None) -> Victim:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lustral.detectors import MaskArea
 from lustral.images import Augment, as_uint8
 from lustral.inverters import MaskSearch, MaxEntropy
-from lustral.protocols import ImageSet
+from lustral.protocols import ClassEvidence, Cost, DefenderView, ImageSet, RecoveredTrigger, Verdict
 from lustral.randomness import child
-from lustral.training import Trainer
+from lustral.training import EpochReport, Trainer
 
 NUM_CLASSES = 7
 SIDE = 12
@@ -73,3 +76,73 @@ def gentle_trainer(**changes: Any) -> Trainer:
         "batch_norm": "frozen",
     }
     return Trainer(**{**settings, **changes})
+
+
+def scripted_fit(course: Callable[[float], Sequence[bool]], asked: list[float]) -> Callable[..., nn.Module]:
+    """Return a stand-in for ``Trainer.fit`` that trains nothing: what a method makes of a course is then no matter of luck.
+
+    Args:
+        course: gives, for a learning rate, whether each epoch leaves the model as it was (True) or without any knowledge.
+        asked: gets the learning rates of the calls.
+    """
+
+    def fit(self: Trainer, model: nn.Module, data: ImageSet, *, on_epoch: Any, **rest: Any) -> nn.Module:
+        asked.append(self.learning_rate)
+        kept = course(self.learning_rate)
+        for number, intact in enumerate(kept):
+            trained = copy.deepcopy(model)
+            if not intact:
+                for parameter in trained.parameters():
+                    nn.init.zeros_(parameter)
+            on_epoch(
+                EpochReport(epoch=number + 1, epochs=len(kept), loss=0.5, images_per_second=1.0, model=trained.train())
+            )
+        return trained.eval()
+
+    return fit
+
+
+def true_trigger() -> RecoveredTrigger:
+    """The trigger of the backdoored toy network, as a search that missed nothing would return it."""
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., SIDE - 2 :, SIDE - 2 :] = 1
+    return RecoveredTrigger(
+        target_label=4,
+        masks=mask,
+        patterns=torch.ones(1, 3, SIDE, SIDE),
+        area=4.0,
+        attack_success_rate=1.0,
+        entropy=0.0,
+    )
+
+
+class KnownAnswer:
+    """A stand-in for a scan and for its inverter that names label 4 and returns its true trigger, without a search."""
+
+    @property
+    def inverter(self) -> KnownAnswer:
+        return self
+
+    def invert(self, *_: Any, **__: Any) -> list[RecoveredTrigger]:
+        return [true_trigger()]
+
+    def inspect(self, view: DefenderView, **_: Any) -> Verdict:
+        figures: dict[str, Any] = {
+            "attack_success_rate": 1.0,
+            "natural_rate": 0.0,
+            "anomaly": 0.0,
+            "p_value": 1.0,
+            "entropy": math.nan,
+            "steps": 1,
+        }
+        areas = [4.0 if label == 4 else 40.0 + label for label in range(view.clean.num_classes)]
+        return Verdict(
+            outcome="backdoored",
+            suspect_labels=(4,),
+            score=4.0,
+            threshold=2.0,
+            basis="known",
+            evidence=tuple(ClassEvidence(label=label, area=area, **figures) for label, area in enumerate(areas)),
+            triggers=(true_trigger(),),
+            cost=Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=len(view.clean)),
+        )

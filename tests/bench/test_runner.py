@@ -184,7 +184,11 @@ def test_an_interruption_leaves_no_claim_and_the_work_goes_on(tmp_path: Path, mo
 def test_threads_are_the_plans_and_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     store = Store(str(tmp_path / "store")).open(create=True)
-    run_local(quick_grid(seeds=[0], attacks=[{"method": "none"}], run={"threads": 1}), store, device=CPU)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)  # another number than the plan's
+    try:
+        run_local(quick_grid(seeds=[0], attacks=[{"method": "none"}], run={"threads": 1}), store, device=CPU)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
     assert {record["made"]["threads"] for record in store.records("results")} == {1}
     assert QUICK["run"] == {"threads": 1}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -16,9 +18,10 @@ from lustral.protocols import DefenderView
 from lustral.purifiers import FST, NAD, FinePruning, NeuralCleanse
 from lustral.purifiers.fine_pruning import cut_columns, head_inputs, prune_count
 from lustral.purifiers.fst import fresh_head, linear_head, rescale
-from lustral.purifiers.nad import attention, stage_ends
+from lustral.purifiers.nad import attention, stage_ends, watched
 from lustral.purifiers.neural_cleanse import anomaly_index
 from lustral.randomness import child
+from lustral.training import Trainer
 from toy import gentle_trainer, toy_images
 
 
@@ -101,16 +104,32 @@ def test_stages_end_where_the_maps_shrink() -> None:
         stage_ends(vit, images)
 
 
-def test_a_student_like_its_teacher_has_nothing_to_learn_from_it(toy_view: DefenderView) -> None:
-    one = NAD(teacher_trainer=gentle_trainer(epochs=0), trainer=gentle_trainer(epochs=1), least_steps=0)
-    other = NAD(
-        weights=(0.0, 0.0, 0.0),
-        teacher_trainer=gentle_trainer(epochs=0),
-        trainer=gentle_trainer(epochs=1),
-        least_steps=0,
-    )
-    histories = [method.purify(toy_view, generator=child(0)).history[-1]["loss"] for method in (one, other)]
-    assert histories[0] >= histories[1] - 1e-6
+def test_the_distilled_loss_is_the_equation(toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-entropy, and for every stage its weight times the mean square between the student's and the teacher's map."""
+    caught: list[Any] = []
+
+    def fit(self: Trainer, model: nn.Module, data: object, **rest: Any) -> nn.Module:
+        caught.append(rest.get("objective"))
+        return copy.deepcopy(model)  # so that the teacher is the given model
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    NAD(weights=(100.0, 200.0, 300.0)).purify(toy_view, generator=child(0))
+    teacher, student = toy_view.model, copy.deepcopy(toy_view.model)
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=child(1))
+    x, y = next(toy_view.clean.batches(16))
+    with torch.no_grad():
+        expected = F.cross_entropy(student(x), y)
+        for weight, name in zip((100.0, 200.0, 300.0), stage_ends(teacher, x), strict=True):
+            with watched(teacher, [name]) as wanted, watched(student, [name]) as own:
+                teacher(x), student(x)
+            apart = (attention(own[name], 2.0) - attention(wanted[name], 2.0)).square().mean()
+            assert weight * float(apart) > 0.01
+            expected = expected + weight * apart
+    assert caught[0] is None
+    assert float(caught[1](student, x, y, child(0)).detach()) == pytest.approx(float(expected), rel=1e-4)
+    alike = float(caught[1](teacher, x, y, child(0)).detach())
+    assert alike == pytest.approx(float(F.cross_entropy(teacher(x), y).detach()), rel=1e-4)
 
 
 def test_the_anomaly_index_names_the_small_one() -> None:

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from lustral.protocols import DefenderView
 from lustral.purifiers import SAU
-from lustral.purifiers.perturbation import lengths, project, steepest
+from lustral.purifiers.perturbation import Norm, lengths, project, steepest
 from lustral.purifiers.sau import jensen_shannon, shared_loss, shared_risk
 from lustral.randomness import child
 
@@ -72,31 +73,44 @@ def test_perturbations_keep_to_their_ball(norm: str, start: str, toy_view: Defen
     assert delta.shape == x.shape
     assert not delta.requires_grad
     if norm != "none":
-        assert float(lengths(delta, norm).max()) <= 0.3 * (1 + 1e-5)  # type: ignore[arg-type]
+        assert float(lengths(delta, norm).max()) <= 0.3 * (1 + 1e-4)  # type: ignore[arg-type]  # a sum of 432 in float32
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_leaving_shared_images_out_changes_nothing(norm: str, toy_view: DefenderView) -> None:
-    radius = {"linf": 0.3, "l2": 3.0}[norm]
-    method = SAU(norm=norm, initial="zero", radius=radius, step_size=radius / 3, steps=5)  # type: ignore[arg-type]
-    x, y = next(toy_view.clean.batches(64))
-    reference = toy_view.model.eval()
+@pytest.mark.parametrize(("norm", "radius"), [("linf", 0.04), ("l2", 0.5)])
+def test_leaving_shared_images_out_changes_nothing(norm: Norm, radius: float) -> None:
+    method = SAU(norm=norm, initial="zero", radius=radius, step_size=radius / 3, steps=5)
+    reference, other = (
+        linear_model(0),
+        linear_model(1),
+    )  # unlike a trained network's, their answers are far from 0 and 1
     model = copy.deepcopy(reference)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=child(0)))
+        for parameter, turned in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.add_(0.3 * turned)
+    x = torch.rand(64, 3, 12, 12, generator=child(2), dtype=torch.float64)
     with torch.no_grad():
         f_clean, g_clean = model(x).argmax(1), reference(x).argmax(1)
+    y = g_clean
     delta, counts = torch.zeros_like(x), []
     for _ in range(method.steps):
         delta.requires_grad_(True)
-        adversarial, apart, shared = shared_loss(model(x + delta), reference(x + delta), y, f_clean, g_clean)
+        f, g = (each(x + delta).float() for each in (model, reference))
+        adversarial, apart, shared = shared_loss(f, g, y, f_clean, g_clean)
         counts.append(int(shared.sum()))
         (slope,) = torch.autograd.grad(0.01 * adversarial + apart, delta)
-        delta = project(delta.detach() - radius / 3 * steepest(slope, norm), norm, radius)  # type: ignore[arg-type]
-    assert 0 < counts[-1] < len(x)  # some are left out, and some are not
+        delta = project(delta.detach() - radius / 3 * steepest(slope, norm), norm, radius)
+    assert 6 < counts[-1] < 58  # some of 64 are left out, and some are not
     found = method.perturb(model, reference, x, y, g_clean, child(0))
-    assert float((found - delta).abs().max()) < 1e-4
+    moved = (found - delta).abs() > 0.01 * radius  # a step is a third of the radius
+    assert float(moved.double().mean()) < 1e-3  # a slope of 0 but for rounding may turn its sign
+
+
+def linear_model(seed: int) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 7)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=child(seed), dtype=torch.float64))
+    return model
 
 
 def test_the_shared_risk_falls(toy_view: DefenderView) -> None:
