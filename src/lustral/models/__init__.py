@@ -1,6 +1,13 @@
 """Networks, builders by name, and model files."""
 
-from lustral.models.build import NETWORKS, build_classifier, runs_user_code
+from lustral.models.architecture import (
+    Architecture,
+    ArchitectureError,
+    CodeRefusedError,
+    parse_architecture,
+    runs_user_code,
+)
+from lustral.models.build import NETWORKS, build_classifier
 from lustral.models.checkpoint import LoadedModel, load_model, save_model
 from lustral.models.classifier import Classifier, Normalise
 from lustral.models.conditioned import Conditioned, arch_of
@@ -12,7 +19,10 @@ from lustral.models.vgg import VGG
 __all__ = [
     "NETWORKS",
     "VGG",
+    "Architecture",
+    "ArchitectureError",
     "Classifier",
+    "CodeRefusedError",
     "Conditioned",
     "LoadedModel",
     "ModelFileError",
@@ -22,6 +32,7 @@ __all__ = [
     "arch_of",
     "build_classifier",
     "load_model",
+    "parse_architecture",
     "runs_user_code",
     "save_model",
 ]

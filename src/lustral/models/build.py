@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,19 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
+from lustral.models.architecture import (
+    CONDITIONED,
+    LARGEST_OPTION,
+    Architecture,
+    ConditionedOn,
+    PythonFile,
+    Registered,
+    Timm,
+    Torchvision,
+    as_architecture,
+)
 from lustral.models.classifier import Classifier
-from lustral.models.conditioned import PREFIX, Conditioned
+from lustral.models.conditioned import Conditioned
 from lustral.models.preact_resnet import PreActResNet18
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
@@ -41,19 +51,11 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "vgg16_bn": partial(VGG, 16),
     "vgg19_bn": partial(VGG, 19),
 }
-_OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{PREFIX}:LAYER@BASE", "FILE.py:FUNCTION")
-_PYTHON_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
-_DEEPEST = 4  # conditioned networks inside each other
-_LARGEST_OPTION = 1024  # a name may come from a model file: no name shall make us allocate all memory
-
-
-def runs_user_code(arch: str) -> bool:
-    """Tell whether building this architecture runs a Python file: the form ``FILE.py:FUNCTION``."""
-    return _PYTHON_FILE.fullmatch(arch) is not None
+_OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{CONDITIONED}:LAYER@BASE", "FILE.py:FUNCTION")
 
 
 def build_classifier(
-    arch: str,
+    arch: str | Architecture,
     *,
     num_classes: int,
     image_shape: tuple[int, int, int],
@@ -64,7 +66,7 @@ def build_classifier(
     """Build an untrained classifier, in training mode, on the CPU.
 
     Args:
-        arch: one of the forms in this module's docstring.
+        arch: one of the forms in this module's docstring; text from a file goes through ``parse_architecture`` first.
         num_classes: number of classes K, at least 2.
         image_shape: (C, H, W) of the images, pixels.
         mean: per channel, on the [0, 1] scale; None: 0.
@@ -88,14 +90,14 @@ def build_classifier(
 
 
 def build_network(
-    arch: str, *, num_classes: int, image_shape: tuple[int, int, int], generator: Generator | None = None
+    arch: str | Architecture, *, num_classes: int, image_shape: tuple[int, int, int], generator: Generator | None = None
 ) -> nn.Module:
     """Build the bare network of ``build_classifier``, without normalisation and without trying it on an image."""
     if num_classes < 2:
         raise ValueError(f"expected at least 2 classes; got {num_classes}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"expected an image shape (channels, height, width); got {image_shape}")
-    build = _builder(arch, num_classes, image_shape)
+    build = _builder(as_architecture(arch), num_classes, image_shape)
     seed = int(torch.randint(2**62, (), generator=generator if generator is not None else child(0, "initial weights")))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -135,44 +137,40 @@ def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> i
     return logits.shape[1]
 
 
-def _builder(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
-    """Return what builds the network, having checked the name and its options."""
-    if arch.startswith(f"{PREFIX}:"):
-        return _conditioned(arch, num_classes, image_shape)
-    if match := _PYTHON_FILE.fullmatch(arch):
-        return partial(_from_python_file, Path(match["file"]), match["function"], num_classes)
-    name, _, rest = arch.partition(":")
-    if name == "torchvision":
-        return _from_torchvision(rest, num_classes, image_shape)
-    if name == "timm":
-        return _from_timm(rest, num_classes, image_shape)
-    if name not in NETWORKS:
-        known = ", ".join([*NETWORKS, *_OTHER_FORMS])
-        raise ValueError(f"unknown architecture {arch!r}; known: {known}{_suggest(name, NETWORKS)}")
-    network = NETWORKS[name]
-    options = _parse_options(arch, rest, set(inspect.signature(network).parameters) - {"num_classes", "in_channels"})
-    return partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
+def _builder(arch: Architecture, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
+    """Return what builds the network, having looked up its name and its options."""
+    match arch:
+        case ConditionedOn(layer, base):
+            build_base = _builder(base, num_classes, image_shape)
+            return lambda: Conditioned(build_base(), layer, num_classes)
+        case PythonFile(file, function):
+            return partial(_from_python_file, Path(file), function, num_classes)
+        case Torchvision(name):
+            return _from_torchvision(name, num_classes, image_shape)
+        case Timm(name):
+            return _from_timm(name, num_classes, image_shape)
+        case Registered(name):
+            if name not in NETWORKS:
+                known = ", ".join([*NETWORKS, *_OTHER_FORMS])
+                raise ValueError(f"unknown architecture {str(arch)!r}; known: {known}{_suggest(name, NETWORKS)}")
+            network, options = NETWORKS[name], _checked_options(arch)
+            return partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
 
 
-def _conditioned(arch: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
-    layer, _, base = arch.removeprefix(f"{PREFIX}:").partition("@")
-    if not layer or not base or arch.count(f"{PREFIX}:") > _DEEPEST:
-        raise ValueError(f"expected {PREFIX}:LAYER@BASE, at most {_DEEPEST} inside each other; got {arch[:200]!r}")
-    build_base = _builder(base, num_classes, image_shape)
-    return lambda: Conditioned(build_base(), layer, num_classes)
-
-
-def _parse_options(arch: str, text: str, allowed: set[str]) -> dict[str, int]:
-    """Read ``name=number,name=number``."""
+def _checked_options(arch: Registered) -> dict[str, int]:
+    """Return the options by name; a parameter whose type is bool takes 0 and 1."""
+    parameters = inspect.signature(NETWORKS[arch.name]).parameters
+    allowed = parameters.keys() - {"num_classes", "in_channels"}
     options: dict[str, int] = {}
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
+    for name, value in arch.options:
         if name not in allowed:
             known = ", ".join(sorted(allowed))
-            raise ValueError(f"unknown option {name!r} in {arch!r}; known: {known}{_suggest(name, allowed)}")
-        if not value.isdecimal() or not 1 <= int(value) <= _LARGEST_OPTION:
-            raise ValueError(f"expected {name}=1 .. {_LARGEST_OPTION} in {arch!r}; got {item!r}")
-        options[name] = int(value)
+            raise ValueError(f"unknown option {name!r} in {str(arch)!r}; known: {known}{_suggest(name, allowed)}")
+        is_switch = parameters[name].annotation in (bool, "bool")  # a text where annotations are postponed
+        least, most = (0, 1) if is_switch else (1, LARGEST_OPTION)
+        if not least <= value <= most:
+            raise ValueError(f"expected {name}={least} .. {most} in {str(arch)!r}; got {name}={value}")
+        options[name] = bool(value) if is_switch else value
     return options
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from lustral.files import write_bytes_atomic
-from lustral.models.build import build_classifier, build_network, count_logits, runs_user_code
+from lustral.models.architecture import Architecture, ArchitectureError, CodeRefusedError, parse_architecture
+from lustral.models.build import build_classifier, build_network, count_logits
 from lustral.models.classifier import Classifier
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
@@ -104,7 +105,8 @@ def load_model(
 
     Args:
         path: the file.
-        arch: name of the architecture, see ``lustral.models.build``; needed where the file does not record it.
+        arch: name of the architecture, see ``lustral.models.build``; needed where the file does not record it. Given
+            here, it may be Python code, which is run; recorded in the file, it may not.
         num_classes: expected number of classes; None: as the weights have.
         image_shape: (C, H, W) of the images; needed where the file does not tell.
         mean: per channel on the [0, 1] scale, as the model was trained; None: as recorded, else 0.
@@ -124,25 +126,25 @@ def load_model(
     check_tensors(path, tensors)
     recorded = _read_metadata(path, metadata)
 
-    arch = arch or _recorded_arch(path, recorded)
+    network = parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded)
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
-    probe = build_network(arch, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
+    probe = build_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
     tensors, key_prefix = strip_prefix(tensors, probe)
-    compare(path, arch, tensors, probe, shapes=False)
+    compare(path, str(network), tensors, probe, shapes=False)
 
     classes = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
     shape = shape or find_image_shape(path, tensors, probe)
     mean, std = mean or recorded.mean, std or recorded.std
     if mean is None and std is None:
         logger.warning("%s: no mean and std are known; pixels in [0, 1] go to the network as they are", path)
-    model = build_classifier(arch, num_classes=classes, image_shape=shape, mean=mean, std=std)
-    compare(path, arch, tensors, model.network.state_dict(), shapes=True)
+    model = build_classifier(network, num_classes=classes, image_shape=shape, mean=mean, std=std)
+    compare(path, str(network), tensors, model.network.state_dict(), shapes=True)
     model.network.load_state_dict(tensors)
     return LoadedModel(
         model=model.eval(),
-        arch=arch,
+        arch=str(network),
         num_classes=classes,
         image_shape=shape,
         key_prefix=key_prefix,
@@ -180,12 +182,13 @@ def save_model(
         extra: more text metadata (safetensors only).
 
     Raises:
-        ValueError: unknown suffix, weights that are not finite, ``layout`` names a tensor that the model lacks or leaves out
-            one that it needs, or ``extra`` uses a reserved name.
+        ValueError: unknown suffix, a malformed ``arch``, weights that are not finite, ``layout`` names a tensor that the
+            model lacks or leaves out one that it needs, or ``extra`` uses a reserved name.
         OSError: the file could not be written; an old one is intact.
     """
     path = Path(path)
     _check_suffix(path)
+    parse_architecture(arch, allow_code=True)  # nothing is written that could not be read
     state = model.network.state_dict()
     layout = layout or {key: tensor.dtype for key, tensor in state.items()}
     if unknown := layout.keys() - state.keys():
@@ -314,12 +317,15 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> _Recorded:
     return recorded
 
 
-def _recorded_arch(path: Path, recorded: _Recorded) -> str:
+def _recorded_arch(path: Path, recorded: _Recorded) -> Architecture:
     if recorded.arch is None:
         raise ModelFileError(f"{path}: the file does not say which architecture it is; pass arch (--arch)")
-    if runs_user_code(recorded.arch):
+    try:
+        return parse_architecture(recorded.arch, allow_code=False)
+    except CodeRefusedError as error:
         raise ModelFileError(
-            f"{path}: its architecture is recorded as {recorded.arch!r}, which is Python code and is not run because a "
-            "file names it; if it is yours, pass arch (--arch)"
-        )
-    return recorded.arch
+            f"{path}: its architecture is recorded as {recorded.arch[:200]!r}, which is Python code and is not run because "
+            "a file names it; if it is yours, pass arch (--arch)"
+        ) from error
+    except ArchitectureError as error:
+        raise ModelFileError(f"{path}: damaged metadata: {error}") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PREFIX = "conditioned"  # of the name of such an architecture: conditioned:LAYER@BASE
+from lustral.models.architecture import CONDITIONED
 
 
 def require_filterable(network: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -148,4 +148,4 @@ def arch_of(network: nn.Module, base: str) -> str:
     """
     if not isinstance(network, Conditioned):
         return base
-    return f"{PREFIX}:{network.layer}@{arch_of(network.network, base)}"
+    return f"{CONDITIONED}:{network.layer}@{arch_of(network.network, base)}"
