@@ -20,6 +20,7 @@ from lustral.bench.plan import PlanError, read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store, StoreError
 from lustral.files import write_json_atomic, write_text_atomic
+from lustral.versions import outdated
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "erasers"
@@ -125,6 +126,7 @@ def keep(url: str, plan: Path) -> None:
                 "seconds": round(record["cost"]["seconds"], 1),
                 "image_passes": round(record["cost"]["image_passes"]),
                 "code": record["made"]["code"],
+                "versions": {**spec["victim"].get("versions", {}), **spec.get("versions", {})},
                 **audit_of(record["key"], audits, old, rates["after"]),
             }
         )
@@ -227,6 +229,12 @@ def labelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "defence": row["settings"]} for row in rows]
 
 
+def versions_note(rows: list[dict[str, Any]]) -> str:
+    """Return a sentence about how many results older versions made."""
+    old = sum(outdated(row.get("versions")) is not None for row in rows)
+    return f"{old:,} of these {len(rows):,} results were made by older versions of a class that took part, or without versions."
+
+
 def table() -> None:
     """Write the tables of each plan: means, every cell, and what woke the purified models up."""
     lines = [
@@ -235,6 +243,8 @@ def table() -> None:
         "Made by `python benchmarks/erasers.py cards` from benchmarks/results/erasers. In per cent, with the true trigger, on",
         "the test set. Means are over victims whose attack had worked (ASR above 50 %); n says over how many. Passes are passes",
         "of one image through the network and back, per clean image.",
+        "",
+        versions_note([row for rows in kept().values() for row in rows]),
         "",
         remark("in_short"),
         "",

@@ -20,6 +20,7 @@ from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import Store
 from lustral.files import write_json_atomic, write_text_atomic
+from lustral.versions import outdated
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "zoo"
@@ -97,6 +98,7 @@ def keep(url: str, plan: Path) -> None:
             "metrics": {k: metrics[k] for k in ("acc", "asr", "ra", "natural_rate", "probes")},
             "seconds": record["cost"]["seconds"],
             "made": record["made"],
+            "versions": spec.get("versions", {}),
         }
         rate = "" if facts["poison_rate"] is None else f"-{facts['poison_rate']:g}"
         path = RESULTS / name / f"{facts['attack_method']}{rate}-s{facts['seed']}.json"
@@ -173,6 +175,12 @@ crossed triggers there instead of 10 %.
 """
 
 
+def versions_note(rows: list[dict[str, Any]]) -> str:
+    """Return a sentence about how many victims older versions made."""
+    old = sum(outdated(row.get("versions")) is not None for row in rows)
+    return f"{old:,} of these {len(rows):,} victims were made by older versions of a class that took part, or without versions."
+
+
 def table() -> None:
     """Write the table of all kept victims."""
     lines = [
@@ -181,6 +189,8 @@ def table() -> None:
         "Made by `python benchmarks/zoo.py cards` from benchmarks/results/zoo. ACC, ASR and RA in per cent, measured",
         'with the true trigger rounded to 8 bits; ASR and RA on images whose label the attacker changes. "vs clean":',
         "against the benign model of the same seed, or of seed 0 where there is none. Sources of what is published: the cards.",
+        "",
+        versions_note([row for name in SETTINGS for row in kept(name)]),
         "",
     ]
     for name, setting in SETTINGS.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -48,12 +48,11 @@ def outdated(versions: object) -> str | None:
     >>> outdated({"BadNets": 0})
     'BadNets 0, now 1'
     """
-    if not isinstance(versions, dict):
+    if not isinstance(versions, Mapping) or not versions:
         return "no versions recorded"
     now = current_versions()
-    changed = [f"{name} {was}, now {now[name]}" for name, was in versions.items() if name in now and was != now[name]]
-    gone = [f"{name} {was}, now gone" for name, was in versions.items() if name not in now]
-    return ", ".join(changed + gone) or None
+    changed = [f"{name} {was}, now {now.get(name, 'gone')}" for name, was in versions.items() if now.get(name) != was]
+    return ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "") or None
 
 
 def _sources(folder: Traversable) -> Iterator[str]:

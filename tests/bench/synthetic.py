@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from lustral.bench.store import LAYOUT, Store, checksum_of, content_key
 from lustral.files import canonical
+from lustral.versions import current_versions
 
 NUM_CLASSES = 10
 # name, how it prints, settings beside rate and label, success before a defence, how hard to erase (0 .. 1)
@@ -133,6 +134,7 @@ def synthetic_store(
             "defence": {"method": defence.name, "settings": dict(defence.settings)},
             "clean_images": budget,
             "seed": defence_seed,
+            "versions": {"Evaluation": current_versions()["Evaluation"]},
         }
         facts = {
             **victim["facts"],
@@ -195,6 +197,7 @@ def _victim_spec(name: str, attack: _Method | None, seed: int, target: int, rate
         "trainer": {"epochs": 12, "batch_size": 128, "optimizer": "sgd", "learning_rate": 0.2, "augment": None},
         "seed": seed,
         "start": None,
+        "versions": {"Trainer": current_versions()["Trainer"]},
     }
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import synthetic_store
 
-from lustral.bench.rows import SCHEMA, load_cells
+from lustral.bench.rows import SCHEMA, load_cells, without_outdated
 from lustral.bench.store import Store, StoreError, content_key
 from lustral.bench.summary import METRICS, Query, QueryError, table
 from lustral.evaluation.metrics import wilson_interval
@@ -550,3 +550,54 @@ def test_synthetic_stores_repeat(tmp_path: Path) -> None:
         synthetic_store(tmp_path / name, results=20, attacks=2, defences=3, seeds=1) for name in ("one", "two")
     )
     assert list(first.records("results")) == list(second.records("results"))
+
+
+def aged(store: Store, change: Callable[[dict[str, Any]], None]) -> Store:
+    """Write every record again with a changed specification."""
+    for kind in ("victims", "results"):
+        for record in [*store.records(kind)]:
+            store.remove(kind, record["key"])
+            change(record["spec"])
+            store.put(kind, content_key(record["spec"]), {**record, "files": {}})
+    return store
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Store:
+    return synthetic_store(
+        tmp_path / "s", results=8, attacks=2, defences=2, seeds=1, data=("digits",), failures=0, details=False
+    )
+
+
+def test_results_of_older_versions_are_left_out_and_counted(small_store: Store) -> None:
+    whole = load_cells(small_store)
+    assert without_outdated(whole) == (whole, None)
+    result = next(record for record in small_store.records("results"))
+    result["spec"]["versions"]["Evaluation"] = 0
+    small_store.put("results", content_key(result["spec"]), result)
+    now, note = without_outdated(load_cells(small_store))
+    assert now.equals(whole)
+    assert note is not None
+    assert note.startswith("1 of 12 cells were made by older versions and are left out (Evaluation 0, now ")
+
+
+def test_an_older_victim_makes_its_results_old(small_store: Store) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec.get("victim", spec)["versions"] = {"Trainer": 0}
+
+    now, note = without_outdated(load_cells(aged(small_store, change)))
+    assert (now.num_rows, note is None) == (0, False)
+
+
+def test_a_store_without_versions_is_read_as_such(small_store: Store) -> None:
+    def change(spec: dict[str, Any]) -> None:
+        spec.pop("versions")
+        spec.get("victim", {}).pop("versions", None)
+
+    cells = load_cells(aged(small_store, change))
+    assert set(cells.column("outdated").to_pylist()) == {"no versions recorded"}
+    now, note = without_outdated(cells)
+    assert now.num_rows == 0
+    assert note == "11 of 11 cells were made by older versions and are left out (no versions recorded)."
+    (row,) = table(cells, Query(by=("outdated",), metrics=("acc",))).rows.to_pylist()
+    assert (row["outdated"], row["acc"] > 0) == ("no versions recorded", True)

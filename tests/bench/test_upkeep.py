@@ -39,6 +39,7 @@ from lustral.protocols import Cost, Verdict
 from lustral.purifiers import BNRefresh
 from lustral.sources import load_source
 from lustral.training import Trainer
+from lustral.versions import current_versions
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -594,3 +595,19 @@ def test_threads_are_given_back_after_a_repetition(store: Store, grid: Grid, mon
     with pytest.raises(RuntimeError, match="luck"):
         repeat(cell, store, device=CPU, num_threads=1)
     assert torch.get_num_threads() == before
+
+
+def test_what_older_versions_made_is_kept_until_asked_and_not_repeated(
+    store: Store, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = {**current_versions(), "BNRefresh": 99}
+    monkeypatch.setattr("lustral.versions.current_versions", lambda: later)
+    monkeypatch.setattr(BNRefresh, "version", 99)
+    newer = quick_grid(**SMALL)
+    assert not {cell.key for cell in newer.cells} >= {cell.key for cell in grid.cells}
+    assert find_waste(store, keep=[newer], grace_seconds=0) == Waste()
+    old = find_waste(store, old=True, grace_seconds=0).records
+    assert {key for _, key, _ in old} == {cell.key for cell in grid.cells} - {cell.key for cell in newer.cells}
+    refreshed = Cell.of(result_of(store, "bn_refresh")["spec"])
+    with pytest.raises(StoreError, match=r"made by older versions \(BNRefresh 1, now 99\)"):
+        repeat(refreshed, store, device=CPU, num_threads=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic_core import from_json
 
 from lustral.bench.store import Kind, Store, StoreError
+from lustral.versions import outdated
 
 BENIGN = "benign"  # what the records call the attack of a clean model
 UNDEFENDED = "none"  # the defence in the rows of victims as they are
@@ -39,13 +42,14 @@ SCHEMA = pa.schema(
         ("device", pa.string()),
         ("threads", pa.int64()),
         ("at", pa.string()),
+        ("outdated", pa.string()),
     ]
 )
 EMPTY_ROW = dict.fromkeys(SCHEMA.names)
 ATTACK_COLUMNS = ("attack", "attack_method", "poison_rate", "target_label", "victim_key")
 DEFENCE_COLUMNS = ("defence", "defence_method", "defence_kind", "kind")
 DIMENSIONS = (
-    *("data", "arch", "seed", "clean_images", "defence_seed", "device", "threads"),
+    *("data", "arch", "seed", "clean_images", "defence_seed", "device", "threads", "outdated"),
     *ATTACK_COLUMNS,
     *DEFENCE_COLUMNS,
 )
@@ -58,7 +62,7 @@ def load_cells(store: Store) -> pa.Table:
     A row is a result; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is attacked, no
     cost, "erased" null); or a cell of either kind that failed (status "failed", nothing measured). ``victim_key`` is the
     victim that was measured, so a victim's own key in its row. ``acc`` and the like are after the defence and null for
-    detectors.
+    detectors. ``outdated`` says which class has another version by now; null: none.
 
     Raises:
         StoreError: a record cannot be read.
@@ -78,6 +82,23 @@ def load_cells(store: Store) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise StoreError(f"a record in {store.url} has an unexpected {column.name}: {error}") from error
     return pa.table(arrays, schema=SCHEMA)
+
+
+def age_of(spec: Mapping[str, Any]) -> str | None:
+    """Say which classes of a cell have another version by now; None if all are as they were."""
+    own = outdated(spec.get("versions"))
+    return own or outdated(spec["victim"].get("versions")) if spec["kind"] == "result" else own
+
+
+def without_outdated(cells: pa.Table) -> tuple[pa.Table, str | None]:
+    """Return the rows of today's versions, and a sentence about those that are left out, if there are any."""
+    old = [reason for reason in cells.column("outdated").to_pylist() if reason is not None]
+    if not old:
+        return cells, None
+    (most, _), *others = Counter(old).most_common()
+    reasons = f"{most}; and {len(others)} other reasons" if others else most
+    note = f"{len(old)} of {cells.num_rows} cells were made by older versions and are left out ({reasons})."
+    return cells.filter(pc.is_null(cells.column("outdated"))), note
 
 
 def _rows(store: Store, kind: Kind, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -103,6 +124,7 @@ def _common(record: Mapping[str, Any]) -> dict[str, Any]:
         "device": made["device"],
         "threads": made["threads"],
         "at": made["at"],
+        "outdated": age_of(record["spec"]),
     }
     if not is_result:
         row |= {"defence": UNDEFENDED, "defence_method": UNDEFENDED, "defence_kind": UNDEFENDED, "clean_images": 0}

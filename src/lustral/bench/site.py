@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lustral
-from lustral.bench.rows import BENIGN, UNDEFENDED, load_cells
+from lustral.bench.rows import BENIGN, UNDEFENDED, load_cells, without_outdated
 from lustral.bench.site_data import cells_script, means_of, settings_of, settings_script
 from lustral.bench.site_folder import LAYOUT, MARKER, PAGES, SiteError, recover, replacing, require_ours
 from lustral.bench.site_methods import folded, method_page, read_cards
@@ -50,7 +50,8 @@ class SiteSummary:
         pictures: pictures.
         size: bytes of all files.
         seconds: wall time.
-        problems: files of the store that are missing or damaged; their pages say so too.
+        problems: files of the store that are missing or damaged, and how many cells of older versions are left out; the
+            pages say so too.
     """
 
     path: Path
@@ -93,12 +94,12 @@ def write_site(
     recover(out)
     require_ours(out)
     contents = read_cards(cards)
-    cells = load_cells(store)
+    cells, note = without_outdated(load_cells(store))
     rows = sorted(cells.to_pylist(), key=_order)
     _require_keys(rows)
     with replacing(out) as folder:
         press = Press(folder, title, on_progress)
-        site = _Site(press, store, store_name, rows, contents)
+        site = _Site(press, store, store_name, rows, contents, left_out=note)
         site.write(settings_of(cells), means_of(cells))
     is_victim = [row["kind"] == "victim" for row in rows]
     return SiteSummary(
@@ -109,7 +110,7 @@ def write_site(
         pictures=len(site.shelf.made),
         size=press.size,
         seconds=time.perf_counter() - started,
-        problems=tuple(site.problems),
+        problems=tuple(site.problems if note is None else [note, *site.problems]),
     )
 
 
@@ -159,6 +160,7 @@ class _Site:
     store_name: str
     rows: list[dict[str, Any]]
     cards: Mapping[str, Mapping[str, Any]]
+    left_out: str | None = None
     problems: list[str] = field(default_factory=list)
     triggers: dict[str, Picture] = field(default_factory=dict)  # by victim
 
@@ -312,6 +314,7 @@ class _Site:
                 _holding(data, arch, self.rows) for data, arch in sorted({(r["data"], r["arch"]) for r in self.rows})
             ],
             "failures": failures,
+            "left_out": self.left_out,
             "problems": self.problems,
         }
 

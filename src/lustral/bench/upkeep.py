@@ -11,6 +11,7 @@ import torch
 
 from lustral.bench.cells import Workbench, brief
 from lustral.bench.grid import Cell, Grid
+from lustral.bench.rows import age_of
 from lustral.bench.runner import threads
 from lustral.bench.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
 from lustral.evaluation import Evaluation, Rate, compare
@@ -208,26 +209,42 @@ class Waste:
 
 
 def find_waste(
-    store: Store, *, keep: Sequence[Grid] = (), failures: bool = False, grace_seconds: float = 3600.0
+    store: Store,
+    *,
+    keep: Sequence[Grid] = (),
+    failures: bool = False,
+    old: bool = False,
+    grace_seconds: float = 3600.0,
 ) -> Waste:
     """Return what can go.
 
     Args:
         store: where to look.
-        keep: plans whose cells stay; none: all cells stay.
+        keep: plans whose cells stay, of whatever versions; none: all cells stay.
         failures: whether failed cells go too, so that the next run tries them again.
+        old: whether what older versions made goes too.
         grace_seconds: younger leftovers may be in use and stay.
     """
     waste = Waste(leftovers=store.leftovers(grace_seconds=grace_seconds))
-    named = {cell.key for grid in keep for cell in grid.cells}
+    named = {content_key(versionless(cell.spec)) for grid in keep for cell in grid.cells}
     for kind in KINDS:
         if kind == "assets":  # attacks of other plans may need them again, and they are dear
             continue
         for record in store.records(kind):
-            owner = record["result_key"] if kind == "audits" else record["key"]
-            if (failures and kind == "failures") or (keep and owner not in named):
+            spec = record["spec"]["result"] if kind == "audits" else record["spec"]
+            is_stranger = bool(keep) and content_key(versionless(spec)) not in named
+            if is_stranger or (failures and kind == "failures") or (old and age_of(spec) is not None):
                 waste.records.append((kind, record["key"], record["title"]))
     return waste
+
+
+def versionless(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a specification as any version of its methods has it."""
+    return {
+        name: versionless(value) if isinstance(value, Mapping) else value
+        for name, value in spec.items()
+        if name != "versions"
+    }
 
 
 def remove_waste(store: Store, waste: Waste) -> None:
@@ -301,8 +318,17 @@ def _likenesses(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 def repeat(
     cell: Cell, store: Store, *, device: torch.device, num_threads: int, on_progress: OnProgress | None = None
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Do a stored cell again without writing it; returns the new record and how its rates differ from the stored one."""
+    """Do a stored cell again without writing it; returns the new record and how its rates differ from the stored one.
+
+    Raises:
+        StoreError: other versions of its method made it than this library has.
+    """
     stored = store.read(cell.kind, cell.key)
+    reason = age_of(stored["spec"])
+    if reason is not None:
+        raise StoreError(
+            f"{cell.title} ({cell.key[:12]}) was made by older versions ({reason}); this one makes another cell"
+        )
     with threads(num_threads):
         record = Workbench(store=store, device=device).do(cell, on_progress).record
     found = []

@@ -82,6 +82,7 @@ class BenchTable:
         metric: what to average, with commas: acc, asr, ra, der, rir, acc_loss, correct, max_asr, share_low_asr, ...
         where: COLUMN=VALUE filters; commas part values: attack=badnets,blended.
         least_asr: DER and RIR count cells whose victim's attack succeeds more often than this.
+        old: show results of older versions of a method too, in rows of their own; else they are left out and counted.
         out: file to write instead of printing: .csv, .parquet, .tex, .md or .json.
     """
 
@@ -90,6 +91,7 @@ class BenchTable:
     metric: str = "acc,asr,ra,der"
     where: tuple[str, ...] = ()
     least_asr: float = 0.5
+    old: Switch = False
     out: Path | None = None
     common: Annotated[Common, FLAT] = Common()
 
@@ -158,6 +160,7 @@ class BenchGc:
         store: folder or URL.
         keep: plan files: cells of none of them go; all cells stay if left out.
         failures: remove failed cells too, so that the next run tries them again.
+        old: remove what older versions of a method made, too; tables leave it out anyway.
         grace: leftovers younger than this many seconds may be in use and stay.
         dry_run: only say what would go.
     """
@@ -165,6 +168,7 @@ class BenchGc:
     store: str
     keep: tuple[Path, ...] = ()
     failures: Switch = False
+    old: Switch = False
     grace: float = 3600.0
     dry_run: Switch = False
     common: Annotated[Common, FLAT] = Common()

@@ -187,14 +187,20 @@ def table(command: BenchTable, screen: Screen) -> int:
     """Average over seeds."""
     from lustral.bench import exports, rows, summary
 
-    cells = rows.load_cells(Store(absolute(command.store)).open(create=False))
+    cells, by, note = rows.load_cells(Store(absolute(command.store)).open(create=False)), words(command.by), None
+    if command.old:
+        by = tuple(dict.fromkeys([*by, "outdated"]))
+    else:
+        cells, note = rows.without_outdated(cells)
     query = summary.Query(
-        by=words(command.by),
+        by=by,
         metrics=words(command.metric),
         where=read_filters(command.where),
         least_asr=command.least_asr,
     )
     found = summary.table(cells, query)
+    if note is not None:
+        found = dataclasses.replace(found, notes=(*found.notes, f"{note} --old shows them."))
     if command.out is not None:
         exports.write_summary(found, command.out)
         screen.show(f"Written to {command.out}")
@@ -208,7 +214,7 @@ def compare(command: BenchCompare, screen: Screen) -> int:
     """Compare two defences on the same victims."""
     from lustral.bench import comparison, exports, rows
 
-    cells = rows.load_cells(Store(absolute(command.store)).open(create=False))
+    cells, note = rows.without_outdated(rows.load_cells(Store(absolute(command.store)).open(create=False)))
     found = comparison.compare(
         cells,
         command.first,
@@ -219,7 +225,9 @@ def compare(command: BenchCompare, screen: Screen) -> int:
         seed=command.common.seed,
     )
     screen.show(*exports.comparison_lines(found))
-    screen.record({"schema": SCHEMA, **dataclasses.asdict(found)})
+    if note is not None:
+        screen.show(escape(note))
+    screen.record({"schema": SCHEMA, **dataclasses.asdict(found), "left_out": note})
     return 0
 
 
@@ -264,7 +272,7 @@ def gc(command: BenchGc, screen: Screen) -> int:
 
     store = Store(absolute(command.store)).open(create=False)
     keep = [open_grid([path]) for path in command.keep]
-    waste = upkeep.find_waste(store, keep=keep, failures=command.failures, grace_seconds=command.grace)
+    waste = upkeep.find_waste(store, keep=keep, failures=command.failures, old=command.old, grace_seconds=command.grace)
     for kind, key, title in waste.records:
         screen.show(f"{kind} {key[:12]} {escape(title)}")
     for path in waste.leftovers:
