@@ -301,7 +301,7 @@ def test_a_wrong_architecture_lists_what_differs(tmp_path: Path) -> None:
         load_model(tmp_path / "a.pt", arch="preact_resnet18:width=2", image_shape=SHAPE)
     first, missing, unexpected = str(caught.value).split("\n")
     assert "do not fit preact_resnet18:width=2; is it the right architecture?" in first
-    assert "missing: conv1.weight, blocks.0.bn1.weight" in missing
+    assert "missing: conv1.weight, layer1.0.bn1.weight" in missing
     assert missing.endswith("more")
     assert missing.count(",") == 8
     assert "unexpected: features.0.weight" in unexpected
@@ -402,3 +402,36 @@ def test_channels_last_weights_are_written(tmp_path: Path) -> None:
     save_model(tmp_path / "a.safetensors", model, arch=ARCH, image_shape=SHAPE)
     assert all(module.training for module in model.modules())
     assert_same(safetensors.torch.load_file(tmp_path / "a.safetensors"), model.network.state_dict())
+
+
+FLAT = "preact_resnet18_flat:width=2"
+
+
+@pytest.mark.parametrize("given", [None, "preact_resnet18:width=2"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_files_from_before_preact_resnet18_meant_the_published_network_still_open(
+    tmp_path: Path, given: str | None, conditioned: bool
+) -> None:
+    outer = "conditioned:blocks.7.conv1@" if conditioned else ""
+    model = small_model(outer + FLAT, SHAPE)
+    save_model(tmp_path / "old.safetensors", model, arch=f"{outer}preact_resnet18:width=2", image_shape=SHAPE)
+    loaded = load_model(tmp_path / "old.safetensors", arch=given and outer + given)
+    assert loaded.arch == outer + FLAT
+    images = torch.rand(3, *SHAPE)
+    assert torch.equal(loaded.model(images), model(images))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("final_norm", [0, 1])
+def test_one_name_opens_the_public_preact_resnet18_with_and_without_a_final_normalisation(
+    tmp_path: Path, final_norm: int, prefix: str
+) -> None:
+    full = "preact_resnet18:width=2" + final_norm * ",final_norm=1"
+    model = small_model(full, SHAPE)
+    torch.save({prefix + key: value for key, value in model.network.state_dict().items()}, tmp_path / "a.pth")
+    loaded = load_model(
+        tmp_path / "a.pth", arch="preact_resnet18:width=2", image_shape=SHAPE, mean=[0.0] * 3, std=[1.0] * 3
+    )
+    assert loaded.arch == full
+    images = torch.rand(3, *SHAPE)
+    assert torch.equal(loaded.model(images), model(images))

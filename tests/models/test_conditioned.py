@@ -16,7 +16,7 @@ from lustral.randomness import child
 
 SHAPE = (3, 12, 12)
 BASE = "preact_resnet18:width=4"
-LAYER = "blocks.7.conv1"
+LAYER = "layer4.1.conv1"
 
 
 def shaken(layer: str = LAYER, base: str = BASE) -> Classifier:
@@ -135,7 +135,7 @@ def test_a_file_keeps_the_filters_and_names_the_architecture(tmp_path: Path) -> 
     ("arch", "message"),
     [
         (f"conditioned:nowhere@{BASE}", "there is no 'nowhere'"),
-        (f"conditioned:blocks.7.norm1@{BASE}", "without groups"),
+        (f"conditioned:layer4.1.bn1@{BASE}", "without groups"),
         (f"conditioned:@{BASE}", "expected conditioned:LAYER@BASE"),
         (f"conditioned:{LAYER}", "expected conditioned:LAYER@BASE"),
         (5 * "conditioned:x@" + BASE, "at most 4 inside each other"),

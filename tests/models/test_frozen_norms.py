@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lustral.models import PreActResNet18
+from lustral.models import PreActResNet
 from lustral.models.frozen_norms import norms_as_products
 
 
@@ -49,7 +49,7 @@ def curvature(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def test_the_same_derivatives() -> None:
     torch.manual_seed(0)
-    model = PreActResNet18(10, width=4).double().eval()
+    model = PreActResNet(18, 10, width=4).double().eval()
     x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     expected = curvature(model, x)
     with norms_as_products(model):

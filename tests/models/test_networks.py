@@ -1,9 +1,9 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lustral.models
-from lustral.models import VGG, PreActResNet18, SmallCNN
+from lustral.models import VGG, FlatPreActResNet18, PreActResNet, SmallCNN
 
 
 def test_exports_are_sorted_and_importable() -> None:
@@ -15,7 +15,13 @@ def test_exports_are_sorted_and_importable() -> None:
 @pytest.mark.parametrize("size", [4, 8, 28, 32, 64])
 @pytest.mark.parametrize(
     "network",
-    [SmallCNN(5, in_channels=1, width=4), VGG(11, 5, in_channels=1, width=2), PreActResNet18(5, 1, width=2)],
+    [
+        SmallCNN(5, in_channels=1, width=4),
+        VGG(11, 5, in_channels=1, width=2),
+        PreActResNet(18, 5, 1, width=2),
+        PreActResNet(34, 5, 1, width=2, final_norm=True),
+        FlatPreActResNet18(5, 1, width=2),
+    ],
     ids=lambda network: type(network).__name__,
 )
 def test_maps_images_of_many_sizes_to_logits(network: nn.Module, size: int) -> None:
@@ -37,7 +43,43 @@ def test_vgg16_of_the_paper_has_its_14_7_million_convolution_parameters() -> Non
     assert sum(p.numel() for m in convolutions for p in m.parameters()) == 14_714_688
 
 
-@pytest.mark.parametrize("build", [lambda: VGG(12, 10), lambda: VGG(11, 10, width=0), lambda: SmallCNN(10, width=0)])
+def test_the_published_preact_resnet18_has_the_public_keys_and_its_last_block_adds_to_the_logits() -> None:
+    model = PreActResNet(18, 10)
+    state = model.state_dict()
+    blocks = [f"layer{group}.{index}" for group in range(1, 5) for index in range(2)]
+    norms = [f"{block}.bn{n}" for block in blocks for n in (1, 2)]
+    wanted = {
+        f"{name}.weight" for name in ["conv1", "linear"] + [f"{block}.conv{n}" for block in blocks for n in (1, 2)]
+    }
+    wanted |= {f"{norm}.{key}" for norm in norms for key in ("weight", "bias", "running_mean", "running_var")}
+    wanted |= {f"layer{group}.0.shortcut.0.weight" for group in (2, 3, 4)} | {"linear.bias"}
+    assert {key for key in state if not key.endswith("num_batches_tracked")} == wanted
+    assert sum(p.numel() for p in model.parameters()) == 11_171_146  # as BackdoorBench's
+    seen: list[Tensor] = []
+    model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model.eval()(torch.randn(2, 3, 32, 32))
+    assert torch.allclose(model.linear(seen[0].mean((2, 3))), logits, atol=1e-5)
+    assert bool((seen[0] < 0).any())  # nothing rectifies them on the way
+
+
+def test_the_three_forms_differ_by_keys_alone() -> None:
+    flat, normed = FlatPreActResNet18(7, width=2), PreActResNet(18, 7, width=2, final_norm=True)
+    normed.load_state_dict(dict(zip(normed.state_dict(), flat.state_dict().values(), strict=True)))
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.allclose(flat.eval()(images), normed.eval()(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: VGG(12, 10),
+        lambda: VGG(11, 10, width=0),
+        lambda: SmallCNN(10, width=0),
+        lambda: PreActResNet(19, 10),
+        lambda: PreActResNet(18, 10, width=0),
+        lambda: FlatPreActResNet18(10, width=0),
+    ],
+)
 def test_bad_arguments_are_refused(build: object) -> None:
     assert callable(build)
     with pytest.raises(ValueError, match=r"expected a (depth|width)"):

@@ -18,7 +18,12 @@ IMAGES = torch.rand(1, 3, 32, 32, generator=child(0))
 @pytest.mark.parametrize(
     ("arch", "late", "head"),
     [
-        ("preact_resnet18:width=4", "network.blocks.7.conv1", "network.linear"),
+        (
+            "preact_resnet18:width=4",
+            "network.layer4.1.conv1",
+            "network.linear",
+        ),  # the published place of Neural Polarizer
+        ("preact_resnet18_flat:width=4", "network.blocks.7.conv1", "network.linear"),
         ("vgg16_bn:width=4", "network.features.40", "network.linear"),
         ("small_cnn:width=4", "network.features.8", "network.linear"),
         ("torchvision:resnet18", "network.layer4.1.conv1", "network.fc"),
@@ -42,9 +47,8 @@ def test_norms_go_with_the_layer_whose_output_they_take() -> None:
     model = build_classifier("preact_resnet18:width=4", num_classes=4, image_shape=(3, 32, 32), generator=child(0))
     normed = trace(model, IMAGES).normed
     # before activation: the output of a block's first convolution is normalised, that of the second is added to the shortcut
-    assert normed == {f"network.blocks.{n}.conv1": f"network.blocks.{n}.bn2" for n in range(8)} | {
-        "network.conv1": "network.blocks.0.bn1"
-    }
+    blocks = [f"network.layer{group}.{index}" for group in range(1, 5) for index in range(2)]
+    assert normed == {f"{block}.conv1": f"{block}.bn2" for block in blocks} | {"network.conv1": f"{blocks[0]}.bn1"}
     resnet = torchvision.models.resnet18(num_classes=4)
     normed = trace(resnet, IMAGES).normed
     assert normed["layer1.0.conv2"] == "layer1.0.bn2"

@@ -97,8 +97,8 @@ def test_stages_end_where_the_maps_shrink() -> None:
     images = torch.rand(1, 3, 32, 32, generator=child(0))
     model = build_classifier("preact_resnet18:width=4", num_classes=4, image_shape=(3, 32, 32), generator=child(0))
     first, second, third = stage_ends(model, images)
-    assert (first, second) == ("network.blocks.3", "network.blocks.5")
-    assert third in ("network.blocks.7", "network.blocks")  # one tensor under two names
+    assert (first, second) == ("network.layer2.1", "network.layer3.1")
+    assert third in ("network.layer4.1", "network.layer4")  # one tensor under two names
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, patch_size=32)
     with pytest.raises(ValueError, match="use another method"):
         stage_ends(vit, images)

@@ -11,7 +11,7 @@ from lustral.models.build import NETWORKS, build_classifier
 from lustral.models.checkpoint import LoadedModel, load_model, save_model
 from lustral.models.classifier import Classifier, Normalise
 from lustral.models.conditioned import Conditioned, arch_of
-from lustral.models.preact_resnet import PreActResNet18
+from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.state_dicts import ModelFileError
 from lustral.models.vgg import VGG
@@ -24,10 +24,11 @@ __all__ = [
     "Classifier",
     "CodeRefusedError",
     "Conditioned",
+    "FlatPreActResNet18",
     "LoadedModel",
     "ModelFileError",
     "Normalise",
-    "PreActResNet18",
+    "PreActResNet",
     "SmallCNN",
     "arch_of",
     "build_classifier",

@@ -1,6 +1,8 @@
 """Build a classifier from the name of its architecture.
 
-* ``preact_resnet18``: PreAct-ResNet-18; ``preact_resnet18:width=16`` has 16 channels in its first group instead of 64;
+* ``preact_resnet18``, ``preact_resnet34``: PreAct-ResNets as in BackdoorBench; ``preact_resnet18:width=16`` has 16 channels in
+  its first group instead of 64, ``preact_resnet18:final_norm=1`` a batch normalisation and ReLU after the last block;
+* ``preact_resnet18_flat``: the latter under the keys that files of this library had before; takes a width;
 * ``small_cnn``: three convolutions, for digits and tests; takes the same option;
 * ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes the same option;
 * ``torchvision:NAME``: a classification network of torchvision, untrained, with torchvision's keys;
@@ -38,13 +40,15 @@ from lustral.models.architecture import (
 )
 from lustral.models.classifier import Classifier
 from lustral.models.conditioned import Conditioned
-from lustral.models.preact_resnet import PreActResNet18
+from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
 from lustral.randomness import child
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
-    "preact_resnet18": PreActResNet18,
+    "preact_resnet18": partial(PreActResNet, 18),
+    "preact_resnet34": partial(PreActResNet, 34),
+    "preact_resnet18_flat": FlatPreActResNet18,
     "small_cnn": SmallCNN,
     "vgg11_bn": partial(VGG, 11),
     "vgg13_bn": partial(VGG, 13),

@@ -30,6 +30,7 @@ from lustral.files import write_bytes_atomic
 from lustral.models.architecture import Architecture, ArchitectureError, CodeRefusedError, parse_architecture
 from lustral.models.build import build_classifier, build_network, count_logits
 from lustral.models.classifier import Classifier
+from lustral.models.preact_resnet import by_keys
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
     ModelFileError,
@@ -127,6 +128,7 @@ def load_model(
     recorded = _read_metadata(path, metadata)
 
     network = parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded)
+    network = by_keys(network, tensors)
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
