@@ -11,7 +11,7 @@ outer loss through d comes from the fixed point
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -143,8 +143,7 @@ class IBAU:
 
     def recipe(self, num_images: int) -> Trainer:
         """Return the outer trainer for a set, its rounds as epochs."""
-        fields = {name: getattr(self.trainer, name) for name in self.trainer.__dataclass_fields__}
-        return Trainer(**{**fields, "epochs": self.rounds}).stretched(num_images, self.least_steps)
+        return replace(self.trainer, epochs=self.rounds).stretched(num_images, self.least_steps)
 
     def universal(self, model: nn.Module, data: ImageSet, batch_size: int) -> Tensor:
         """Return d, (1, C, H, W): gradient descent from zero, in one pass over the set, away from what the model says."""
