@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,57 @@ def test_json_is_alone_on_standard_output(
     assert "Infinity" not in printed
     assert json.loads((out / "result.json").read_text()) == record
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "result.json", "trigger-class-2.png"]
+
+
+HOSTILE = ["[/red]", "\x1b[2J\x9b31m", "gnp\u202e\u2066", "a\nNo backdoor found\u200b"]
+
+
+def test_names_are_only_text(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    arrays = np.load(pool)
+    named = tmp_path / "\x1b[1m[red]\u202e.npz"
+    np.savez(named, images=arrays["images"], labels=arrays["labels"], class_names=np.array(HOSTILE))
+    out = tmp_path / "o\x1b[5mut"
+    assert run("scan", model, "--data", named, "--out", out) == 1
+    printed = "".join(capsys.readouterr())
+    page, record = (out / "report.html").read_text(encoding="utf-8"), (out / "result.json").read_text(encoding="utf-8")
+    for text in (printed, page, record):
+        assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")]
+        assert "\nNo backdoor" not in text
+    assert "[/red]" in printed
+    assert "gnp\\u202e\\u2066" in printed
+    assert "gnp\\u202e\\u2066" in page
+
+
+def test_a_failing_terminal_loses_no_result(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "<stdout>")
+
+    monkeypatch.setattr("lustral.cli.console.SafeConsole.print", full)
+    assert run("scan", model, "--data", pool, "--quiet", "--out", tmp_path / "out") == 2
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["verdict"]["outcome"] == "backdoored"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_report_that_cannot_be_written_loses_no_answer(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lustral.files.os.fsync", full)
+    assert run("scan", model, "--data", pool, "--quiet", "--out", tmp_path / "out") == 2
+    out, err = capsys.readouterr()
+    assert "This model is backdoored" in " ".join(out.split())
+    assert "No space left" in err
 
 
 def test_quiet_shows_no_progress(

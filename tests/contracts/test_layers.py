@@ -15,7 +15,7 @@ import lustral
 ROOT = Path(lustral.__file__).parent
 
 # A part may import the parts listed for it and nothing else of ours.
-FOUNDATIONS = {"protocols", "randomness", "files", "versions"}
+FOUNDATIONS = {"protocols", "randomness", "files", "versions", "characters"}
 MIDDLE = FOUNDATIONS | {"images", "models", "cost"}
 WORKING = MIDDLE | {"training", "evaluation"}
 METHODS = {"attacks", "inverters", "detectors", "purifiers"}
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "randomness": set(),
     "files": set(),
     "versions": set(),
+    "characters": set(),
     "settings": set(),
     "images": FOUNDATIONS,
     "cost": FOUNDATIONS,

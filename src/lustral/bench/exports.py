@@ -21,6 +21,7 @@ from rich.text import Text
 
 from lustral.bench.comparison import Comparison
 from lustral.bench.summary import EXTREMES, METRICS, Metric, Summary
+from lustral.characters import visible
 from lustral.files import write_bytes_atomic
 from lustral.settings import suggest
 
@@ -104,7 +105,7 @@ def cell_texts(summary: Summary) -> list[list[str]]:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:g}" if isinstance(value, float) else visible(" ".join(str(value).split()))
 
 
 def rich_table(summary: Summary, title: str | None = None) -> Table:
@@ -165,7 +166,8 @@ def to_csv(summary: Summary) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(summary.rows.column_names)
-    writer.writerows(row.values() for row in summary.rows.to_pylist())
+    for row in summary.rows.to_pylist():
+        writer.writerow([visible(value, keep="\n\t") if isinstance(value, str) else value for value in row.values()])
     return text.getvalue().encode()
 
 
@@ -237,7 +239,7 @@ LATEX = {
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    return "".join(LATEX.get(character, character) for character in visible(text))
 
 
 def _latex_row(texts: Sequence[str]) -> str:
@@ -245,4 +247,4 @@ def _latex_row(texts: Sequence[str]) -> str:
 
 
 def _markdown(text: str) -> str:
-    return "".join(f"\\{character}" if character in "\\|*_`<>[]" else character for character in text)
+    return "".join(f"\\{character}" if character in "\\|*_`<>[]" else character for character in visible(text))

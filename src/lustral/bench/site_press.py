@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 import lustral
 from lustral.bench.site_folder import FOLDERS
+from lustral.characters import visible
 
 SEPARATOR = "\x1f"  # ASCII's own; it has no business in a page
 
@@ -43,6 +44,7 @@ class Press:
             trim_blocks=True,
             lstrip_blocks=True,
             auto_reload=False,
+            finalize=shown,
         )
         self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links)
         self.environment.globals["site"] = {
@@ -79,6 +81,13 @@ class Press:
         self.size += len(data)
 
 
+def shown(value: Any) -> Any:
+    """Return what a template prints, with escapes for characters that a reader cannot see; markup of ours stays markup."""
+    if isinstance(value, Markup):
+        return Markup(visible(value, keep="\n\t"))
+    return visible(value, keep="\n\t") if isinstance(value, str) else value
+
+
 def table_cells(texts: Sequence[str]) -> Markup:
     """Return texts as cells of a table; escaped in one go, because the pages have a million of them.
 
@@ -95,10 +104,11 @@ def table_lines(texts: Sequence[str]) -> Markup:
     Markup('<td>98%<span class="soft">n = 9</span></td>')
     """
     first, *rest = texts
+    first = visible(first)
     small = _split(rest, '<span class="soft">', '</span><span class="soft">', "</span>") if rest else ""
     return Markup(f"<td>{escape(first)}{small}</td>")
 
 
 def _split(texts: Sequence[str], start: str, between: str, end: str) -> Markup:
-    joined = SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts)
+    joined = visible(SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts), keep=SEPARATOR)
     return Markup(start + str(escape(joined)).replace(SEPARATOR, between) + end)

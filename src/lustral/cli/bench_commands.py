@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lustral.bench.store import Kind, Store, StoreError
 from lustral.cli.bench_arguments import (
@@ -99,8 +99,7 @@ def run(command: BenchRun, screen: Screen) -> int:
     )
     if summary.failed:
         screen.show(
-            "Failed cells are kept with their tracebacks; --retry-failed tries them again: "
-            f"{escape(command.store)}/failures"
+            f"Failed cells are kept with their tracebacks; --retry-failed tries them again: {command.store}/failures"
         )
     if command.site is not None:
         write_pages(store, command.site, command.cards, grid.plan.name, screen)
@@ -164,17 +163,17 @@ def plan(command: BenchPlan, screen: Screen) -> int:
         store = Store(absolute(command.store)).open(create=False)
     whole, states = estimate(grid, store)
     kinds = {kind: [cell for cell in grid.cells if cell.kind == kind] for kind in ("victims", "results")}
-    shown = Table("", "cells", "done", "failed", "to do", title=f"Plan {escape(grid.plan.name)}")
+    shown = Table("", "cells", "done", "failed", "to do", title=f"Plan {grid.plan.name}")
     for kind, cells in kinds.items():
         counts = [sum(states[cell.key] == state for cell in cells) for state in ("done", "failed", "to do")]
         shown.add_row(kind, str(len(cells)), *map(str, counts))
     screen.show(shown)
     for reason, number in grid.excluded.items():
-        screen.show(f"{number} left out: {escape(reason)}")
+        screen.show(f"{number} left out: {reason}")
     if command.cells:
         listing = Table("state", "cell", "name")
         for cell in grid.cells:
-            listing.add_row(states[cell.key], escape(cell.title), cell.key[:12])
+            listing.add_row(states[cell.key], cell.title, cell.key[:12])
         screen.show(listing)
     screen.show(f"Remaining time: {remaining(whole.left, whole.seconds, whole.unknown)}.")
     cells_shown = [{"key": c.key, "kind": c.kind, "title": c.title, "state": states[c.key]} for c in grid.cells]
@@ -226,7 +225,7 @@ def compare(command: BenchCompare, screen: Screen) -> int:
     )
     screen.show(*exports.comparison_lines(found))
     if note is not None:
-        screen.show(escape(note))
+        screen.show(note)
     screen.record({"schema": SCHEMA, **dataclasses.asdict(found), "left_out": note})
     return 0
 
@@ -260,7 +259,7 @@ def verify(command: BenchVerify, screen: Screen) -> int:
     faults = [*report.faults]
     faults += [f"missing: {title}" for title in report.missing] + [f"failed: {title}" for title in report.failed]
     for fault in faults:
-        screen.show(f"[red]fault[/red] {escape(fault)}")
+        screen.show(flagged("fault", "red", fault))
     screen.show(f"{len(faults)} faults." if faults else "No fault.")
     screen.record({"schema": SCHEMA, **dataclasses.asdict(report)})
     return FAULTS if faults else 0
@@ -274,9 +273,9 @@ def gc(command: BenchGc, screen: Screen) -> int:
     keep = [open_grid([path]) for path in command.keep]
     waste = upkeep.find_waste(store, keep=keep, failures=command.failures, old=command.old, grace_seconds=command.grace)
     for kind, key, title in waste.records:
-        screen.show(f"{kind} {key[:12]} {escape(title)}")
+        screen.show(f"{kind} {key[:12]} {title}")
     for path in waste.leftovers:
-        screen.show(escape(path))
+        screen.show(path)
     if not command.dry_run:
         upkeep.remove_waste(store, waste)
     verb = "would go" if command.dry_run else "removed"
@@ -302,9 +301,9 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
             num_threads=stored["made"]["threads"],
             on_progress=on_progress,
         )
-    screen.show(escape(cell.title))
+    screen.show(cell.title)
     for line in found:
-        screen.show(f"[red]differs[/red] {escape(line)}")
+        screen.show(flagged("differs", "red", line))
     if not found:
         screen.show("The rates are the stored ones.")
     screen.record({"schema": SCHEMA, "key": cell.key, "metrics": again["metrics"], "differences": found})
@@ -319,8 +318,13 @@ def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen:
         report = None if on_step is None else lambda done, total: on_step("writing pages", done, total)
         summary = write_site(store, out, cards=cards, title=title, on_progress=report)
     for problem in summary.problems:
-        screen.show(f"[yellow]left out[/yellow] {escape(problem)}")
-    screen.show(f"Pages: {escape(str(out / 'index.html'))}")
+        screen.show(flagged("left out", "yellow", problem))
+    screen.show(f"Pages: {out / 'index.html'}")
+
+
+def flagged(word: str, colour: str, text: str) -> Text:
+    """Return a line that begins with a word in a colour."""
+    return Text.assemble((word, colour), f" {text}")
 
 
 def open_grid(paths: Sequence[Path], where: Sequence[str] = ()) -> Grid:

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from lustral.characters import visible
 from lustral.cli.console import Screen
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ class Board:
     def __enter__(self) -> Self:
         """Start the bars."""
         if not self._quiet and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=self._console)
             self._whole = self._bars.add_task("cells", total=self._total)
             self._now = self._bars.add_task("", total=None)
@@ -66,17 +72,20 @@ class Board:
         style = STYLES.get(event.state, "")
         clock = time.strftime("%H:%M:%S")
         self._console.print(
-            f"{clock} [{style}]{event.state}[/{style}] {self._settled}/{self._total} ", end="", highlight=False
+            Text.assemble(
+                f"{clock} ",
+                (event.state, style),
+                f" {self._settled}/{self._total} ",
+                visible(f"{event.cell.title}{took}{reason}"),
+            ),
+            soft_wrap=True,
         )
-        self._console.print(f"{event.cell.title}{took}{reason}", markup=False, highlight=False, soft_wrap=True)
 
     def report(self, cell: Cell, progress: protocols.Progress) -> None:
         """Show what the cell at work is doing."""
         text = f"{cell.title}: {progress.stage}"
         if self._bars is not None:
-            self._bars.update(self._now, description=escape(text), completed=progress.done, total=progress.total)
+            self._bars.update(self._now, description=text, completed=progress.done, total=progress.total)
         elif not self._quiet and time.monotonic() - self._last > LOG_SECONDS:
             self._last = time.monotonic()
-            self._console.print(
-                f"{text} {progress.done}/{progress.total}", markup=False, highlight=False, soft_wrap=True
-            )
+            self._console.print(Text(visible(f"{text} {progress.done}/{progress.total}")), soft_wrap=True)

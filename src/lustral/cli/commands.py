@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lustral import victims
@@ -99,14 +101,17 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     )
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
-    screen.show(verdict_table(verdict, names), finding_text(finding), cost_sentence(verdict.cost))
     record = {"schema": SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
-    if out is not None:
-        write_trigger_pictures(out, verdict, page.clean)
-        write_json_atomic(out / "result.json", record)
-        write_scan_report(out / "report.html", page)
-        screen.show(f"Report: {out / 'report.html'}")
-    screen.record(record)
+    shown: list[RenderableType] = [verdict_table(verdict, names), finding_text(finding), cost_sentence(verdict.cost)]
+    try:
+        if out is not None:
+            write_json_atomic(out / "result.json", record)
+            write_trigger_pictures(out, verdict, page.clean)
+            write_scan_report(out / "report.html", page)
+            shown.append(f"Report: {out / 'report.html'}")
+    finally:  # after the files, which a failing terminal must not lose; and without them, if they cannot be written
+        screen.show(*shown)
+        screen.record(record)
     return EXIT_CODES[verdict.outcome]
 
 
@@ -144,20 +149,25 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     accuracies = defender_accuracies(opened, model)
     record: dict[str, Any] = {"schema": SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
     record["purified"] = purified_record(purified)
+    shown: list[RenderableType] = []
     if purified.verdict is not None:
-        screen.show(verdict_table(purified.verdict, page.class_names))
-    screen.show(defender_table(accuracies, purified))
+        shown.append(verdict_table(purified.verdict, page.class_names))
+    shown.append(defender_table(accuracies, purified))
     if before is not None and after is not None:
         record |= {"before": before.to_dict(), "after": after.to_dict(), "change": compare(before, after)}
-        screen.show(
+        shown.append(
             metrics_table({"before": before, "after": after}, "Measured with the true trigger", record["change"])
         )
     finding = erase_finding(purified, purified.verdict, before, after, page.class_names)
-    screen.show(finding_text(finding), *purified.notes, cost_sentence(purified.cost))
-    write_json_atomic(out / "result.json", record)
-    write_erase_report(out / "report.html", page)
-    screen.show(f"Model: {out / 'model.safetensors'}", f"Report: {out / 'report.html'}")
-    screen.record(record)
+    shown += [finding_text(finding), *purified.notes, cost_sentence(purified.cost)]
+    shown.append(f"Model: {out / 'model.safetensors'}")
+    try:
+        write_json_atomic(out / "result.json", record)
+        write_erase_report(out / "report.html", page)
+        shown.append(f"Report: {out / 'report.html'}")
+    finally:
+        screen.show(*shown)
+        screen.record(record)
     return 0
 
 
@@ -228,9 +238,9 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
         ).model.to(device)
         after = columns["after"] = true_evaluation(victim, model, test, seed=seed)
         record |= {"model": str(command.model), "after": after.to_dict(), "change": compare(before, after)}
-    screen.show(metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
     if command.out is not None:
         write_json_atomic(prepare_folder(command.out) / "result.json", record)
+    screen.show(metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
     screen.record(record)
     return 0
 
@@ -239,13 +249,14 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     """Implant a backdoor in a digits model, find it, erase it, measure, show."""
     common, victim = command.common, command.out / "victim"
     aside = Screen(json=False, quiet=common.quiet, hidden=common.json)
-    aside.show("[bold]1. An attacker poisons the training set[/bold]: a white 3x3 corner means “3”.")
+    aside.show(Text.assemble(("1. An attacker poisons the training set", "bold"), ": a white 3x3 corner means “3”."))
     line = ["implant", "badnets", "--data", "digits", "--out", str(victim), "--target-label", "3", "--size", "3"]
     line += ["--seed", str(common.seed), "--device", common.device]
     attacking = parse(line)
     assert isinstance(attacking, Implant)
     implant(attacking, line, aside)
-    aside.show("[bold]2. The defender gets the model and some clean images[/bold], scans, erases, and scans again.")
+    second = "2. The defender gets the model and some clean images"
+    aside.show(Text.assemble((second, "bold"), ", scans, erases, and scans again."))
     suspect = Suspect(model=victim, data="digits", clean=command.clean)
     return erase(Erase(suspect=suspect, out=command.out, settings=BaEraser(), common=common), argv, screen)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
+from lustral.characters import visible
 from lustral.files import json_ready
 
 if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
@@ -19,6 +21,52 @@ if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
 
 
 WIDE = 160  # columns of a table that goes to a file or a pipe
+
+
+class SafeConsole(Console):
+    """A console on which names are only text: no markup, no emoji codes, no control characters, no direction of reading."""
+
+    def __init__(self, file: IO[str] | None = None, width: int | None = None) -> None:
+        """Write to ``file``; None is standard output."""
+        super().__init__(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as usual, but for characters that a terminal would obey or a reader not see."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text, keep="\n"), segment.style)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise the error on: the inherited method ends the process with 1, which means "backdoored"."""
+        raise
+
+
+class Forgiving:
+    """A stream for what is not the result: where it cannot be written, the work goes on without."""
+
+    def __init__(self, stream: Any) -> None:
+        """Wrap ``stream``, which may be None."""
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the stream."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError, AttributeError):  # closed, full, or never there
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Say whether it is a terminal."""
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(self._stream.isatty())
+        return False
 
 
 class RateColumn(ProgressColumn):
@@ -59,7 +107,7 @@ class StageLines:
         """Note one report."""
         if report.stage != self._stage:
             self._stage = report.stage
-            self._console.print(f"{report.stage} ...", markup=False, highlight=False)
+            self._console.print(f"{report.stage} ...")
 
 
 class Screen:
@@ -69,9 +117,10 @@ class Screen:
         """Take the two flags that decide what is shown; ``hidden`` shows progress only, ``wide`` fills no files with
         folded tables."""
         self._json, self._quiet, self._hidden = json, quiet, hidden
-        self._out, self._err = Console(), Console(stderr=True)
+        self._out: Console = SafeConsole()
+        self._err: Console = SafeConsole(file=Forgiving(sys.stderr))  # type: ignore[arg-type]
         if wide and not self._out.is_terminal:
-            self._out = Console(width=WIDE)
+            self._out = SafeConsole(width=WIDE)
 
     @property
     def aside(self) -> Console:
@@ -98,12 +147,13 @@ class Screen:
         """Print tables and sentences for people; nothing with --json."""
         if not self._json and not self._hidden:
             for part in parts:
-                self._out.print(part, soft_wrap=isinstance(part, str), highlight=False)
+                line = Text(visible(part)) if isinstance(part, str) else part
+                self._out.print(line, soft_wrap=isinstance(part, str))
 
     def record(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON, with --json only; numbers that are not finite become null."""
         if self._json:
-            sys.stdout.write(json.dumps(json_ready(content), indent=2, allow_nan=False) + "\n")
+            print(json.dumps(json_ready(content), indent=2, allow_nan=False))
 
     @contextmanager
     def progress(self) -> Iterator[protocols.OnProgress | None]:
@@ -114,7 +164,7 @@ class Screen:
             yield StageLines(self._err)
         else:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 RateColumn(),

@@ -1,19 +1,23 @@
-"""The entry point: one command, one exit code, one line for an error."""
+"""The entry point: one command, one exit code, one line for an error. Everything else is imported inside, so that an
+environment which cannot import it ends like any other error."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
-from lustral.cli.console import Screen
-from lustral.cli.parsing import HelpShown
+from lustral.characters import visible
+from lustral.cli.exits import abandon_output, exit_code, flush_output
 
-ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-EXPECTED = (ValueError, OSError, ArithmeticError, ImportError, MemoryError)
+
+class VisibleFormatter(logging.Formatter):
+    """Formats messages so that names in them command no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message; line breaks of tracebacks stay."""
+        return visible(super().format(record), keep="\n" if record.exc_info else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,40 +28,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; for ``scan`` 0 no backdoor found, 1 backdoored, 3 cannot tell; 2 an error, said in one
-        line on standard error; 130 interrupted.
+        line on standard error; 70 an error that was not foreseen, likewise; 130 interrupted; 141 nobody reads the output.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.DEBUG if "--debug" in words else logging.WARNING, format="%(message)s")
     try:
-        if words[:1] == ["bench"]:  # tables and pages start without torch
-            from lustral.cli.bench_commands import run_bench
-
-            return run_bench(words)
-        return run(words)
-    except HelpShown:
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ERROR
+        show_any_character()
+        handler = logging.StreamHandler()
+        handler.setFormatter(VisibleFormatter("%(message)s"))
+        logging.basicConfig(level=logging.DEBUG if "--debug" in words else logging.WARNING, handlers=[handler])
+        code = run(words)
+        flush_output()
+        return code
+    except BaseException as error:  # whatever escaped would end the process with 1, which means "backdoored"
+        code = exit_code(error, debug="--debug" in words)
+        abandon_output()
+        return code
 
 
-def is_expected(error: Exception) -> bool:
-    """Say whether an error is about what was given or the machine, not a defect of ours."""
-    name = type(error).__name__
-    return isinstance(error, EXPECTED) or name == "OutOfMemoryError" or type(error).__module__.startswith("lustral.")
+def show_any_character() -> None:
+    """Make output of characters that a terminal or pipe lacks an escape, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # replaced by something simpler, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run a command line of any command but ``bench`` and return its exit code."""
+    """Run a command line and return its exit code."""
+    if argv[:1] == ["bench"]:  # tables and pages start without torch
+        from lustral.cli.bench_commands import run_bench
+
+        return run_bench(argv)
     from lustral.cli import commands
     from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, parse
+    from lustral.cli.console import Screen
 
     if argv[:1] == ["erase"] and "--list" in argv:
         return commands.list_purifiers(Screen(json="--json" in argv, quiet=False))
@@ -77,16 +80,3 @@ def run(argv: Sequence[str]) -> int:
         case Demo():
             return commands.demo(command, argv, screen)
     raise AssertionError(f"no command for {command}")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message as one line that says what to do.
-
-    >>> one_line(OSError(28, "No space left on device", "out/report.html"))
-    'out/report.html: No space left on device; free some space or choose another --out'
-    """
-    if isinstance(error, OSError) and error.strerror:
-        advice = "; free some space or choose another --out" if error.errno == errno.ENOSPC else ""
-        return f"{error.filename}: {error.strerror}{advice}" if error.filename else f"{error.strerror}{advice}"
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines).replace(":; ", ": ") or type(error).__name__

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from lustral.cli.exits import HelpShown
+
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 FLAT = tyro.conf.arg(name="")  # the fields become flags without a prefix
 DESCRIPTIONS = {
@@ -21,10 +23,6 @@ BOX = "╭╮╰╯│─"  # what tyro draws around its messages
 
 class UsageError(ValueError):
     """The command line cannot be understood."""
-
-
-class HelpShown(Exception):
-    """The help was asked for and printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def interval(rate: Mapping[str, Any]) -> str:
     """Return a rate with its 95 % interval in percent, as ``Rate.to_dict`` gives it."""
     if rate["value"] is None:
         return percent(None)
-    return f"{percent(rate['value'])} \\[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    return f"{percent(rate['value'])} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def metrics_table(

@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
+from lustral.characters import visible
 from lustral.evaluation import Evaluation, Rate, compare
 from lustral.files import write_text_atomic
 from lustral.images import as_float, as_uint8
@@ -53,8 +54,9 @@ class ReportData:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of all classes; "class 3" where the set has none."""
-        return self.clean.class_names or tuple(f"class {label}" for label in range(self.clean.num_classes))
+        """The names of all classes, safe to show; "class 3" where the set has none."""
+        names = self.clean.class_names or tuple(f"class {label}" for label in range(self.clean.num_classes))
+        return tuple(visible(name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,7 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: visible(value, keep="\n") if isinstance(value, str) else value,
     )
     environment.filters.update(
         percent=wording.percent, pixels=wording.pixels, chance=wording.chance, number=wording.number
@@ -129,7 +132,7 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
     suspects = verdict.suspect_labels if verdict else ()
     return environment.get_template("report.html.j2").render(
         kind=kind,
-        title=data.title,
+        title=visible(data.title),
         finding=finding,
         is_erasure=purified is not None,
         names=names,
