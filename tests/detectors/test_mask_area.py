@@ -7,50 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 
 from lustral.detectors import MaskArea
-from lustral.detectors.mask_area import LEAST_SPREAD, MOST_SPREAD, ordinary_area, require_usable, smallness
+from lustral.detectors.mask_area import require_usable
 from lustral.inverters.mask_search import FoundMasks
 from lustral.protocols import ClassEvidence, DefenderView, ImageSet
 from lustral.randomness import child
 from toy import quick_detector, quick_inverter, toy_images
-
-
-def test_smallness_by_hand() -> None:
-    # larger ones 3, 3.5, 4: mean 3.5, deviation 0.5; the smallest lies 3 deviations below
-    anomaly, p = smallness([2.0, 3.0, 3.5, 4.0], 0)
-    assert anomaly == pytest.approx(3.0)
-    assert p == pytest.approx(float(stats.t.sf(3.0 / math.sqrt(4 / 3), df=2)))
-    assert p == pytest.approx(0.0608, abs=1e-3)
-
-
-def test_smallness_of_a_later_rank_leaves_the_smaller_ones_out() -> None:
-    assert smallness([-9.0, 1.0, 3.0, 4.0, 5.0], 1) == smallness([1.0, 3.0, 4.0, 5.0], 0)
-
-
-def test_smallness_has_a_least_spread_and_needs_three_others() -> None:
-    anomaly, _ = smallness([0.0, 1.0, 1.0, 1.0], 0)
-    assert anomaly == pytest.approx(1 / LEAST_SPREAD)
-    assert smallness([0.0, 5.0, 5.0], 0) == (0.0, 1.0)
-
-
-def test_smallness_keeps_its_promise_under_the_null() -> None:
-    draws = (3 + 0.4 * torch.randn(4000, 10, generator=child(0), dtype=torch.float64)).sort(1).values
-    # the smallest of ten against the other nine; corrected for ten labels, false alarms stay below the stated rate
-    alarms = sum(10 * smallness(row, 0)[1] <= 0.05 for row in draws.tolist()) / len(draws)
-    assert alarms < 0.06
-
-
-def test_an_ordinary_area_by_hand() -> None:
-    # log areas 3, 3.5, 4: mean 3.5, deviation 0.5
-    areas = [math.exp(v) for v in (3.0, 3.5, 4.0)]
-    bound = ordinary_area(areas, 0.05)
-    assert math.log(bound) == pytest.approx(3.5 - 0.5 * float(stats.t.isf(0.05, df=2)) * math.sqrt(4 / 3))
-    assert ordinary_area(areas, 0.5) == pytest.approx(math.exp(3.5))
-    assert smallness(sorted([math.log(bound), 3.0, 3.5, 4.0]), 0)[1] == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="at least two labels to compare with; got 1"):
-        ordinary_area([3.0], 0.05)
 
 
 def entry(label: int, area: float, p_value: float = 1.0, steps: int = 100) -> ClassEvidence:
@@ -199,11 +162,3 @@ def test_unusable_clean_sets_are_refused(indices: list[int], message: str) -> No
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         MaskArea(**wrong)
-
-
-def test_labels_that_are_hard_to_reach_do_not_hide_a_small_area() -> None:
-    tail = sorted(math.log(area) for area in (0.6, 16.4, 25.1, 37.7, 75.6, 113.3, 168.0, 207.3))
-    mean = sum(tail[1:]) / 7
-    anomaly, p = smallness(tail, 0)
-    assert anomaly == pytest.approx((mean - tail[0]) / MOST_SPREAD)
-    assert p < 0.001

@@ -2,9 +2,9 @@
 
 The evidence is that of Neural Cleanse (Wang et al., IEEE S&P 2019): the area of the smallest mask that sends held-out images
 to each label. Its rule, an anomaly index of 2, has no known false-alarm rate and flags benign models well above 5 % of the
-time. Here the null is explicit: in a benign model the logarithms of the areas are draws from one normal distribution. Each
-of the m smallest areas is tested against the labels that need more, with Student's prediction interval, corrected for the
-number of labels. The spread is bounded by what benign models show (``MOST_SPREAD``).
+time. Here the null is explicit: in a benign model the logarithms of the areas are draws from one normal distribution, of
+which a search that screens labels sees the smallest only. Each of the smallest third of the areas seen is tested against the
+labels that need more (``small_areas``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
-from scipy import stats
 from torch import Generator, Tensor
 
 from lustral.cost import CostMeter
+from lustral.detectors.small_areas import log_area, p_values, smallest_tested
 from lustral.images import check_holdout, require_usable, split
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.max_entropy import MaxEntropy
@@ -33,47 +34,7 @@ from lustral.protocols import (
 from lustral.randomness import fork
 from lustral.training import Precision, autocast, frozen
 
-LEAST_SPREAD = 0.15  # of log areas: two searches for one label differ by about this much
-MOST_SPREAD = 0.6  # of log areas: benign models measured 0.2 (CIFAR-10) to 0.45 (digits); labels that are hard to reach
-# make a long right tail, which says nothing about a small area and must not hide it
 LEAST_LABELS = 5  # with fewer successful searches no outlier test means anything
-
-
-def smallness(log_areas: Sequence[float], rank: int) -> tuple[float, float]:
-    """Test whether the ``rank``-th smallest of K log areas is too small to belong with the larger ones.
-
-    Args:
-        log_areas: finite logarithms of areas, sorted upwards.
-        rank: 0 is the smallest.
-
-    Returns:
-        (anomaly, p): distance below the mean of the larger ones in their standard deviations, and the one-sided
-        probability of that under Student's prediction interval, not corrected for the number of labels.
-    """
-    larger = log_areas[rank + 1 :]
-    if len(larger) < 3:
-        return 0.0, 1.0
-    mean = sum(larger) / len(larger)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in larger) / (len(larger) - 1))
-    anomaly = (mean - log_areas[rank]) / min(max(spread, LEAST_SPREAD), MOST_SPREAD)
-    return anomaly, float(stats.t.sf(anomaly / math.sqrt(1 + 1 / len(larger)), df=len(larger) - 1))
-
-
-def ordinary_area(areas: Sequence[float], rate: float) -> float:
-    """Return the area below which one more label of a benign model falls with probability ``rate``, under the null.
-
-    Args:
-        areas: finite areas of at least two ordinary labels, pixels.
-        rate: probability in (0, 0.5].
-    """
-    if len(areas) < 2:
-        raise ValueError(f"expected the areas of at least two labels to compare with; got {len(areas)}")
-    logs = [math.log(max(area, 1e-3)) for area in areas]
-    mean = sum(logs) / len(logs)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in logs) / (len(logs) - 1))
-    spread = min(max(spread, LEAST_SPREAD), MOST_SPREAD)
-    reach = float(stats.t.isf(rate, df=len(logs) - 1)) * math.sqrt(1 + 1 / len(logs))
-    return math.exp(mean - reach * spread)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +117,9 @@ class MaskArea:
         ]
         areas = found.areas.tolist()
         order = sorted(usable, key=lambda k: areas[k])
-        logs = [math.log(max(areas[k], 1e-3)) for k in order]
-        tests = {k: smallness(logs, rank) for rank, k in enumerate(order)}
+        # what was screened away needs a larger area, and so does what the search did not reach
+        anomalies, chances = p_values(np.array([log_area(areas[k]) for k in order]), len(found.labels))
+        tests = {k: (float(anomalies[rank]), float(chances[rank])) for rank, k in enumerate(order)}
         evidence = []
         for k, label in enumerate(found.labels):
             anomaly, p = tests.get(k, (0.0, 1.0))
@@ -168,7 +130,7 @@ class MaskArea:
                     attack_success_rate=success[k],
                     natural_rate=natural[k],
                     anomaly=anomaly,
-                    p_value=min(1.0, p * len(found.labels)),
+                    p_value=p,
                     entropy=math.nan,
                     steps=int(found.steps[k]),
                 )
@@ -180,9 +142,10 @@ class MaskArea:
         full = max(e.steps for e in evidence)
         usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)
         _, height, width = clean.image_shape
+        known = "" if len(usable) == len(evidence) else f"Only the {len(usable)} smallest are known. "
         null = (
-            "Null hypothesis: in a benign model the logarithms of the areas come from one normal distribution. Each small "
-            f"area is tested against the larger ones (Student's prediction interval, corrected for {len(evidence)} labels). "
+            f"Null hypothesis: in a benign model the logarithms of the areas come from one normal distribution. {known}Each "
+            f"small area is tested against the larger ones, corrected for {len(evidence)} labels. "
         )
         if len(usable) < LEAST_LABELS:
             return (
@@ -202,7 +165,7 @@ class MaskArea:
             )
         suspects: tuple[int, ...] = ()
         doubtful = False
-        for rank, e in enumerate(usable[: max(len(usable) // 3, 1)]):
+        for rank, e in enumerate(usable[: smallest_tested(len(usable))]):
             larger = torch.tensor([other.area for other in usable[rank + 1 :]])
             ratio = e.area / float(larger.quantile(0.5))
             if ratio > self.doubt_ratio:

@@ -153,8 +153,19 @@ class MaskSearch:
     def _screen(self, mask_logits: Tensor, success: Tensor, alive: Tensor) -> Tensor:
         """Keep the two thirds that need the smallest masks; a search that does not succeed yet counts as a larger mask."""
         need = mask_logits[alive].sigmoid().sum((1, 2, 3)) / success[alive].clamp_min(0.05)
-        keep = max(math.ceil(2 * len(alive) / 3), self.finalists)
-        return alive[need.argsort(stable=True)[:keep]].sort().values
+        return alive[need.argsort(stable=True)[: self._kept(len(alive))]].sort().values
+
+    def _kept(self, count: int) -> int:
+        """Return how many of ``count`` labels one screening keeps."""
+        return min(max(math.ceil(2 * count / 3), self.finalists), count)
+
+    def survivors(self, count: int) -> int:
+        """Return how many of ``count`` labels are searched to the end.
+
+        >>> [MaskSearch().survivors(count) for count in (10, 43, 200)]
+        [10, 20, 90]
+        """
+        return self._kept(self._kept(count)) if self.screening else count
 
     @staticmethod
     def _adam(

@@ -29,7 +29,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.cost import CostMeter
-from lustral.detectors.mask_area import MaskArea, ordinary_area
+from lustral.detectors.mask_area import MaskArea
+from lustral.detectors.small_areas import ordinary_area
 from lustral.images import check_holdout, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
 from lustral.purifiers.repair import fine_tuning_recipe
@@ -210,7 +211,7 @@ class BaEraser:
         """Alternate recovery and unlearning; return (model, history, selected entry, notes)."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
-        wanted = ordinary_area(other_areas(verdict, labels), self.ordinary_rate)
+        wanted = ordinary_area(other_areas(verdict, labels), self.ordinary_rate, len(verdict.evidence) - len(labels))
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
         if set(labels) != {trigger.target_label for trigger in bank}:
