@@ -25,7 +25,7 @@ from lustral.catalog import ATTACKS
 from lustral.evaluation.protocol import evaluate
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import Augment, as_float, as_uint8, channel_statistics
-from lustral.models import Classifier, build_classifier, load_model, save_model
+from lustral.models import Architecture, Classifier, build_classifier, load_model, save_model
 from lustral.protocols import (
     Assets,
     Attack,
@@ -99,7 +99,7 @@ def implant(
     train: ImageSet,
     test: ImageSet,
     *,
-    arch: str,
+    arch: str | Architecture,
     trainer: Trainer,
     seed: int,
     data_name: str,
@@ -165,7 +165,7 @@ def implant(
         "attack": NO_ATTACK if attack is None else attack_name(attack),
         "settings": settings,
         "data": data_name,
-        "arch": arch,
+        "arch": str(arch),
         "trainer": describe(recipe),
         "fine_tuned_from_clean": start is not None,
         "seed": seed,
@@ -227,8 +227,13 @@ def trigger_picture(victim: Victim, examples: ImageSet) -> bytes:
     return stamp_sheet(originals, triggered)
 
 
-def load_victim(folder: Path) -> Victim:
+def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = False) -> Victim:
     """Read a victim folder.
+
+    Args:
+        folder: as ``save_victim`` writes it.
+        arch: the model's architecture, instead of the recorded one; see ``load_model``.
+        allow_code: whether the recorded architecture may be Python code; see ``load_model``.
 
     Raises:
         VictimError: the folder does not hold a victim, or its record does not fit this version.
@@ -261,7 +266,7 @@ def load_victim(folder: Path) -> Victim:
         raise VictimError(
             f"{record_path}: settings do not fit the attack {name!r} on images of shape {image_shape} ({error})"
         ) from error
-    loaded = load_model(folder / "model.safetensors")
+    loaded = load_model(folder / "model.safetensors", arch=arch, allow_code=allow_code)
     return Victim(
         model=loaded.model,
         trigger=trigger,

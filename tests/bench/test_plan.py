@@ -22,11 +22,12 @@ from lustral.bench.grid import Cell, Grid, attack_label, default_arch, defence_l
 from lustral.bench.plan import Plan, PlanError, parse_plan, read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.store import content_key
+from lustral.bench.trust import Trust
 from lustral.catalog import ATTACKS
 from lustral.training import Trainer
 
 DIGITS: dict[str, Any] = {"name": "digits", "arch": ["small_cnn:width=8"]}
-SOURCES = Sources()  # the digits are read once
+SOURCES = Sources(trust=Trust(paths=True))  # the digits are read once
 
 
 def grid_of(**changes: Any) -> Grid:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lustral.images import Augment, channel_statistics, require_usable
 from lustral.models import Classifier, build_classifier
+from lustral.models.architecture import as_architecture
 from lustral.protocols import Assets, ImageSet, OnProgress
 from lustral.randomness import child
 from lustral.training import Trainer
@@ -53,7 +54,9 @@ class Surrogate:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and that the architecture has a name that could be built."""
+        if self.arch is not None:
+            as_architecture(self.arch)
         if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.crop_padding < 0:
             raise ValueError(
                 "expected epochs >= 1, batch_size >= 1, learning_rate > 0 and crop_padding >= 0; got "

@@ -19,7 +19,9 @@ import torch
 from lustral.bench.cells import SCHEMA, Workbench, made
 from lustral.bench.grid import Cell, Grid, facts
 from lustral.bench.plan import PlanError
+from lustral.bench.sources import Sources
 from lustral.bench.store import MODEL_FILE, Store, content_key
+from lustral.bench.trust import Trust
 from lustral.catalog import PURIFIERS
 from lustral.evaluation import Controls, Reactivation
 from lustral.models import load_model
@@ -113,6 +115,7 @@ def run_audits(
     settings: Reactivation,
     *,
     device: torch.device,
+    trust: Trust = Trust(),  # noqa: B008
     on_progress: Callable[[Audit], OnProgress | None] | None = None,
 ) -> Iterator[tuple[Audit, str, dict[str, Any] | None]]:
     """Make what is missing; yields each audit with "computed", "present", "busy" (another runner's) or "blocked" (no result).
@@ -122,9 +125,10 @@ def run_audits(
         store: where the results are and the audits go.
         settings: of the checks, as given to ``audits_of``.
         device: where to compute.
+        trust: what the plan may ask for.
         on_progress: makes the callback for one audit.
     """
-    bench = Workbench(store=store, device=device)
+    bench = Workbench(store=store, device=device, sources=Sources(trust=trust))
     shared: dict[tuple[str, str], Controls] = {}
     for audit in audits:
         if store.has("audits", audit.key):
@@ -165,7 +169,7 @@ def make(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
         path.write_bytes(bench.store.file(result, MODEL_FILE))
-        purified = load_model(path).model.to(bench.device)
+        purified = load_model(path, allow_code=bench.sources.trust.code).model.to(bench.device)
     source = bench.sources.open(spec["data"]["name"], spec["data"]["image_size"])
     train = bench.sources.training_set(spec["data"]["name"], spec["data"]["image_size"]).to(bench.device)
     assert source.test is not None

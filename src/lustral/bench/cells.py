@@ -31,7 +31,7 @@ from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.evaluation import Evaluation, compare, evaluate
 from lustral.files import json_ready
 from lustral.images import as_float, as_uint8, stratified_indices
-from lustral.models import Classifier, arch_of, load_model, save_model
+from lustral.models import Classifier, arch_of, load_model, parse_architecture, save_model
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, Purified, Verdict, Victim
 from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
@@ -85,7 +85,7 @@ class Workbench:
         store: where victims and assets are.
         device: where to compute.
         keep_models: put purified models into the outcome.
-        sources: data sets.
+        sources: data sets, and what stored specifications may ask for.
     """
 
     store: Store
@@ -99,8 +99,10 @@ class Workbench:
 
         Raises:
             CellError: the victim is not in the store.
+            TrustError: the specification asks for code or for data that are not allowed; see ``Sources.trust``.
             Exception: whatever the method raises.
         """
+        self.sources.trust.require(cell.spec)
         started = time.perf_counter()
         if cell.kind == "victims":
             record, files = self._train(cell, on_progress)
@@ -127,7 +129,7 @@ class Workbench:
             except KeyError as error:
                 raise CellError(f"the victim {key[:12]} is not in the store; run the plan from its start") from error
             with self.store.as_folder(record) as folder:
-                loaded = load_victim(folder)
+                loaded = load_victim(folder, allow_code=self.sources.trust.code)
             self._victim = key, dataclasses.replace(loaded, model=loaded.model.to(self.device))
         return self._victim[1]
 
@@ -155,7 +157,7 @@ class Workbench:
             None if method == NO_ATTACK else build(ATTACKS[method], spec["attack"]["settings"]),
             train,
             self._test(spec),
-            arch=spec["arch"],
+            arch=parse_architecture(spec["arch"], allow_code=self.sources.trust.code),
             trainer=build(Trainer, spec["trainer"]),
             seed=spec["seed"],
             data_name=data["name"],
@@ -253,13 +255,14 @@ class Workbench:
         if MODEL_FILE not in record["files"]:
             return None
         spec = record["spec"]
+        self.sources.trust.require(spec)
         if record["kind"] == "victim":
             return self.evaluate(self.victim(record["key"]), None, spec)
         victim = self.victim(record["victim_key"])
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL_FILE
             path.write_bytes(self.store.file(record, MODEL_FILE))
-            model = load_model(path).model.to(self.device)
+            model = load_model(path, allow_code=self.sources.trust.code).model.to(self.device)
         return self.evaluate(victim, model, spec["victim"])
 
 

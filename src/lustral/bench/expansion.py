@@ -14,8 +14,9 @@ from typing import Any
 from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, result_spec, victim_spec
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
+from lustral.bench.trust import TrustError
 from lustral.catalog import ATTACKS
-from lustral.models import build_classifier
+from lustral.models import build_classifier, parse_architecture
 from lustral.randomness import child
 from lustral.settings import SettingsError, build, describe, merge, suggest
 from lustral.sources import DataSource, SourceError
@@ -29,7 +30,7 @@ def expand(plan: Plan, sources: Sources) -> Grid:
 
     Args:
         plan: the plan.
-        sources: opens each data set once.
+        sources: opens each data set once; its ``trust`` is for what the plan may ask for.
 
     Raises:
         PlanError: unknown methods or settings, data sets that are not there, poison rates or budgets that are impossible;
@@ -106,6 +107,11 @@ class _Expansion:
                     self.complain(f"{where}: {name} is among its settings and in {name}s; take one of them away")
                 rate = self.rates(entry, settings)[0]
                 trial = settings if rate is None else {**settings, "poison_rate": rate}
+            try:
+                self.sources.trust.require_code(settings)
+            except TrustError as error:
+                self.complain(f"{where}: {error}")
+                continue
             if entry.method != NO_ATTACK:
                 try:
                     built = build(catalog[entry.method], trial)
@@ -152,7 +158,7 @@ class _Expansion:
         try:
             source = self.sources.open(data.name, data.image_size)
             self.sources.training_set(data.name, data.image_size)
-        except (SourceError, OSError) as error:
+        except (SourceError, TrustError, OSError) as error:
             self.complain(f"data {data.name}: {' '.join(str(error).splitlines())}")
             return None
         if source.test is None:
@@ -165,8 +171,12 @@ class _Expansion:
         found: dict[str, dict[str, int]] = {}
         for arch in data.arch or [default_arch(data.name)]:
             try:
+                self.sources.trust.require_code(arch)
                 classifier = build_classifier(
-                    arch, num_classes=source.train.num_classes, image_shape=source.train.image_shape, generator=child(0)
+                    parse_architecture(arch, allow_code=self.sources.trust.code),
+                    num_classes=source.train.num_classes,
+                    image_shape=source.train.image_shape,
+                    generator=child(0),
                 )
             except (ValueError, ImportError, OSError) as error:
                 self.complain(f"data {data.name}: arch {arch!r}: {' '.join(str(error).splitlines())}")

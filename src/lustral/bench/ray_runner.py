@@ -17,12 +17,16 @@ import torch
 from lustral.bench.cells import Workbench, failure
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, OnEvent, Summary, run_cell, threads, wait_for
+from lustral.bench.sources import Sources
 from lustral.bench.store import Store
+from lustral.bench.trust import Trust
 from lustral.protocols import Progress
 
 POLL_SECONDS = 0.5  # between looks at what the workers report
 RETRIES = 3  # times that a task is started again after its worker died
-_benches: dict[tuple[str, str, bool], Workbench] = {}  # of a worker process: it keeps data sets and the last victim
+_benches: dict[
+    tuple[str, str, bool, Trust], Workbench
+] = {}  # of a worker process: it keeps data sets and the last victim
 
 
 class RayError(RuntimeError):
@@ -38,13 +42,21 @@ def _import_ray() -> Any:
 
 
 def work(
-    url: str, fields: Mapping[str, Any], device_name: str, num_threads: int, keep_models: bool, retry: bool, board: Any
+    url: str,
+    fields: Mapping[str, Any],
+    device_name: str,
+    num_threads: int,
+    keep_models: bool,
+    retry: bool,
+    trust: Trust,
+    board: Any,
 ) -> tuple[str, float, str | None]:
     """Do one cell in a worker process; returns (state, seconds, error)."""
     cell = Cell.of(fields["spec"], attack=fields["attack"], defence=fields["defence"])
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     bench = _benches.setdefault(
-        (url, str(device), keep_models), Workbench(store=Store(url), device=device, keep_models=keep_models)
+        (url, str(device), keep_models, trust),
+        Workbench(store=Store(url), device=device, keep_models=keep_models, sources=Sources(trust=trust)),
     )
 
     def report(progress: Progress) -> None:
@@ -79,6 +91,7 @@ def run_on_ray(
     address: str,
     device: str = "auto",
     retry_failed: bool = False,
+    trust: Trust = Trust(),  # noqa: B008
     on_event: OnEvent | None = None,
     on_progress: Callable[[Cell, Progress], None] | None = None,
 ) -> Summary:
@@ -91,6 +104,7 @@ def run_on_ray(
             has already joined is used as it is.
         device: of the workers; "auto" is a GPU where Ray gives one.
         retry_failed: try cells again that have failed before.
+        trust: what the plan may ask for.
         on_event: told what became of each cell.
         on_progress: told what the cells at work report.
 
@@ -102,7 +116,7 @@ def run_on_ray(
     if not joined:
         _join(ray, address)
     try:
-        return _run(ray, grid, store, device, retry_failed, on_event, on_progress)
+        return _run(ray, grid, store, device, retry_failed, trust, on_event, on_progress)
     finally:
         if not joined:
             ray.shutdown()
@@ -133,6 +147,7 @@ def _run(
     store: Store,
     device: str,
     retry_failed: bool,
+    trust: Trust,
     on_event: OnEvent | None,
     on_progress: Callable[[Cell, Progress], None] | None,
 ) -> Summary:
@@ -155,7 +170,7 @@ def _run(
             continue
         fields = {"spec": cell.spec, "attack": cell.attack, "defence": cell.defence}
         before = of_victim.get(cell.victim_key or "")
-        settings = (store.url, fields, device, plan.threads, plan.keep_models, retry_failed, board)
+        settings = (store.url, fields, device, plan.threads, plan.keep_models, retry_failed, trust, board)
         reference = task.options(name=cell.title).remote(before, *settings)
         running[reference] = cell
         if cell.kind == "victims":

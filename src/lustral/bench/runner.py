@@ -16,7 +16,9 @@ import torch
 
 from lustral.bench.cells import Workbench, failure
 from lustral.bench.grid import Cell, Grid
+from lustral.bench.sources import Sources
 from lustral.bench.store import Store
+from lustral.bench.trust import Trust
 from lustral.protocols import OnProgress, Progress
 
 State = Literal["computed", "present", "failed", "blocked", "busy"]
@@ -106,6 +108,7 @@ def run_local(
     *,
     device: torch.device,
     retry_failed: bool = False,
+    trust: Trust = Trust(),  # noqa: B008
     on_event: OnEvent | None = None,
     on_progress: Callable[[Cell, Progress], None] | None = None,
 ) -> Summary:
@@ -118,10 +121,11 @@ def run_local(
         store: where they go.
         device: where to compute.
         retry_failed: try cells again that have failed before.
+        trust: what the plan may ask for.
         on_event: told what became of each cell.
         on_progress: told what the cell at work reports.
     """
-    bench = Workbench(store=store, device=device, keep_models=grid.plan.run.keep_models)
+    bench = Workbench(store=store, device=device, keep_models=grid.plan.run.keep_models, sources=Sources(trust=trust))
     states: dict[str, State] = {}
 
     def settle(event: Event) -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lustral.bench.trust import Trust
 from lustral.protocols import ImageSet
 from lustral.sources import DataSource, load_source
 
 
 @dataclass
 class Sources:
-    """Opens data sets by name and keeps them."""
+    """Opens data sets and keeps them.
 
+    Attributes:
+        trust: what may be opened besides known names.
+    """
+
+    trust: Trust = field(default_factory=Trust)
     _open: dict[tuple[str, int | None], DataSource] = field(default_factory=dict)
     _train: dict[tuple[str, int | None], ImageSet] = field(default_factory=dict)
 
     def open(self, name: str, image_size: int | None) -> DataSource:
-        """Return a data set; see ``load_source`` for the errors."""
+        """Return a data set; see ``Trust.require_data`` and ``load_source`` for the errors."""
+        self.trust.require_data(name)
         if (name, image_size) not in self._open:
             self._open[name, image_size] = load_source(name, image_size=image_size)
         return self._open[name, image_size]

@@ -13,7 +13,9 @@ from lustral.bench.cells import Workbench, brief
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.rows import age_of
 from lustral.bench.runner import threads
+from lustral.bench.sources import Sources
 from lustral.bench.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
+from lustral.bench.trust import Trust
 from lustral.evaluation import Evaluation, Rate, compare
 from lustral.protocols import OnProgress
 from lustral.randomness import child
@@ -49,6 +51,7 @@ def verify(
     sample: int = 3,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),  # noqa: B008
+    trust: Trust = Trust(),  # noqa: B008
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Check a store: checksums, names, references, counts against a plan, and a sample of cells measured again.
@@ -59,7 +62,11 @@ def verify(
         sample: how many cells with kept weights to measure again.
         seed: draws the sample.
         device: where to measure.
+        trust: what the store may ask for.
         on_step: called with (what, done, total).
+
+    Raises:
+        TrustError: models are to be measured again, and a record with kept weights asks for code that is not allowed.
     """
     if sample < 0:
         raise ValueError(f"expected a sample of 0 models or more; got {sample}")
@@ -96,6 +103,7 @@ def verify(
         sample,
         seed,
         device,
+        trust,
         on_step,
     )
     return report
@@ -161,12 +169,15 @@ def _measure_sample(
     sample: int,
     seed: int,
     device: torch.device,
+    trust: Trust,
     on_step: Callable[[str, int, int], None] | None,
 ) -> None:
     """Measure some models again from their weights and compare with what was written down."""
     kept = [record for record in records if MODEL_FILE in record["files"]]
+    for record in kept if sample else []:
+        trust.require_code(record["spec"])
     order = torch.randperm(len(kept), generator=child(seed, "verify"))[:sample].tolist()
-    bench = Workbench(store=store, device=device)
+    bench = Workbench(store=store, device=device, sources=Sources(trust=trust))
     for number, index in enumerate(order, 1):
         record = kept[index]
         if on_step is not None:
@@ -316,12 +327,19 @@ def _likenesses(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def repeat(
-    cell: Cell, store: Store, *, device: torch.device, num_threads: int, on_progress: OnProgress | None = None
+    cell: Cell,
+    store: Store,
+    *,
+    device: torch.device,
+    num_threads: int,
+    trust: Trust = Trust(),  # noqa: B008
+    on_progress: OnProgress | None = None,
 ) -> tuple[Mapping[str, Any], list[str]]:
     """Do a stored cell again without writing it; returns the new record and how its rates differ from the stored one.
 
     Raises:
         StoreError: other versions of its method made it than this library has.
+        TrustError: its specification asks for code or data that ``trust`` does not allow.
     """
     stored = store.read(cell.kind, cell.key)
     reason = age_of(stored["spec"])
@@ -330,7 +348,8 @@ def repeat(
             f"{cell.title} ({cell.key[:12]}) was made by older versions ({reason}); this one makes another cell"
         )
     with threads(num_threads):
-        record = Workbench(store=store, device=device).do(cell, on_progress).record
+        bench = Workbench(store=store, device=device, sources=Sources(trust=trust))
+        record = bench.do(cell, on_progress).record
     found = []
     for when, metrics in stored["metrics"].items():
         again = record["metrics"].get(when, {})

@@ -28,7 +28,8 @@ class FileFormat:
     """How to read a model file that does not say so itself; those of lustral do.
 
     Attributes:
-        arch: architecture: preact_resnet18:width=16, torchvision:resnet18, timm:NAME, or FILE.py:function.
+        arch: architecture: preact_resnet18:width=16, torchvision:resnet18, timm:NAME, or FILE.py:function, which runs
+            that file.
         mean: per channel, what the network subtracts from pixels in [0, 1].
         std: per channel, what the network then divides by.
     """
@@ -71,7 +72,8 @@ class Implant(Generic[Settings]):
         attack: what poisons the training set.
         data: training and test images: a name, an .npz or .parquet file, or an image folder, with a test set.
         out: folder to write the victim to.
-        arch: architecture; small_cnn for digits and preact_resnet18:width=16 for the rest if left out.
+        arch: architecture; small_cnn for digits and preact_resnet18:width=16 for the rest if left out. FILE.py:function
+            runs that file.
         start: fine-tune this clean model (a file or folder) instead of training new weights.
         assets: folder that keeps surrogates, encoders and patterns for the next victim; a benchmark's store will do.
         list: explain each attack in a line.
@@ -135,7 +137,7 @@ class Evaluate:
     Attributes:
         victim: folder that `lustral implant` wrote.
         model: model file after a defence.
-        data: data set with a test split; the one the victim was made from if left out.
+        data: data set with a test split; the one the victim was made from if left out, where that has a known name.
         out: folder for result.json.
         format: how to read the model file.
     """

@@ -13,6 +13,19 @@ from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What plans and stores may ask for besides computing.
+
+    Attributes:
+        allow_code: build architectures FILE.py:function that a plan or a store names: this runs those files.
+        allow_paths: open data that a plan or a store names by a path, or that torchvision downloads; else names alone.
+    """
+
+    allow_code: Switch = False
+    allow_paths: Switch = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchRun:
     """Compute the cells of plans that the store does not have. Killed or interrupted, the same line goes on.
 
@@ -35,6 +48,7 @@ class BenchRun:
     where: tuple[str, ...] = ()
     shard: str = "1/1"
     retry_failed: Switch = False
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -51,6 +65,7 @@ class BenchAudit:
     plans: tyro.conf.Positional[tuple[Path, ...]]
     store: str
     where: tuple[str, ...] = ()
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -69,6 +84,7 @@ class BenchPlan:
     store: str | None = None
     where: tuple[str, ...] = ()
     cells: Switch = False
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -149,6 +165,7 @@ class BenchVerify:
     store: str
     plan: Path | None = None
     sample: int = 3
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -171,6 +188,7 @@ class BenchGc:
     old: Switch = False
     grace: float = 3600.0
     dry_run: Switch = False
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -185,6 +203,7 @@ class BenchRepeat:
 
     key: tyro.conf.Positional[str]
     store: str
+    allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
 

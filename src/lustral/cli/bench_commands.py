@@ -13,6 +13,7 @@ from rich.text import Text
 from lustral.bench.store import Kind, Store, StoreError
 from lustral.cli.bench_arguments import (
     Action,
+    Allowed,
     BenchAudit,
     BenchCompare,
     BenchGc,
@@ -30,6 +31,7 @@ from lustral.cli.parsing import UsageError
 
 if TYPE_CHECKING:
     from lustral.bench.grid import Grid
+    from lustral.bench.trust import Trust
 
 SCHEMA = 1
 FAULTS = 1  # exit code of ``verify`` and ``repeat``
@@ -64,7 +66,8 @@ def run_bench(argv: Sequence[str]) -> int:
 def run(command: BenchRun, screen: Screen) -> int:
     """Compute what is missing; exit code 1 if cells failed."""
     index, count = read_shard(command.shard)
-    grid = open_grid(command.plans, command.where).shard(index, count)
+    trust = trusted(command.allowed)
+    grid = open_grid(command.plans, command.where, trust=trust).shard(index, count)
     from lustral.bench.runner import run_local
     from lustral.cli.opening import pick_device
 
@@ -77,6 +80,7 @@ def run(command: BenchRun, screen: Screen) -> int:
                 store,
                 device=device,
                 retry_failed=command.retry_failed,
+                trust=trust,
                 on_event=board.settle,
                 on_progress=board.report,
             )
@@ -89,6 +93,7 @@ def run(command: BenchRun, screen: Screen) -> int:
                 address=command.ray,
                 device=command.common.device,
                 retry_failed=command.retry_failed,
+                trust=trust,
                 on_event=board.settle,
                 on_progress=board.report,
             )
@@ -114,7 +119,8 @@ def audit(command: BenchAudit, screen: Screen) -> int:
     from lustral.evaluation import Reactivation
 
     settings = Reactivation()
-    grid = open_grid(command.plans)
+    trust = trusted(command.allowed)
+    grid = open_grid(command.plans, trust=trust)
     chosen = {cell.key for cell in grid.where(read_filters(command.where)).cells}
     audits = [each for each in audits_of(grid, settings) if each.result.key in chosen]
     store = Store(absolute(command.store)).open(create=False)
@@ -132,7 +138,12 @@ def audit(command: BenchAudit, screen: Screen) -> int:
     counts, rows = dict.fromkeys(("computed", "present", "busy", "blocked"), 0), []
     with screen.progress() as on_progress:
         found = run_audits(
-            audits, store, settings, device=pick_device(command.common.device), on_progress=lambda _: on_progress
+            audits,
+            store,
+            settings,
+            device=pick_device(command.common.device),
+            trust=trust,
+            on_progress=lambda _: on_progress,
         )
         for each, state, record in found:
             counts[state] += 1
@@ -155,7 +166,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
 
 def plan(command: BenchPlan, screen: Screen) -> int:
     """Show what a plan holds and how much of it is done."""
-    grid = open_grid(command.plans, command.where)
+    grid = open_grid(command.plans, command.where, trust=trusted(command.allowed))
     from lustral.bench.upkeep import estimate
 
     store = None
@@ -244,7 +255,7 @@ def verify(command: BenchVerify, screen: Screen) -> int:
     from lustral.cli.opening import pick_device
 
     store = Store(absolute(command.store)).open(create=False)
-    grid = None if command.plan is None else open_grid([command.plan])
+    grid = None if command.plan is None else open_grid([command.plan], trust=trusted(command.allowed))
     with screen.steps() as on_step:
         report = upkeep.verify(
             store,
@@ -252,6 +263,7 @@ def verify(command: BenchVerify, screen: Screen) -> int:
             sample=command.sample,
             seed=command.common.seed,
             device=pick_device(command.common.device),
+            trust=trusted(command.allowed),
             on_step=on_step,
         )
     counted = ", ".join(f"{number} {kind}" for kind, number in report.records.items())
@@ -270,7 +282,7 @@ def gc(command: BenchGc, screen: Screen) -> int:
     from lustral.bench import upkeep
 
     store = Store(absolute(command.store)).open(create=False)
-    keep = [open_grid([path]) for path in command.keep]
+    keep = [open_grid([path], trust=trusted(command.allowed)) for path in command.keep]
     waste = upkeep.find_waste(store, keep=keep, failures=command.failures, old=command.old, grace_seconds=command.grace)
     for kind, key, title in waste.records:
         screen.show(f"{kind} {key[:12]} {title}")
@@ -299,6 +311,7 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
             store,
             device=pick_device(command.common.device),
             num_threads=stored["made"]["threads"],
+            trust=trusted(command.allowed),
             on_progress=on_progress,
         )
     screen.show(cell.title)
@@ -327,14 +340,21 @@ def flagged(word: str, colour: str, text: str) -> Text:
     return Text.assemble((word, colour), f" {text}")
 
 
-def open_grid(paths: Sequence[Path], where: Sequence[str] = ()) -> Grid:
+def trusted(allowed: Allowed) -> Trust:
+    """Return what the flags allow."""
+    from lustral.bench.trust import Trust
+
+    return Trust(code=allowed.allow_code, paths=allowed.allow_paths)
+
+
+def open_grid(paths: Sequence[Path], where: Sequence[str] = (), *, trust: Trust | None = None) -> Grid:
     """Read plans and turn them into cells, or into those that ``--where`` admits."""
     from lustral.bench.expansion import expand
     from lustral.bench.grid import Grid
     from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
 
-    sources = Sources()
+    sources = Sources() if trust is None else Sources(trust=trust)
     if not paths:
         raise UsageError("expected at least one plan file, e.g. benchmarks/plans/toy.toml")
     return Grid.joined([expand(read_plan(path), sources) for path in paths]).where(read_filters(where))

@@ -41,7 +41,7 @@ from lustral.purifiers import BaEraser
 from lustral.randomness import child
 from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
 from lustral.report.findings import erase_finding, scan_finding
-from lustral.sources import load_source
+from lustral.sources import load_source, source_names
 
 SCHEMA = 1
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
@@ -213,7 +213,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     """Measure a victim with its true trigger, and the model after a defence beside it."""
     device, seed = pick_device(command.common.device), command.common.seed
     victim = victims.load_victim(command.victim)
-    data = command.data or victim.provenance["data"]
+    data = command.data or named_data(victim)
     test = require_test_set(load_source(data)).to(device)
     expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
     if expected != (test.num_classes, test.image_shape):
@@ -243,6 +243,21 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     screen.show(metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
     screen.record(record)
     return 0
+
+
+def named_data(victim: Victim) -> str:
+    """Return the name of the data set that a victim was made from.
+
+    Raises:
+        VictimError: it was a path or a download; a file does not choose what is read.
+    """
+    data = victim.provenance["data"]
+    if data not in source_names():
+        raise victims.VictimError(
+            f"the victim was made from {str(data)[:200]!r}, which is no known name ({', '.join(source_names())}); a victim "
+            "folder opens no path and starts no download by itself: pass it as --data"
+        )
+    return str(data)
 
 
 def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:

@@ -105,7 +105,7 @@ def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened
         image_shape=clean.image_shape,
         **vars(suspect.format),
     )
-    victim = load_victim(suspect.model) if suspect.model.is_dir() else None
+    victim = load_victim(suspect.model, arch=suspect.format.arch) if suspect.model.is_dir() else None
     view = DefenderView(model=loaded.model.to(device), clean=clean.to(device))
     return Opened(loaded=loaded, view=view, source=source, victim=victim)
 

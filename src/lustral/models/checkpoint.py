@@ -96,6 +96,7 @@ def load_model(
     image_shape: tuple[int, int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    allow_code: bool = False,
 ) -> LoadedModel:
     """Open a file of weights without running anything in it, and build its classifier.
 
@@ -112,6 +113,8 @@ def load_model(
         image_shape: (C, H, W) of the images; needed where the file does not tell.
         mean: per channel on the [0, 1] scale, as the model was trained; None: as recorded, else 0.
         std: per channel on the [0, 1] scale, as the model was trained; None: as recorded, else 1.
+        allow_code: whether the recorded architecture may be Python code, which is then run. Only for files whose writer is
+            known: the file chooses what runs.
 
     Raises:
         ModelFileError: the file is missing, damaged, not weights, would need to run code, holds NaN or infinite
@@ -127,7 +130,9 @@ def load_model(
     check_tensors(path, tensors)
     recorded = _read_metadata(path, metadata)
 
-    network = parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded)
+    network = (
+        parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded, allow_code=allow_code)
+    )
     network = by_keys(network, tensors)
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
@@ -319,11 +324,11 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> _Recorded:
     return recorded
 
 
-def _recorded_arch(path: Path, recorded: _Recorded) -> Architecture:
+def _recorded_arch(path: Path, recorded: _Recorded, *, allow_code: bool) -> Architecture:
     if recorded.arch is None:
         raise ModelFileError(f"{path}: the file does not say which architecture it is; pass arch (--arch)")
     try:
-        return parse_architecture(recorded.arch, allow_code=False)
+        return parse_architecture(recorded.arch, allow_code=allow_code)
     except CodeRefusedError as error:
         raise ModelFileError(
             f"{path}: its architecture is recorded as {recorded.arch[:200]!r}, which is Python code and is not run because "
