@@ -12,7 +12,7 @@ import torch
 from lustral.attacks import BadNets
 from lustral.protocols import DefenderView, Victim
 from lustral.victims import implant
-from toy import toy_images, toy_trainer
+from toy import clean_images, toy_images, toy_trainer
 
 # One thread for each worker of pytest-xdist and for the processes that tests start: a second one costs on networks this small.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -60,13 +60,13 @@ def benign() -> Victim:
 @pytest.fixture
 def toy_view(backdoored: Victim) -> DefenderView:
     """What a defender of the backdoored toy network has: 280 clean images it was not trained on."""
-    return DefenderView(model=backdoored.model, clean=toy_images(280, seed=2))
+    return DefenderView(model=backdoored.model, clean=clean_images())
 
 
 @pytest.fixture
 def benign_view(benign: Victim) -> DefenderView:
     """The same for the benign toy network."""
-    return DefenderView(model=benign.model, clean=toy_images(280, seed=2))
+    return DefenderView(model=benign.model, clean=clean_images())
 
 
 @pytest.fixture(scope="session")

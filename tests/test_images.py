@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from lustral.images import Augment, as_float, as_uint8, channel_statistics, split, stratified_indices
+from lustral.images import Augment, as_float, as_uint8, at_most, channel_statistics, split, stratified_indices
 from lustral.protocols import ImageSet
 from lustral.randomness import child
 
@@ -65,8 +65,6 @@ def test_stratified_counts_are_exact_and_in_proportion(labels: list[int], fracti
     chosen, rest = stratified_indices(tensor, 5, count, generator=child(seed))
     assert len(chosen) == count
     assert torch.cat([chosen, rest]).sort().values.tolist() == list(range(len(labels)))
-    assert chosen.tolist() == sorted(chosen.tolist())
-    assert rest.tolist() == sorted(rest.tolist())
     for label in range(5):
         share = labels.count(label) * count / max(len(labels), 1)
         assert abs(int((tensor[chosen] == label).sum()) - share) < 1
@@ -95,6 +93,39 @@ def test_stratified_is_reproducible_and_depends_on_the_stream() -> None:
     one = stratified_indices(labels, 4, 20, generator=child(1))[0]
     assert torch.equal(one, stratified_indices(labels, 4, 20, generator=child(1))[0])
     assert not torch.equal(one, stratified_indices(labels, 4, 20, generator=child(2))[0])
+
+
+ORDERED = torch.arange(10).repeat_interleave(40)  # as image folders give them
+
+
+def most_of_one_class(labels: Tensor) -> float:
+    return int(labels.bincount().max()) / len(labels)
+
+
+def test_the_first_images_of_a_drawn_set_are_of_many_classes() -> None:
+    for part in stratified_indices(ORDERED, 10, 200, generator=child(0)):
+        assert len(set(ORDERED[part][:50].tolist())) == 10
+        assert most_of_one_class(ORDERED[part][:50]) < 0.3
+
+
+def test_both_parts_of_a_split_are_shuffled() -> None:
+    images = torch.zeros(400, 1, 1, 1, dtype=torch.uint8)
+    for part in split(ImageSet(images=images, labels=ORDERED, num_classes=10), 0.5, generator=child(0)):
+        assert most_of_one_class(part.labels[:50]) < 0.3
+
+
+def test_at_most_keeps_small_sets_and_takes_every_class_in_proportion_of_larger_ones() -> None:
+    images = torch.arange(400).remainder(256).to(torch.uint8)[:, None, None, None]
+    data = ImageSet(images=images, labels=ORDERED, num_classes=10)
+    assert at_most(data, 400) is data
+    assert at_most(data, 50).labels.bincount().tolist() == [5] * 10
+    assert torch.equal(at_most(data, 50).images, at_most(data, 50).images)
+
+
+def test_channel_statistics_see_all_classes_of_an_ordered_set() -> None:
+    images = (20 * ORDERED).to(torch.uint8)[:, None, None, None]
+    mean, _ = channel_statistics(ImageSet(images=images, labels=ORDERED, num_classes=10), sample=40)
+    assert mean[0] == pytest.approx(90 / 255, abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [-1, 11])

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from lustral.protocols import ImageSet
+from lustral.randomness import child, fork
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def as_uint8(images: Tensor) -> Tensor:
 
 
 def channel_statistics(data: ImageSet, sample: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return each channel's mean and standard deviation over the first ``sample`` images, on the [0, 1] scale."""
-    pixels = as_float(data.images[:sample]).transpose(0, 1).flatten(1)
+    """Return each channel's mean and standard deviation over ``sample`` images of all classes, on the [0, 1] scale."""
+    pixels = as_float(at_most(data, sample).images).transpose(0, 1).flatten(1)
     std = pixels.std(1).clamp_min(1e-3)
     return tuple(round(v, 4) for v in pixels.mean(1).tolist()), tuple(round(v, 4) for v in std.tolist())
 
@@ -50,7 +51,8 @@ def stratified_indices(
         groups: (N,) int64; images of one group stay together (video tracks, near-duplicates).
 
     Returns:
-        (chosen, rest): sorted int64 indices on the CPU, together all of 0 .. N - 1.
+        (chosen, rest): int64 indices on the CPU, together all of 0 .. N - 1, each in random order. Sets often come
+        ordered by class, and whoever takes "the first n" of a drawn set relies on this order.
     """
     labels = labels.cpu()
     if not 0 <= count <= len(labels):
@@ -61,8 +63,8 @@ def stratified_indices(
     left = count - int(quota.sum())
     quota[(share - quota).argsort(descending=True, stable=True)[:left]] += 1
     is_chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(num_classes):
-        members = (labels == label).nonzero().flatten()
+    by_class = torch.split(labels.argsort(stable=True), sizes.tolist())
+    for label, members in enumerate(by_class):
         if groups is None:
             is_chosen[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
             continue
@@ -75,11 +77,29 @@ def stratified_indices(
                 break
             is_chosen[members[own == name]] = True
             taken += size
-    return is_chosen.nonzero().flatten(), (~is_chosen).nonzero().flatten()
+    chosen, rest = is_chosen.nonzero().flatten(), (~is_chosen).nonzero().flatten()
+    order = fork(generator, "order")
+    return shuffled(chosen, generator=order), shuffled(rest, generator=order)
+
+
+def shuffled(indices: Tensor, *, generator: Generator) -> Tensor:
+    """Return the entries of a tensor (N,) in random order."""
+    return indices[torch.randperm(len(indices), generator=generator).to(indices.device)]
+
+
+def at_most(data: ImageSet, most: int) -> ImageSet:
+    """Return ``data``, or ``most`` of its images with every class in proportion where it has more.
+
+    The same ones each time. Taking the first ones instead would give a few classes of a set that is ordered by class.
+    """
+    if len(data) <= most:
+        return data
+    chosen, _ = stratified_indices(data.labels, data.num_classes, most, generator=child(0, "at most"))
+    return data.subset(chosen)
 
 
 def split(data: ImageSet, fraction: float, *, generator: Generator) -> tuple[ImageSet, ImageSet]:
-    """Split a set in two, stratified by class: the first part holds ``round(fraction * N)`` images."""
+    """Split a set in two, stratified by class and shuffled: the first part holds ``round(fraction * N)`` images."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"expected a fraction in [0, 1]; got {fraction}")
     chosen, rest = stratified_indices(data.labels, data.num_classes, round(fraction * len(data)), generator=generator)

@@ -197,6 +197,22 @@ def test_firing_rate_by_hand() -> None:
     assert firing_rate(view.model, view.clean, none) == 0.0
 
 
+def test_firing_rate_looks_at_all_classes_of_an_ordered_set() -> None:
+    images = torch.full((1200, 3, 12, 12), 50, dtype=torch.uint8)
+    images[600:] = 200  # the second class is bright, which FirstPixel takes for class 1
+    labels = torch.tensor([0, 2]).repeat_interleave(600)
+    nothing = RecoveredTrigger(
+        masks=torch.zeros(1, 1, 12, 12),
+        patterns=torch.zeros(1, 3, 12, 12),
+        target_label=1,
+        area=0.0,
+        attack_success_rate=0.0,
+        entropy=0.0,
+    )
+    rate = firing_rate(FirstPixel(), ImageSet(images=images, labels=labels, num_classes=3), nothing)
+    assert rate == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"levels": ()}, {"levels": (1.5,)}, {"steps": 0}, {"batch_size": 1}, {"samples": 2}, {"hidden": 0}],

@@ -85,6 +85,15 @@ def test_importance_equals_a_slow_reference() -> None:
     assert model.training
 
 
+def test_importance_sees_all_classes_of_an_ordered_set() -> None:
+    images = torch.zeros(1200, 3, 2, 2, dtype=torch.uint8)
+    images[:600, 0] = 200
+    images[600:, 2] = 200  # only the second class has anything in the last channel
+    data = ImageSet(images=images, labels=torch.arange(2).repeat_interleave(600), num_classes=3)
+    weight = clean_importance(linear_model(), data)[0]
+    assert float(weight.view(len(weight), 3, 4)[:, 2].max()) > 0
+
+
 @pytest.mark.parametrize(
     ("form", "clean_weight", "penalty", "penalty_weight"),
     [("code", 100.0, "l1", 1e-6), ("paper", 1.0, "dynamic", 1e-4)],

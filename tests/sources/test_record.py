@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lustral.protocols import ImageSet
+from lustral.randomness import child
 from lustral.sources import DataSource, SourceError
 
 
@@ -43,6 +44,20 @@ def test_defender_pool_is_the_reserve_of_a_set_with_a_test_split(source: DataSou
 
 def test_defender_pool_is_a_plain_set_as_a_whole(source: DataSource) -> None:
     assert len(replace(source, test=None).defender_pool()) == 200
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_images_for_a_defender_are_shuffled_and_the_same_each_time(source: DataSource, has_test: bool) -> None:
+    labels = torch.arange(4).repeat_interleave(50)  # ordered by class, as folders are
+    ordered = replace(source, train=image_set(labels, 4), reserve_fraction=0.5)
+    ordered = ordered if has_test else replace(ordered, test=None)
+    pool = ordered.defender_pool()
+    assert torch.equal(pool.images, ordered.defender_pool().images)
+    assert int(pool.labels[:24].bincount(minlength=4).min()) > 0
+    drawn = ordered.draw_clean(40, generator=child(1))
+    assert drawn.labels.bincount().tolist() == [10, 10, 10, 10]
+    assert int(drawn.labels[:20].bincount(minlength=4).min()) > 0
+    assert identities(drawn) <= identities(pool)
 
 
 def test_groups_stay_together_and_every_class_with_two_gives_one() -> None:

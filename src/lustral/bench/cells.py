@@ -30,7 +30,7 @@ from lustral.bench.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Stor
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.evaluation import Evaluation, compare, evaluate
 from lustral.files import json_ready
-from lustral.images import as_float, as_uint8, stratified_indices
+from lustral.images import as_float, as_uint8, at_most
 from lustral.models import Classifier, arch_of, load_model, parse_architecture, save_model
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, Purified, Verdict, Victim
 from lustral.randomness import child
@@ -239,10 +239,9 @@ class Workbench:
     def _clean(self, spec: Mapping[str, Any]) -> ImageSet:
         """Draw the defender's images, classes in proportion, as the command line does."""
         victim = spec["victim"]
-        pool = self.sources.open(victim["data"]["name"], victim["data"]["image_size"]).defender_pool()
+        source = self.sources.open(victim["data"]["name"], victim["data"]["image_size"])
         stream = child(victim["seed"], "clean", *seed_name(spec["seed"]))
-        chosen, _ = stratified_indices(pool.labels, pool.num_classes, spec["clean_images"], generator=stream)
-        return pool.subset(chosen).to(self.device)
+        return source.draw_clean(spec["clean_images"], generator=stream).to(self.device)
 
     def _weights(self, model: Classifier, victim: Mapping[str, Any], clean: ImageSet) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
@@ -338,7 +337,7 @@ def evidence(verdict: Verdict) -> dict[str, Any]:
 def recovered_picture(verdict: Verdict, clean: ImageSet) -> bytes:
     """Return a PNG of the first recovered trigger on clean images of other classes."""
     trigger = verdict.triggers[0].to("cpu")
-    others = clean.subset((clean.labels != trigger.target_label).nonzero()[:8, 0])
+    others = at_most(clean.subset(clean.labels != trigger.target_label), 8)
     originals = others.images.cpu()
     return stamp_sheet(originals, as_uint8(trigger(as_float(originals))))
 

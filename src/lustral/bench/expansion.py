@@ -65,7 +65,7 @@ class _Expansion:
             source = self.open(data)
             if source is None:
                 continue
-            archs, pool = self.archs(data, source), len(source.defender_pool())
+            archs, pool = self.archs(data, source), len(source.defender_indices())
             budgets = [(entry, settings, self.budgets(entry, data, source, pool)) for entry, settings in defences]
             for where, entry, settings in attacks:
                 if entry.data and data.name not in entry.data:

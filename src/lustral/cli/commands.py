@@ -34,7 +34,7 @@ from lustral.cli.tables import (
 from lustral.evaluation import Evaluation, clean_accuracy, compare
 from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
-from lustral.images import as_float, as_uint8
+from lustral.images import as_float, as_uint8, at_most
 from lustral.models import Classifier, arch_of, load_model, save_model
 from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
@@ -330,6 +330,6 @@ def write_trigger_pictures(folder: Path, verdict: Verdict, clean: ImageSet) -> N
     """Write a picture sheet per recovered trigger."""
     for trigger in verdict.triggers:
         label = trigger.target_label
-        originals = clean.subset((clean.labels != label).nonzero().flatten()[:8]).images.cpu()
+        originals = at_most(clean.subset(clean.labels != label), 8).images.cpu()
         triggered = as_uint8(trigger.to("cpu")(as_float(originals)))
         write_bytes_atomic(folder / f"trigger-class-{label}.png", stamp_sheet(originals, triggered))

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from lustral.cli.arguments import Suspect
-from lustral.images import stratified_indices
 from lustral.models import LoadedModel, load_model
 from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
 from lustral.randomness import child
@@ -68,22 +67,21 @@ def draw_clean(source: DataSource, count: int | None, *, seed: int) -> ImageSet:
     """Draw the defender's images, classes in proportion.
 
     Args:
-        source: its ``defender_pool`` is drawn from.
+        source: its images for defenders are drawn from.
         count: number of images; None takes all there are up to 2,500.
         seed: of the draw.
 
     Raises:
         ValueError: there are not so many, or they show fewer than two classes.
     """
-    pool = source.defender_pool()
-    wanted = min(MOST_CLEAN, len(pool)) if count is None else count
-    if not 1 <= wanted <= len(pool):
+    available = len(source.defender_indices())
+    wanted = min(MOST_CLEAN, available) if count is None else count
+    if not 1 <= wanted <= available:
         raise ValueError(
-            f"expected between 1 and {len(pool)} clean images, which is what {source.name} has for the defender; "
+            f"expected between 1 and {available} clean images, which is what {source.name} has for the defender; "
             f"got {wanted}: change --clean"
         )
-    chosen, _ = stratified_indices(pool.labels, pool.num_classes, wanted, generator=child(seed, "clean"))
-    clean = pool.subset(chosen)
+    clean = source.draw_clean(wanted, generator=child(seed, "clean"))
     if int(torch.bincount(clean.labels).count_nonzero()) < 2:
         raise ValueError(
             f"the {len(clean)} clean images all show class {int(clean.labels[0])}; expected at least 2 classes: "

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from lustral.cost import CostMeter
 from lustral.detectors.small_areas import log_area, p_values, smallest_tested
-from lustral.images import check_holdout, require_usable, split
+from lustral.images import at_most, check_holdout, require_usable, split
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.max_entropy import MaxEntropy
 from lustral.protocols import (
@@ -202,7 +202,7 @@ def held_out_rates(
     view: DefenderView, held_out: ImageSet, found: FoundMasks, precision: Precision, most: int = 256
 ) -> tuple[list[float], list[float]]:
     """Return each label's success and natural rate on held-out images of other classes."""
-    images = held_out.subset(torch.arange(min(most, len(held_out))))
+    images = at_most(held_out, most)
     x, labels = next(images.batches(len(images)))
 
     def predict(batch: Tensor) -> Tensor:

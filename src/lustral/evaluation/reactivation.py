@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lustral.evaluation.metrics import attack_metrics, clean_accuracy, json_number
-from lustral.images import Augment, as_float, as_uint8, split
+from lustral.images import Augment, as_float, as_uint8, at_most, split
 from lustral.protocols import ImageSet, OnProgress, Victim
 from lustral.randomness import fork
 from lustral.training import Trainer, frozen
@@ -313,9 +313,9 @@ class Reactivation:
         """
         share = min(1.0, 2 * self.push_images / len(train))
         pool, _ = split(train, share, generator=fork(generator, "push"))
-        clean = pool.subset(torch.arange(min(self.push_images, len(pool))))
+        clean = at_most(pool, self.push_images)
         stamped = triggered_images(victim, pool, poisoned=False, generator=fork(generator, "stamp"))
-        stamped = stamped.subset(torch.arange(min(self.push_images, len(stamped))))
+        stamped = at_most(stamped, self.push_images)
         seed = int(torch.randint(2**31, (), generator=generator))
         push = Push(train.image_shape, self.epsilon, self.hidden, seed).to(train.device)
 

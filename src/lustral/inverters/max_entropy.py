@@ -25,6 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.images import at_most
 from lustral.inverters.mask_search import FoundMasks, MaskSearch
 from lustral.inverters.sampling import SampleImages
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, RecoveredTrigger
@@ -441,7 +442,7 @@ def firing_rate(
     model: nn.Module, images: ImageSet, trigger: RecoveredTrigger, *, most: int = 512, precision: Precision = "auto"
 ) -> float:
     """Return the fraction of non-target images (at most ``most``) that samples of a trigger send to its label."""
-    pool = images.subset((images.labels != trigger.target_label).nonzero().flatten()[:most])
+    pool = at_most(images.subset(images.labels != trigger.target_label), most)
     hits = torch.zeros((), dtype=torch.int64, device=images.device)
     with frozen(model):
         for start, (x, _) in enumerate(pool.batches(256)):

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
 from lustral.detectors.small_areas import ordinary_area
-from lustral.images import check_holdout, split
+from lustral.images import at_most, check_holdout, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
 from lustral.purifiers.repair import fine_tuning_recipe
 from lustral.purifiers.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
@@ -69,7 +69,7 @@ def clean_importance(model: nn.Module, data: ImageSet, most: int = 512) -> list[
     trainable = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for x, labels in data.subset(torch.arange(min(most, len(data)))).batches(128):
+    for x, labels in at_most(data, most).batches(128):
         with autocast(x.device):
             logits = model(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)

@@ -31,5 +31,9 @@ def open_digits(image_size: int | None = None) -> DataSource:
     digits = ImageSet(images=images, labels=labels, num_classes=10, class_names=tuple("0123456789"))
     test, train = stratified_indices(labels, 10, _NUM_TEST, generator=child(0, "test", "digits"))
     return DataSource(
-        name="digits", train=digits.subset(train), test=digits.subset(test), flip=False, reserve_fraction=0.2
+        name="digits",
+        train=digits.subset(train.sort().values),
+        test=digits.subset(test.sort().values),
+        flip=False,
+        reserve_fraction=0.2,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
-from lustral.images import stratified_indices
+from lustral.images import shuffled, stratified_indices
 from lustral.protocols import ImageSet
 from lustral.randomness import child
 
@@ -60,7 +61,7 @@ class DataSource:
             )
 
     def split_indices(self) -> tuple[Tensor, Tensor]:
-        """Return the sorted int64 indices into ``train`` of (the attacker's images, the defenders' reserve).
+        """Return the int64 indices into ``train`` of (the attacker's images, sorted; the defenders' reserve, shuffled).
 
         Every call gives the same division: stratified by class, whole groups where the source has groups.
         """
@@ -72,7 +73,7 @@ class DataSource:
             generator=child(0, "reserve", self.name),
             groups=self.groups,
         )
-        return rest, reserve
+        return rest.sort().values, reserve
 
     def training_split(self) -> tuple[ImageSet, ImageSet]:
         """Divide ``train`` into (training images for the attacker, reserve for the defender).
@@ -88,13 +89,33 @@ class DataSource:
         rest, reserve = self.split_indices()
         return self.train.subset(rest), self.train.subset(reserve)
 
-    def defender_pool(self) -> ImageSet:
-        """Return the images a defender may draw on, in memory.
+    def defender_indices(self) -> Tensor:
+        """Return the int64 indices into ``train`` of the images a defender may draw on, in random but fixed order.
 
         The reserve of a source with a test split; all images of a plain set, which is the user's own trusted set.
         """
         if self.test is None:
-            return self.train if isinstance(self.train, ImageSet) else self.train.load()
-        _, reserve = self.split_indices()
-        pool = self.train.subset(reserve)
-        return pool if isinstance(pool, ImageSet) else pool.load()
+            return shuffled(torch.arange(len(self.train)), generator=child(0, "pool", self.name))
+        return self.split_indices()[1]
+
+    def defender_pool(self) -> ImageSet:
+        """Return all images at ``defender_indices()``, in memory."""
+        return self._load(self.defender_indices())
+
+    def draw_clean(self, count: int, *, generator: Generator) -> ImageSet:
+        """Draw ``count`` of the images a defender may have, classes in proportion, in random order.
+
+        Of a streamed source only these are decoded.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        pool = self.defender_indices()
+        chosen, _ = stratified_indices(
+            self.train.labels[pool.to(self.train.labels.device)], self.train.num_classes, count, generator=generator
+        )
+        return self._load(pool[chosen])
+
+    def _load(self, indices: Tensor) -> ImageSet:
+        part = self.train.subset(indices)
+        return part if isinstance(part, ImageSet) else part.load()
