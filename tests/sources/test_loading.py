@@ -117,7 +117,7 @@ def test_only_folders_stream() -> None:
 
 
 def test_image_size_must_be_positive() -> None:
-    with pytest.raises(SourceError, match="image_size of at least 1 pixel; got 0"):
+    with pytest.raises(SourceError, match=r"image_size of at least 1 pixel a side.* got 0 x 0"):
         load_source("digits", image_size=0)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lustral.protocols import ImageSet
-from lustral.sources.pixels import TEST_SPLITS, build_set, stack_pictures
+from lustral.sources.limits import MOST_CLASSES, Expansion, check_expansion, check_memory, open_regular
+from lustral.sources.parquet import open_table
+from lustral.sources.pixels import RGB, TEST_SPLITS, Framing, build_set, stack_pictures
 from lustral.sources.record import DataSource, SourceError
 
 _LAYOUTS = (
@@ -22,6 +25,7 @@ _LAYOUTS = (
     "test_images/test_labels, or images/labels"
 )
 _PICTURE_COLUMNS = ("jpeg", "image", "png", "bytes")
+_UNREADABLE = "it may be truncated or corrupt: fetch or save it again"
 _TRACKS_PER_CLASS = 1000  # group id = label * 1000 + track
 
 
@@ -66,16 +70,22 @@ def channels_first(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
     )
 
 
-def integer_labels(labels: NDArray[Any], count: int, where: str) -> Tensor:
-    """Return one non-negative int64 label per image.
+def integer_labels(labels: NDArray[Any], count: int, where: str, most: int | None = MOST_CLASSES) -> Tensor:
+    """Return one non-negative int64 label per image, below ``most`` (None: whatever fits).
 
     Raises:
-        SourceError: the labels are no integers, too many or few, or negative.
+        SourceError: the labels are no integers, too many or few, or out of range.
     """
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise SourceError(f"{where}: expected {count} integer labels; got {labels.dtype} of shape {labels.shape}")
     if count and int(labels.min()) < 0:
         raise SourceError(f"{where}: labels must start at 0; found {int(labels.min())}")
+    limit = np.iinfo(np.int64).max if most is None else most
+    if count and int(labels.max()) >= limit:
+        raise SourceError(
+            f"{where}: expected at most {limit:,} classes, so labels below that; found {int(labels.max())}: number the "
+            "classes from 0 on"
+        )
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -84,45 +94,91 @@ def count_classes(class_names: tuple[str, ...], *labels: Tensor | None) -> int:
     return len(class_names) or 1 + max(int(part.max()) for part in labels if part is not None and len(part))
 
 
-def read_archive(path: Path) -> dict[str, NDArray[Any]]:
-    """Read all arrays of an .npz file; nothing is ever unpickled.
+class _Archive:
+    """The arrays of an .npz file, read one by one when asked for; nothing is ever unpickled.
+
+    What a header declares is compared with the size of its member before anything is allocated, and with the limits.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._zip = zipfile.ZipFile(file)
+        self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all arrays, in the file's order."""
+        return tuple(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Read one array.
+
+        Raises:
+            SourceError: it is damaged, too large or too well compressed, or of Python objects.
+        """
+        info, where = self._members[name], f"{self._path}: {name}"
+        with self._zip.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read_header is None:
+                raise SourceError(f"{where}: expected an array of format 1.0 or 2.0; got {version}")
+            shape, is_fortran, dtype = read_header(member)
+            if dtype.hasobject:
+                raise SourceError(f"{where}: holds Python objects, which are not read; expected plain numbers or text")
+            size = math.prod(shape) * dtype.itemsize
+            left = info.file_size - member.tell()
+            if min(shape, default=0) < 0 or size != left:
+                raise SourceError(f"{where}: declares {size:,} bytes and has {left:,}: {_UNREADABLE}")
+            check_memory(size, where)
+            check_expansion(info.file_size, info.compress_size, where)
+            content = bytearray(member.read(size))
+        if len(content) != size:
+            raise SourceError(f"{where}: declares {size:,} bytes and has {len(content):,}: {_UNREADABLE}")
+        flat = np.frombuffer(content, dtype=dtype) if size else np.empty(0, dtype=dtype)
+        return flat.reshape(shape, order="F" if is_fortran else "C")
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """Read one array, or return None where there is none of that name."""
+        if name not in self:
+            return None
+        return self[name]
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[_Archive]:
+    """Open an .npz file.
 
     Raises:
-        SourceError: the file is truncated, corrupt, no archive, or holds pickled objects.
+        SourceError: the file is truncated, corrupt, no archive, or no regular file; or an array in it is, when it is read.
     """
     try:
-        with path.open("rb") as file:  # np.load would leave a broken file open
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with open_regular(path) as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise SourceError(f"{path}: expected an .npz archive with {_LAYOUTS}; got a single array")
-            with archive:
-                return {key: archive[key] for key in archive.files}
+            file.seek(0)
+            yield _Archive(path, file)
     except SourceError:
         raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # hostile bytes can raise anything
         raise SourceError(
-            f"{path}: cannot be read as an .npz archive of plain arrays ({error}); it may be truncated or corrupt: "
-            "fetch or save it again"
+            f"{path}: cannot be read as an .npz archive of plain arrays ({error}); {_UNREADABLE}"
         ) from error
 
 
-def _split_from_archive(arrays: Mapping[str, NDArray[Any]], prefix: str, where: str) -> tuple[Tensor, Tensor] | None:
+def _split_from_archive(arrays: _Archive, prefix: str, where: str) -> tuple[Tensor, Tensor] | None:
     """Return (images, labels) of one split, or None where the archive has none of its keys."""
     res, plain, label_key = f"{prefix}res", f"{prefix}images", f"{prefix}labels"
     if not any(key in arrays for key in (res, plain, label_key)):
         return None
     key = res if res in arrays else plain
     if missing := [name for name in (key, label_key) if name not in arrays]:
-        raise SourceError(f"{where}: lacks {', '.join(missing)}; found {', '.join(arrays)}; expected {_LAYOUTS}")
+        raise SourceError(f"{where}: lacks {', '.join(missing)}; found {_some(arrays.names)}; expected {_LAYOUTS}")
     stored = arrays[key]
     if key == res:
         if stored.ndim != 4 or len(stored) != 3 or stored.dtype != np.uint8:
@@ -134,6 +190,11 @@ def _split_from_archive(arrays: Mapping[str, NDArray[Any]], prefix: str, where: 
     if not len(images):
         raise SourceError(f"{where}: {key} holds no images")
     return torch.from_numpy(np.ascontiguousarray(images)), labels
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(name[:40] for name in names[:most])
+    return (shown + (", ..." if len(names) > most else "")) or "nothing"
 
 
 def open_npz(path: Path, *, name: str, flip: bool) -> DataSource:
@@ -151,18 +212,27 @@ def open_npz(path: Path, *, name: str, flip: bool) -> DataSource:
     Raises:
         SourceError: the file cannot be read, or its arrays do not fit together.
     """
-    arrays = read_archive(path)
-    train = _split_from_archive(arrays, "train_", str(path))
-    test = _split_from_archive(arrays, "test_", str(path))
-    if train is None:
-        train = _split_from_archive(arrays, "", str(path))
-    if train is None:
-        raise SourceError(f"{path}: no training images; found {', '.join(arrays) or 'nothing'}; expected {_LAYOUTS}")
-    class_names = tuple(str(entry) for entry in arrays.get("class_names", np.empty(0)).tolist())
+    with open_archive(path) as arrays:
+        train = _split_from_archive(arrays, "train_", str(path))
+        test = _split_from_archive(arrays, "test_", str(path))
+        if train is None:
+            train = _split_from_archive(arrays, "", str(path))
+        if train is None:
+            raise SourceError(f"{path}: no training images; found {_some(arrays.names)}; expected {_LAYOUTS}")
+        stored_names, stored_tracks = arrays.get("class_names"), arrays.get("train_track")
+    if stored_names is None:
+        stored_names = np.empty(0)
+    if stored_names.ndim != 1 or len(stored_names) > MOST_CLASSES:
+        raise SourceError(
+            f"{path}: expected class_names of shape (K,), at most {MOST_CLASSES:,}; got {stored_names.shape}"
+        )
+    class_names = tuple(str(entry) for entry in stored_names.tolist())
     num_classes = count_classes(class_names, train[1], test[1] if test else None)
     groups = None
-    if "train_track" in arrays:
-        tracks = integer_labels(arrays["train_track"], len(train[1]), f"{path}: train_track")
+    if stored_tracks is not None:
+        tracks = integer_labels(stored_tracks, len(train[1]), f"{path}: train_track", most=None)
+        if int(tracks.max()) >= _TRACKS_PER_CLASS:
+            tracks = torch.unique(tracks, return_inverse=True)[1]
         groups = train[1] * max(_TRACKS_PER_CLASS, int(tracks.max()) + 1) + tracks
     return DataSource(
         name=name,
@@ -173,56 +243,52 @@ def open_npz(path: Path, *, name: str, flip: bool) -> DataSource:
     )
 
 
-def _picture_bytes(cell: Any) -> bytes:
-    """Return the encoded picture in a table cell: plain bytes, or a record whose "bytes" field holds them."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    return content if isinstance(content, bytes) else b""  # nothing to decode: reported as unreadable
-
-
-def open_parquet(path: Path, *, name: str, flip: bool, image_size: int | None = None) -> DataSource:
+def open_parquet(path: Path, *, name: str, flip: bool, frame: Framing | None = None, channels: int = RGB) -> DataSource:
     """Open a Parquet table with one encoded picture a row.
 
     Columns: ``label`` (integers from 0); ``jpeg``, ``png``, ``image`` or ``bytes`` (an encoded picture, or a record
     with a ``bytes`` field); optional ``split`` ("train"; "test" or "val" and the like). Class names may stand in the
-    schema's metadata under ``class_names``, joined by "|". Pictures become RGB.
+    schema's metadata under ``class_names``, joined by "|".
 
     Args:
         path: the .parquet file.
         name: the source's name.
         flip: whether flips keep the meaning.
-        image_size: side in pixels to resize to; None asks for pictures of one size.
+        frame: the size to bring pictures to; None asks for pictures of one size.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
         SourceError: the file cannot be read, lacks a column, or holds unreadable or differently sized pictures.
     """
-    import pyarrow as pa  # imported here: slow, and only this kind of file needs it
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: cannot be read as a Parquet table ({error}); fetch or save it again") from error
-    columns = table.column_names
-    column = next((entry for entry in _PICTURE_COLUMNS if entry in columns), None)
-    if column is None or "label" not in columns:
-        raise SourceError(
-            f"{path}: expected a column label and one of {', '.join(_PICTURE_COLUMNS)}; found {', '.join(columns)}"
+    with open_table(path) as table:
+        column = next((entry for entry in _PICTURE_COLUMNS if entry in table.columns), None)
+        if column is None or "label" not in table.columns:
+            raise SourceError(
+                f"{path}: expected a column label and one of {', '.join(_PICTURE_COLUMNS)}; found {_some(table.columns)}"
+            )
+        if not table.num_rows:
+            raise SourceError(f"{path}: no images")
+        labels = integer_labels(table.integers("label"), table.num_rows, f"{path}: label")
+        splits = table.texts("split") if "split" in table.columns else ["train"] * table.num_rows
+        if unknown := sorted({str(entry) for entry in splits} - {"train", *TEST_SPLITS}):
+            raise SourceError(
+                f"{path}: expected splits train, {', '.join(TEST_SPLITS)}; found {_some([ascii(u) for u in unknown])}"
+            )
+        is_train = torch.tensor([entry == "train" for entry in splits])
+        if not is_train.any():
+            raise SourceError(f"{path}: no rows of split train")
+        class_names = table.class_names()
+        num_classes = count_classes(class_names, labels)
+        images = torch.from_numpy(
+            stack_pictures(
+                table.pictures(column),
+                table.num_rows,
+                where=str(path),
+                frame=frame,
+                channels=channels,
+                expansion=Expansion(table.size, str(path)),
+            )
         )
-    if not len(table):
-        raise SourceError(f"{path}: no images")
-    labels = integer_labels(table["label"].to_numpy(), len(table), f"{path}: label")
-    splits = np.array(table["split"].to_pylist() if "split" in columns else ["train"] * len(table), dtype=object)
-    if unknown := sorted({str(entry) for entry in splits} - {"train", *TEST_SPLITS}):
-        raise SourceError(f"{path}: expected splits train, {', '.join(TEST_SPLITS)}; found {', '.join(unknown)}")
-    is_train = torch.from_numpy(splits == "train")
-    if not is_train.any():
-        raise SourceError(f"{path}: no rows of split train")
-    pictures = ((f"row {row}", _picture_bytes(cell.as_py())) for row, cell in enumerate(table[column]))
-    size = None if image_size is None else (image_size, image_size)
-    images = torch.from_numpy(stack_pictures(pictures, len(table), where=str(path), size=size))
-    metadata = table.schema.metadata or {}
-    class_names = tuple(metadata[b"class_names"].decode().split("|")) if b"class_names" in metadata else ()
-    num_classes = count_classes(class_names, labels)
 
     def rows(chosen: Tensor) -> ImageSet:
         return build_set(str(path), images[chosen], labels[chosen], class_names, num_classes)

@@ -15,7 +15,7 @@ from lustral.protocols import ImageSet
 from lustral.sources.arrays import open_npz, open_parquet
 from lustral.sources.digits import open_digits
 from lustral.sources.folder import open_folder
-from lustral.sources.pixels import resize
+from lustral.sources.pixels import RGB, Framing, ImageSize, frame_tensor, framing, with_channels
 from lustral.sources.record import DataSource, SourceError
 from lustral.sources.torchvision_sets import open_torchvision
 
@@ -42,7 +42,13 @@ def source_names() -> tuple[str, ...]:
 
 
 def load_source(
-    spec: str, *, root: Path | None = None, image_size: int | None = None, stream: bool = False
+    spec: str,
+    *,
+    root: Path | None = None,
+    image_size: ImageSize | None = None,
+    resize: int | None = None,
+    channels: int | None = None,
+    stream: bool = False,
 ) -> DataSource:
     """Open a data set.
 
@@ -50,28 +56,53 @@ def load_source(
         spec: "digits" (needs no file); a name of ``source_names()``, found in ``root``; a path to an image folder,
             an .npz or a .parquet file; or "torchvision:CLASS", downloaded to ``root``.
         root: folder of the named sets; None takes the environment variable LUSTRAL_DATA.
-        image_size: side in pixels that images are resized to; None keeps their size.
+        image_size: side in pixels that images are resized to, or (height, width); None keeps their size.
+        resize: scale the shorter side to this many pixels, then cut ``image_size`` out of the middle; None squeezes.
+        channels: 1 makes all images grey (luma), 3 makes them RGB (a grey image three times); None leaves those of an
+            .npz file as they are and makes all others RGB.
         stream: leave the training images of an image folder on disk.
 
     Raises:
         SourceError: the source cannot be found, read or understood; the message says what to do.
     """
-    if image_size is not None and image_size < 1:
-        raise SourceError(f"expected an image_size of at least 1 pixel; got {image_size}")
+    if channels not in (None, 1, RGB):
+        raise SourceError(f"expected 1 channel (grey) or 3 (RGB); got {channels}: images of others cannot be read")
+    frame = framing(image_size, resize)
+    source = _open(spec, root, frame, channels or RGB, stream)
+    return source if channels is None else source_with_channels(source, channels)
+
+
+def source_with_channels(source: DataSource, channels: int) -> DataSource:
+    """Return a source whose images are grey (1 channel) or RGB (3), streamed ones too."""
+    if source.train.image_shape[0] == channels:
+        return source
+    train = source.train
+    if isinstance(train, ImageSet):
+        train = replace(train, images=with_channels(train.images, channels))
+    else:
+        train = replace(train, image_shape=(channels, *train.image_shape[1:]))
+    test = None if source.test is None else replace(source.test, images=with_channels(source.test.images, channels))
+    return replace(source, train=train, test=test)
+
+
+def _open(spec: str, root: Path | None, frame: Framing | None, channels: int, stream: bool) -> DataSource:
+    """Open a source, with ``channels`` where pictures are decoded."""
     path = Path(spec).expanduser()
     is_folder = spec not in source_names() and path.is_dir()
     if stream and not is_folder:
         raise SourceError(f"only an image folder can be streamed; {spec!r} is none: leave out stream")
     if is_folder:
-        return open_folder(path, name=path.resolve().name, image_size=image_size, stream=stream)
+        return open_folder(path, name=path.resolve().name, frame=frame, channels=channels, stream=stream)
     if spec == "digits":
-        return open_digits(image_size)
+        return open_digits(frame)
     if spec.startswith(_TORCHVISION):
-        return open_torchvision(spec.removeprefix(_TORCHVISION), root=_data_folder(spec, root), image_size=image_size)
+        return open_torchvision(
+            spec.removeprefix(_TORCHVISION), root=_data_folder(spec, root), frame=frame, channels=channels
+        )
     if spec in _FILES:
-        return _open_known(spec, _data_folder(spec, root), image_size)
+        return _open_known(spec, _data_folder(spec, root), frame, channels)
     if path.is_file():
-        return _open_file(path, path.stem, True, image_size)
+        return _open_file(path, path.stem, True, frame, channels)
     close = difflib.get_close_matches(spec, source_names(), n=1)
     raise SourceError(
         f"no data set {spec!r}: neither a known name nor an existing path"
@@ -93,7 +124,7 @@ def _data_folder(spec: str, root: Path | None) -> Path:
     )
 
 
-def _open_known(spec: str, folder: Path, image_size: int | None) -> DataSource:
+def _open_known(spec: str, folder: Path, frame: Framing | None, channels: int) -> DataSource:
     """Open a named file in the data folder."""
     file, flip = _FILES[spec]
     path = folder / file
@@ -103,23 +134,23 @@ def _open_known(spec: str, folder: Path, image_size: int | None) -> DataSource:
             f"give {_OWN_DATA} (--data PATH); 'digits' needs no file"
         )
     if spec == "mnist":
-        return _resized(_map_images(open_npz(path, name=spec, flip=flip), _pad_grey), image_size)
-    return _open_file(path, spec, flip, image_size)
+        return _resized(_map_images(open_npz(path, name=spec, flip=flip), _pad_grey), frame)
+    return _open_file(path, spec, flip, frame, channels)
 
 
-def _open_file(path: Path, name: str, flip: bool, image_size: int | None) -> DataSource:
+def _open_file(path: Path, name: str, flip: bool, frame: Framing | None, channels: int) -> DataSource:
     """Open a single file by its suffix."""
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        return _resized(open_npz(path, name=name, flip=flip), image_size)
+        return _resized(open_npz(path, name=name, flip=flip), frame)
     if suffix == ".parquet":
-        return open_parquet(path, name=name, flip=flip, image_size=image_size)
+        return open_parquet(path, name=name, flip=flip, frame=frame, channels=channels)
     raise SourceError(f"{path}: expected an .npz or a .parquet file; got {suffix or 'no suffix'}")
 
 
-def _resized(source: DataSource, image_size: int | None) -> DataSource:
-    """Return the source with square images of the given side."""
-    return source if image_size is None else _map_images(source, lambda images: resize(images, image_size))
+def _resized(source: DataSource, frame: Framing | None) -> DataSource:
+    """Return the source with framed images."""
+    return source if frame is None else _map_images(source, lambda images: frame_tensor(images, frame))
 
 
 def _map_images(source: DataSource, change: Callable[[Tensor], Tensor]) -> DataSource:

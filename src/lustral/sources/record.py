@@ -34,7 +34,7 @@ class DataSource:
         reserve_fraction: share of ``train`` that attackers never see, kept as the defenders' pool.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     name: str
     train: ImageSet | FolderStream

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lustral.sources.arrays import count_classes, integer_labels
-from lustral.sources.pixels import build_set, stack_pictures
+from lustral.sources.pixels import RGB, Framing, build_set, guarded_pillow, stack_pictures
 from lustral.sources.record import DataSource, SourceError
 
 _SPLITS = {"Imagenette": ("train", "val"), "OxfordIIITPet": ("trainval", "test")}  # all others: train, test
@@ -42,8 +42,8 @@ def _find_class(set_name: str) -> tuple[type[Any], frozenset[str]]:
     return classes[set_name], arguments[set_name]
 
 
-def _read(dataset: Any, where: str, image_size: int | None) -> tuple[Tensor, Tensor]:
-    """Return all (images uint8 (N, 3, H, W), labels int64 (N,))."""
+def _read(dataset: Any, where: str, frame: Framing | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Return all (images uint8 (N, C, H, W), labels int64 (N,))."""
     labels: list[int] = []
 
     def pictures() -> Iterator[tuple[str, Image.Image]]:
@@ -55,8 +55,8 @@ def _read(dataset: Any, where: str, image_size: int | None) -> tuple[Tensor, Ten
                 raise SourceError(f"{where}: expected one integer label per image; got {label!r}") from error
             yield f"image {row}", picture
 
-    size = None if image_size is None else (image_size, image_size)
-    images = torch.from_numpy(stack_pictures(pictures(), len(dataset), where=where, size=size))
+    stacked = stack_pictures(pictures(), len(dataset), where=where, frame=frame, channels=channels)
+    images = torch.from_numpy(stacked)
     return images, integer_labels(torch.tensor(labels).numpy(), len(images), where)
 
 
@@ -66,13 +66,14 @@ def _gtsrb_tracks(dataset: Any, labels: Tensor) -> Tensor:
     return labels * 1000 + torch.tensor(tracks)
 
 
-def open_torchvision(set_name: str, *, root: Path, image_size: int | None = None) -> DataSource:
+def open_torchvision(set_name: str, *, root: Path, frame: Framing | None = None, channels: int = RGB) -> DataSource:
     """Open a class of ``torchvision.datasets`` that has a ``train`` or ``split`` argument, downloading it if need be.
 
     Args:
         set_name: the class, e.g. "CIFAR100".
         root: folder that torchvision downloads to.
-        image_size: side in pixels that pictures are squeezed to; None asks for pictures of one size.
+        frame: the size to bring pictures to; None asks for pictures of one size.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
         SourceError: no such set, the download failed, or it is not a set of labelled pictures of one size.
@@ -87,11 +88,12 @@ def open_torchvision(set_name: str, *, root: Path, image_size: int | None = None
     for is_train, value in zip((True, False), values, strict=True):
         split = {"train" if "train" in arguments else "split": value}
         try:
-            dataset = make(root=str(root), **split, **download)
-            parts.append(_read(dataset, name, image_size))
+            with guarded_pillow():  # the pictures in the folder may be anybody's
+                dataset = make(root=str(root), **split, **download)
+                parts.append(_read(dataset, name, frame, channels))
         except SourceError:
             raise
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # of code and files of others
             raise SourceError(f"{name}: torchvision cannot open it in {root} ({error})") from error
         if is_train:
             class_names = tuple(str(entry) for entry in getattr(dataset, "classes", ()))
