@@ -40,6 +40,7 @@ from lustral.models.architecture import (
 )
 from lustral.models.classifier import Classifier
 from lustral.models.conditioned import Conditioned
+from lustral.models.outputs import NoLogitsError
 from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
@@ -66,6 +67,7 @@ def build_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: Generator | None = None,
+    one_logit: bool = False,
 ) -> Classifier:
     """Build an untrained classifier, in training mode, on the CPU.
 
@@ -76,17 +78,21 @@ def build_classifier(
         mean: per channel, on the [0, 1] scale; None: 0.
         std: per channel, on the [0, 1] scale; None: 1.
         generator: seeds the initial weights; None: the same weights every time.
+        one_logit: the network's head has one number for two classes (``lustral.models.outputs``).
 
     Raises:
         ValueError: unknown architecture or option, or a network that does not map such images to K logits.
     """
-    network = build_network(arch, num_classes=num_classes, image_shape=image_shape, generator=generator)
+    if num_classes < 2 or (one_logit and num_classes != 2):
+        raise ValueError(f"expected at least 2 classes, and 2 with one logit; got {num_classes}")
+    rows = 1 if one_logit else num_classes
+    network = build_network(arch, num_classes=rows, image_shape=image_shape, generator=generator)
     channels = image_shape[0]
     constants = {"mean": tuple(mean or (0.0,) * channels), "std": tuple(std or (1.0,) * channels)}
     for name, values in constants.items():
         if len(values) != channels:
             raise ValueError(f"expected {channels} numbers in {name}, one per channel; got {len(values)}")
-    classifier = Classifier(network, **constants)
+    classifier = Classifier(network, **constants, num_classes=num_classes)
     found = count_logits(classifier, image_shape)
     if found != num_classes:
         raise ValueError(f"{arch} gives {found} logits; expected {num_classes}, one per class")
@@ -96,9 +102,12 @@ def build_classifier(
 def build_network(
     arch: str | Architecture, *, num_classes: int, image_shape: tuple[int, int, int], generator: Generator | None = None
 ) -> nn.Module:
-    """Build the bare network of ``build_classifier``, without normalisation and without trying it on an image."""
-    if num_classes < 2:
-        raise ValueError(f"expected at least 2 classes; got {num_classes}")
+    """Build the bare network of ``build_classifier``, without normalisation and without trying it on an image.
+
+    ``num_classes`` is the number of rows of its head: 1 for a network with one logit.
+    """
+    if num_classes < 1:
+        raise ValueError(f"expected at least 1 row of the head; got {num_classes}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"expected an image shape (channels, height, width); got {image_shape}")
     build = _builder(as_architecture(arch), num_classes, image_shape)
@@ -120,13 +129,15 @@ def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> i
     """Return the number of logits that a classifier gives for one image of (C, H, W).
 
     Raises:
-        ValueError: it does not take such images, or does not return a (B, K) tensor.
+        ValueError: it does not take such images, or returns no logits.
     """
     in_training = [module for module in classifier.modules() if module.training]
     classifier.eval()
     try:
         with torch.no_grad():  # inference mode would spoil what a network may cache
             logits = classifier(classifier.normalise.mean.new_zeros(1, *image_shape))
+    except NoLogitsError:
+        raise
     except Exception as error:  # the network may be anyone's
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -135,10 +146,7 @@ def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> i
     finally:
         for module in in_training:
             module.training = True
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"the network must map images (B, C, H, W) to logits (B, K); for one image it gave {got}")
-    return logits.shape[1]
+    return int(logits.shape[1])
 
 
 def _builder(arch: Architecture, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
@@ -146,7 +154,7 @@ def _builder(arch: Architecture, num_classes: int, image_shape: tuple[int, int, 
     match arch:
         case ConditionedOn(layer, base):
             build_base = _builder(base, num_classes, image_shape)
-            return lambda: Conditioned(build_base(), layer, num_classes)
+            return lambda: Conditioned(build_base(), layer, max(num_classes, 2))
         case PythonFile(file, function):
             return partial(_from_python_file, Path(file), function, num_classes)
         case Torchvision(name):
@@ -189,7 +197,8 @@ def _from_torchvision(name: str, num_classes: int, image_shape: tuple[int, int, 
             f"torchvision:{name} takes images of 3 channels; got {image_shape[0]}; timm:NAME takes any number"
         )
     size = {"image_size": image_shape[1]} if name.startswith("vit_") else {}
-    return partial(models.get_model, name, weights=None, num_classes=num_classes, **size)
+    scheme = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # what they warn will change
+    return partial(models.get_model, name, weights=None, num_classes=num_classes, **size, **scheme)
 
 
 def _from_timm(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:

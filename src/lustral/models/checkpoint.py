@@ -141,12 +141,13 @@ def load_model(
     tensors, key_prefix = strip_prefix(tensors, probe)
     compare(path, str(network), tensors, probe, shapes=False)
 
-    classes = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
+    rows = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
+    classes = max(rows, 2)  # one logit is two classes
     shape = shape or find_image_shape(path, tensors, probe)
     mean, std = mean or recorded.mean, std or recorded.std
     if mean is None and std is None:
         logger.warning("%s: no mean and std are known; pixels in [0, 1] go to the network as they are", path)
-    model = build_classifier(network, num_classes=classes, image_shape=shape, mean=mean, std=std)
+    model = build_classifier(network, num_classes=classes, image_shape=shape, mean=mean, std=std, one_logit=rows == 1)
     compare(path, str(network), tensors, model.network.state_dict(), shapes=True)
     model.network.load_state_dict(tensors)
     return LoadedModel(

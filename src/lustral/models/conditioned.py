@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lustral.models.architecture import CONDITIONED
+from lustral.models.outputs import logits_in
 
 
 def require_filterable(network: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -115,13 +116,14 @@ class Conditioned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K)."""
         if not self._decides:
-            logits: Tensor = self.network(images)
-            return logits
+            return self._logits(images)
         with torch.no_grad(), self.routed(None):
-            said = self.network(images).argmax(1)
+            said = self._logits(images).argmax(1)
         with self.routed(said):
-            logits = self.network(images)
-        return logits
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return logits_in(self.network(images), len(images), len(self.polarizers.weight))
 
     @contextmanager
     def routed(self, classes: Tensor | None) -> Iterator[None]:
