@@ -54,12 +54,15 @@ def opened(place: Path, network: str, data: str, *more: str) -> Opened:
 
 @pytest.mark.parametrize("data", ["pictures", "grey.npz"])
 @pytest.mark.parametrize(("network", "channels"), [("grey", 1), ("flat", 1), ("rgb", 3)])
-def test_channels_follow_the_network(place: Path, network: str, channels: int, data: str) -> None:
+def test_channels_follow_the_network(
+    place: Path, network: str, channels: int, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
     suspect = opened(place, network, data)
     assert suspect.view.clean.image_shape == (channels, 28, 28)
     assert suspect.source.train.image_shape == (channels, 28, 28)
     images, _ = next(suspect.view.clean.batches(4))
     assert suspect.view.model(images).shape == (4, 3)
+    assert caplog.text.count("no mean and std are known") == 1
     if channels == 3:
         assert torch.equal(images[:, 0], images[:, 2])
 

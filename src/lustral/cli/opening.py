@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,10 +130,11 @@ def load_fitting(file: Path, source: DataSource, written: FileFormat) -> tuple[L
         return load(channels), source
     except ValueError as error:
         for other in sorted({*READABLE_CHANNELS, *OTHER_CHANNELS} - {channels}):
-            try:
-                loaded = load(other)
-            except ValueError:
-                continue
+            with _unheard("lustral.models.checkpoint"):  # it has been said once
+                try:
+                    loaded = load(other)
+                except ValueError:
+                    continue
             if other in READABLE_CHANNELS:
                 return loaded, source_with_channels(source, other)
             raise ValueError(
@@ -138,6 +142,21 @@ def load_fitting(file: Path, source: DataSource, written: FileFormat) -> tuple[L
                 "are read: put a layer in front of it that makes its channels of these"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """Drop what a module logs."""
+    logger = logging.getLogger(name)
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def require_test_set(source: DataSource) -> ImageSet:
