@@ -16,8 +16,7 @@ from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanE
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
 from lustral.catalog import ATTACKS
-from lustral.models import build_classifier, parse_architecture
-from lustral.randomness import child
+from lustral.models import look_at, parse_architecture
 from lustral.settings import SettingsError, build, describe, merge, suggest
 from lustral.sources import DataSource, SourceError
 from lustral.training import Trainer
@@ -172,11 +171,10 @@ class _Expansion:
         for arch in data.arch or [default_arch(data.name)]:
             try:
                 self.sources.trust.require_code(arch)
-                classifier = build_classifier(
+                classifier = look_at(
                     parse_architecture(arch, allow_code=self.sources.trust.code),
                     num_classes=source.train.num_classes,
                     image_shape=source.train.image_shape,
-                    generator=child(0),
                 )
             except (ValueError, ImportError, OSError) as error:
                 self.complain(f"data {data.name}: arch {arch!r}: {' '.join(str(error).splitlines())}")
