@@ -81,3 +81,9 @@ def test_impossible_settings_are_refused() -> None:
     for wrong in ({"rounds": 0}, {"perturbed_share": 0.0}, {"projection": 0.0}, {"inner_step_size": 0.0}):
         with pytest.raises(ValueError, match="expected"):
             IBAU(**wrong)
+
+
+def test_the_published_settings_are_the_benchmarks() -> None:
+    method = IBAU().published()
+    assert (method.rounds, method.trainer.optimizer, method.trainer.learning_rate) == (5, "amsgrad", 1e-4)
+    assert (method.trainer.batch_size, method.projection, method.relative_rate) == (256, None, None)
