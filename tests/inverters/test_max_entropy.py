@@ -159,8 +159,8 @@ def test_places_of_a_fixed_patch_are_found(toy_view: DefenderView) -> None:
     assert shifts[0].tolist() == [0, 0]
     assert shifts.shape == (len(rates), 2)
     by_shift = {(r, c): rate for (r, c), rate in zip(shifts.tolist(), rates.tolist(), strict=True)}
-    assert by_shift[(5, 5)] >= 0.9
-    fires_at = [shift for shift, rate in by_shift.items() if rate >= 0.9]
+    assert by_shift[(5, 5)] >= 0.75
+    fires_at = [shift for shift, rate in by_shift.items() if rate >= 0.75]
     assert len(fires_at) < 0.35 * len(by_shift)
     assert sum(r + c for r, c in fires_at) / len(fires_at) > 5  # towards the corner
 
