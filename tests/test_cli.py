@@ -467,7 +467,29 @@ def test_keys_of_a_wrapped_network_are_kept(model: Path, pool: Path, tmp_path: P
     torch.save({"state_dict": weights}, tmp_path / "theirs.pth")
     line = ["erase", tmp_path / "theirs.pth", "--arch", "small_cnn:width=2", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1]
     assert run(*line, "--data", pool, "--method", "bn_refresh", "--out", tmp_path / "out", "--quiet") == 0
-    assert safetensors.torch.load_file(tmp_path / "out" / "model.safetensors").keys() == weights.keys()
+    written = torch.load(tmp_path / "out" / "model.pth", weights_only=True)  # what came in goes out
+    assert written["state_dict"].keys() == weights.keys()
+
+
+def test_which_weights_were_read_is_always_said(
+    model: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = safetensors.torch.load_file(model)
+    averaged = {key: value * 2 if value.is_floating_point() else value.clone() for key, value in state.items()}
+    torch.save({"epoch": 9, "state_dict": state, "state_dict_ema": averaged}, tmp_path / "ema.pth.tar")
+    arch = ["--arch", "small_cnn:width=2", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1, "--data", pool]
+    line = ["erase", tmp_path / "ema.pth.tar", *arch, "--method", "bn_refresh", "--out", tmp_path / "out"]
+    assert "they differ: state_dict, state_dict_ema; name the one" in error_of(capsys, *line)
+    assert run(*line, "--weights", "state_dict_ema") == 0
+    said = capsys.readouterr()
+    assert "Read: the weights state_dict_ema in" in said.out
+    written = torch.load(tmp_path / "out" / "model.pth.tar", weights_only=True)
+    assert all(torch.equal(written["state_dict"][key], value) for key, value in state.items())
+    assert not torch.equal(written["state_dict_ema"]["features.1.running_mean"], averaged["features.1.running_mean"])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (record["weights"], record["other_weights"]) == ("state_dict_ema", ["state_dict"])
+    assert record["written"].endswith("model.pth.tar")
+    assert "state_dict_ema" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_progress_is_a_bar_or_a_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import math
+import mmap
 import os
 import secrets
 import stat
@@ -14,6 +17,64 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  # of file systems without hard links
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a regular file for reading its bytes; symbolic links are followed.
+
+    A pipe would wait for a writer for ever, and a device may never end.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a device or a socket.
+        OSError: there is no such file, its links lead in a circle, it may not be read, ...
+    """
+    _require_regular(os.stat(path), path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # another file may have taken its place
+    try:
+        _require_regular(os.fstat(descriptor), path)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def map_regular(path: str | os.PathLike[str], *, most: int) -> mmap.mmap | bytearray:
+    """Return the content of a regular file as memory that may be written to without changing the file.
+
+    Pages come from the disk when they are looked at, so a long file costs nothing until then.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Raises:
+        ValueError: it is longer; and see ``open_regular``.
+        OSError: see ``open_regular``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{os.fspath(path)}: {size} bytes; expected at most {most}")
+        if not size:
+            return bytearray()  # an empty file cannot be mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal digits.
+
+    Raises:
+        ValueError, OSError: see ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise ValueError(f"{os.fspath(path)}: expected a regular file; got {kind}")
 
 
 @contextmanager
@@ -46,7 +107,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+def write_bytes_atomic(path: str | os.PathLike[str], content: bytes | bytearray | mmap.mmap) -> None:
     """Write a whole file, or leave the old one; see ``atomic_write``."""
     with atomic_write(path) as file:
         file.write(content)
@@ -79,55 +140,6 @@ def write_bytes_once(path: str | os.PathLike[str], content: bytes) -> bool:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return True
-
-
-class NotRegularError(ValueError):
-    """What should be read is no regular file, or larger than allowed."""
-
-
-def read_regular(path: str | os.PathLike[str], *, most: int, follow: bool = True) -> bytes:
-    """Read a whole regular file: never a device or a pipe, which may have no end, and never more than ``most`` bytes.
-
-    Args:
-        path: the file.
-        most: its largest size, bytes.
-        follow: whether it may be a symbolic link.
-
-    Raises:
-        NotRegularError: it is something else, or larger.
-        OSError: it is not there, may not be read, ...
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        number = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link where none may be; a socket, a pipe nobody reads
-            raise NotRegularError(f"{os.fspath(path)} is a link or no regular file") from error
-        raise
-    status = os.fstat(number)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(number)
-        raise NotRegularError(f"{os.fspath(path)} is no regular file")
-    with open(number, "rb") as file:
-        content = file.read(most + 1) if status.st_size <= most else b""
-        if status.st_size > most or len(content) > most:
-            raise NotRegularError(f"{os.fspath(path)} is larger than the {most:,} bytes that it may have")
-        return content
-
-
-def is_deep(value: Any, most: int) -> bool:
-    """Say whether mappings and lists are inside each other more than ``most`` times.
-
-    >>> is_deep([[1], [2]], 2), is_deep([[1], [[2]]], 2)
-    (False, True)
-    """
-    level = [value]
-    for _ in range(most + 1):
-        inner = [item for item in level if isinstance(item, Mapping | list | tuple)]
-        level = [each for item in inner for each in (item.values() if isinstance(item, Mapping) else item)]
-        if not inner:
-            return False
     return True
 
 

@@ -259,7 +259,7 @@ def test_a_cut_short_safetensors_file_is_named_damaged(tmp_path: Path, fraction:
         (lambda state: [*state.values()], "a list"),
         (lambda state: 3, "a int"),
         (lambda state: {}, "a mapping with "),
-        (lambda state: {"epoch": 3, "weights": state}, "a mapping with epoch, weights"),
+        (lambda state: {"epoch": 3, "notes": {"of": "mine"}}, "a mapping with epoch, notes"),
     ],
 )
 def test_a_file_without_a_state_dict_is_explained(tmp_path: Path, wrap: Wrap, found: str) -> None:

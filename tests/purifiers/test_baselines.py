@@ -113,7 +113,7 @@ def test_the_distilled_loss_is_the_equation(toy_view: DefenderView, monkeypatch:
         return copy.deepcopy(model)  # so that the teacher is the given model
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    NAD(weights=(100.0, 200.0, 300.0)).purify(toy_view, generator=child(0))
+    NAD(layer_weights=(100.0, 200.0, 300.0)).purify(toy_view, generator=child(0))
     teacher, student = toy_view.model, copy.deepcopy(toy_view.model)
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.1, generator=child(1))

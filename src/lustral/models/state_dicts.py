@@ -1,4 +1,4 @@
-"""Find a state dict in what a file held, and fit it to a network: wrappers' prefixes, classes, image size, mismatches.
+"""Fit a state dict to a network: number of classes, image size, mismatches.
 
 Nothing here opens a file; paths are for messages.
 
@@ -11,15 +11,12 @@ Errors::
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_NESTS = ("state_dict", "model", "net", "model_state", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "network.", "model.", "net.")  # wrappers': DataParallel, torch.compile, ...
 _DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -30,24 +27,6 @@ _LISTED = 8  # keys shown per kind of mismatch
 
 class ModelFileError(ValueError):
     """A model file that cannot be used; the message says why and what to do."""
-
-
-def find_state_dict(path: Path, found: Any) -> tuple[dict[str, Tensor], str | None]:
-    """Return the state dict in what was read, and the names that lead to it."""
-    for nesting in (None, *_NESTS, *(f"{outer}.{inner}" for outer in _NESTS for inner in _NESTS)):
-        inner = found
-        for name in nesting.split(".") if nesting else []:
-            inner = inner.get(name) if isinstance(inner, Mapping) else None
-        if (
-            isinstance(inner, Mapping)
-            and inner
-            and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in inner.items())
-        ):
-            return {key: tensor.detach() for key, tensor in inner.items()}, nesting
-    got = f"a mapping with {listing(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-    raise ModelFileError(
-        f"{path}: no state dict in it: expected names and tensors, at the top or under {', '.join(_NESTS)}; found {got}"
-    )
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -75,15 +54,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def strip_prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> tuple[dict[str, Tensor], str]:
-    """Take off the wrappers' prefix that leaves most of the expected keys; the longest one if several do."""
-    candidates = [""]
-    while part := next((part for part in _PREFIXES if all(k.startswith(candidates[0] + part) for k in tensors)), None):
-        candidates.insert(0, candidates[0] + part)
-    prefix = max(candidates, key=lambda prefix: sum(key.removeprefix(prefix) in expected for key in tensors))
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}, prefix
-
-
 def compare(
     path: Path, arch: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, shapes: bool
 ) -> None:
@@ -102,18 +72,13 @@ def compare(
 
 
 def count_classes(path: Path, tensors: Mapping[str, Tensor], probe: Mapping[str, Tensor], *, asked: int | None) -> int:
-    """Return the number of classes of the weights: the dimension that follows the classes in a network built for it.
-
-    It is 1 for a network with one logit, where ``asked`` may be 2.
-    """
+    """Return the number of classes of the weights: the dimension that follows the classes in a network built for it."""
     heads = [key for key, tensor in probe.items() if tensor.ndim and tensor.shape[0] == PROBE_CLASSES]
     if not heads:  # a network with classes of its own
         if asked is not None:
             return asked
         heads = [key for key, tensor in probe.items() if tensor.ndim >= 2][-1:]
     counts = {tensors[key].shape[0] if tensors[key].ndim else 0 for key in heads}
-    if counts <= {1, 2} and 1 in counts and asked in (None, 2):
-        return 1
     if len(counts) != 1:
         if asked is None:
             raise ModelFileError(f"{path}: the weights do not tell the number of classes; pass num_classes")

@@ -41,7 +41,7 @@ class Mesa:
         target_labels: labels to retrain without asking the scan; empty: the scan decides.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 1
 
     detector: MaskArea = field(default_factory=MaskArea)
     trigger_rate: float = 0.2
@@ -74,7 +74,6 @@ class Mesa:
                     self.detector.inverter.invert(
                         DefenderView(model=view.model, clean=fit),
                         labels,
-                        held_out=held_out,
                         generator=fork(generator, "recover"),
                         on_progress=on_progress,
                     )

@@ -89,7 +89,7 @@ class NAD:
     """Fine-tune a teacher, then distil its attention into the given model.
 
     Attributes:
-        weights: b of the last three feature sizes, shallow first; 500, 1000, 1000 in BackdoorBench.
+        layer_weights: b of the last three feature sizes, shallow first; 500, 1000, 1000 in BackdoorBench.
         power: p; 2 in the paper.
         teacher_trainer: 10 epochs of SGD at 0.01 there.
         trainer: 100 epochs of SGD at 0.01, cosine, in BackdoorBench; 10 epochs at 0.1 in the authors' code.
@@ -99,7 +99,7 @@ class NAD:
 
     version: ClassVar[int] = 1
 
-    weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
+    layer_weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0
     teacher_trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10))
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
@@ -109,14 +109,16 @@ class NAD:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        if len(self.weights) != NUM_GROUPS or min(self.weights) < 0 or self.power <= 0:
-            raise ValueError(f"expected {NUM_GROUPS} weights >= 0 and a power > 0; got {self.weights} and {self.power}")
+        if len(self.layer_weights) != NUM_GROUPS or min(self.layer_weights) < 0 or self.power <= 0:
+            raise ValueError(
+                f"expected {NUM_GROUPS} weights >= 0 and a power > 0; got {self.layer_weights} and {self.power}"
+            )
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the student; see ``Purifier``."""
         with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             names = stage_ends(view.model, next(repair.fit.batches(1))[0])
-            weights = self.weights[-len(names) :]
+            weights = self.layer_weights[-len(names) :]
             recipe = self.teacher_trainer.stretched(len(repair.fit), self.least_steps)
             teacher = repair.follow(
                 repair.train(view.model, recipe, stage="fine-tuning a teacher", columns={"round": 0})
