@@ -19,8 +19,7 @@ _LABEL_ROWS = 2**16  # of labels in a batch
 _PAGE_HEADERS = (2**12, 2**16, 2**24)  # bytes read to find a page's header: about 50, more with statistics
 _LONGEST_SPLIT = 64  # characters
 _MOST_METADATA = 2**24  # bytes of class names
-_NUMBERS = range(3, 7)  # types of integers in Thrift's compact protocol: byte, i16, i32, i64
-_DOUBLE, _BINARY, _STRUCT = 7, 8, 12
+_TRUTHS, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, 4, 5, 6, 7, 8, 12  # of the compact protocol
 _MOST_SHIFT = 63
 _DEEPEST = 8
 
@@ -52,14 +51,14 @@ class _Thrift:
                 raise ValueError("damaged page header")
 
     def integers(self, depth: int = 0) -> dict[int, int]:
-        """Read a struct and return its integer fields by their numbers."""
+        """Read a struct and return its 32-bit fields by their numbers; others go unread, as pyarrow leaves them too."""
         if depth > _DEEPEST:
             raise ValueError("damaged page header")
         fields: dict[int, int] = {}
         number = 0
         while kind := self.byte():
             number = number + (kind >> 4) if kind >> 4 else self._zigzag()
-            if kind & 15 in _NUMBERS[1:]:
+            if kind & 15 == _I32:
                 fields[number] = self._zigzag()
             else:
                 self._skip(kind & 15, depth)
@@ -70,11 +69,11 @@ class _Thrift:
         return (value >> 1) ^ -(value & 1)
 
     def _skip(self, kind: int, depth: int) -> None:
-        if kind in (1, 2):  # a truth value, which the type itself holds
+        if kind in _TRUTHS:  # which the type itself holds
             return
-        if kind == _NUMBERS[0]:
+        if kind == _BYTE:
             self.position += 1
-        elif kind in _NUMBERS:
+        elif kind in (_I16, _I64):
             self.varint()
         elif kind == _DOUBLE:
             self.position += 8
@@ -212,12 +211,12 @@ class Table:
     def _largest_page(self, leaf: str) -> int:
         """Check what a column's pages declare; return the size of the largest one in bytes."""
         unpacked = stored = largest = 0
+        schema = self._metadata.schema
+        columns = [index for index in range(self._metadata.num_columns) if schema.column(index).path == leaf]
         for group in range(self._metadata.num_row_groups):
             row_group = self._metadata.row_group(group)
-            for index in range(row_group.num_columns):
+            for index in columns:
                 chunk = row_group.column(index)
-                if chunk.path_in_schema != leaf:
-                    continue
                 offsets = [chunk.data_page_offset]
                 if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                     offsets.append(chunk.dictionary_page_offset)
