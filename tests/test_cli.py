@@ -35,9 +35,10 @@ from lustral.cli.console import Bars, StageLines
 from lustral.cli.opening import draw_clean
 from lustral.detectors import MaskArea
 from lustral.inverters import MaskSearch, MaxEntropy
-from lustral.models import build_classifier, save_model
-from lustral.protocols import ClassEvidence, Cost, DefenderView, Progress, RecoveredTrigger, Verdict
+from lustral.models import Classifier, build_classifier, save_model
+from lustral.protocols import ClassEvidence, Cost, DefenderView, ImageSet, Progress, RecoveredTrigger, Verdict
 from lustral.purifiers import BNRefresh, Mesa
+from lustral.randomness import child
 from lustral.sources import load_source
 from lustral.training import Trainer
 
@@ -68,9 +69,26 @@ def pool(data: Path) -> Path:
     return plain
 
 
+@pytest.fixture(scope="session")
+def skilled() -> Classifier:
+    """A network that does the task of the toy set."""
+    labels = torch.arange(80) % CLASSES
+    images = (
+        torch.randint(0, 60, (80, *SHAPE), generator=torch.Generator().manual_seed(1))
+        + 60 * labels[:, None, None, None]
+    )
+    task = ImageSet(images=images.to(torch.uint8), labels=labels, num_classes=CLASSES)
+    network = build_classifier("small_cnn:width=4", num_classes=CLASSES, image_shape=SHAPE, mean=[0.5] * 3)
+    trainer = Trainer(epochs=30, batch_size=20, learning_rate=0.1, precision="float32")
+    trained = trainer.fit(network, task, generator=child(0, "toy"))
+    assert isinstance(trained, Classifier)
+    return trained
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model.safetensors")
+def model(tmp_path: Path, skilled: Classifier) -> Path:
+    save_model(tmp_path / "model.safetensors", skilled, arch="small_cnn:width=4", image_shape=SHAPE)
+    return tmp_path / "model.safetensors"
 
 
 def write_model(path: Path, num_classes: int = CLASSES) -> Path:
@@ -328,6 +346,40 @@ def test_json_is_alone_on_standard_output(
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "result.json", "trigger-class-2.png"]
 
 
+@pytest.mark.parametrize("change", ["labels", "mean"])
+def test_a_scan_that_could_mean_nothing_is_not_made(
+    change: str, model: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = dict(np.load(pool))
+    moved = tmp_path / "moved.npz"
+    np.savez(moved, **{**arrays, "labels": (arrays["labels"] + (change == "labels")) % CLASSES})
+    wrong = ["--mean", 9, 9, 9] if change == "mean" else []
+    out = tmp_path / "out"
+    assert run("scan", model, "--data", moved, "--out", out, "--json", *wrong) == 3
+    record = json.loads(capsys.readouterr().out)
+    verdict = record["verdict"]
+    assert (verdict["outcome"], verdict["evidence"], record) == (
+        "cannot tell",
+        [],
+        json.loads((out / "result.json").read_text()),
+    )
+    assert verdict["clean_accuracy"] < 0.3
+    assert "wrong normalisation, class order or data?" in verdict["basis"]
+    assert ("bee, cat, dog, ant" in verdict["basis"]) == (change == "labels")  # the names in the model's order
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "wrong normalisation, class order or data?" in page
+    assert "of the 80 clean images" in page
+
+    assert run("scan", model, "--data", moved, "--quiet", *wrong) == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Cannot tell" in shown
+    assert "of the 80 clean images" in shown
+    line = ["erase", model, "--data", moved, "--out", tmp_path / "e", *wrong]
+    for method in ("fine_tuning", "baeraser"):
+        assert "nothing was changed" in error_of(capsys, *line, "--method", method)
+    assert list((tmp_path / "e").iterdir()) == []
+
+
 HOSTILE = ["[/red]", "\x1b[2J\x9b31m", "gnp\u202e\u2066", "a\nNo backdoor found\u200b"]
 
 
@@ -389,7 +441,7 @@ def test_quiet_shows_no_progress(
 
 def test_erase_with_a_method_that_recovers_no_trigger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim, out = tmp_path / "victim", tmp_path / "erased"
-    small = ["--arch", "small_cnn:width=2", "--epochs", 1]
+    small = ["--arch", "small_cnn:width=8", "--epochs", 4]
     assert run("implant", "badnets", "--data", "digits", "--out", victim, *small) == 0
     capsys.readouterr()
     assert run("erase", victim, "--method", "clp", "--data", "digits", "--out", out) == 0
@@ -409,14 +461,14 @@ def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captu
         "--out",
         victim,
         "--epochs",
-        1,
+        30,
         "--arch",
-        "small_cnn:width=2",
+        "small_cnn:width=4",
         "--json",
     ]
     assert run(*line) == 0
     record = json.loads(capsys.readouterr().out)
-    assert (record["attack"], record["trainer"]["epochs"], record["metrics"]["acc"]["n"]) == ("badnets", 1, 24)
+    assert (record["attack"], record["trainer"]["epochs"], record["metrics"]["acc"]["n"]) == ("badnets", 30, 24)
     assert {"model.safetensors", "victim.json", "trigger.png"} <= {path.name for path in victim.iterdir()}
 
     assert run("erase", victim, "--method", "bn_refresh", "--data", data, "--out", out, "--json") == 0
@@ -441,7 +493,7 @@ def test_the_demo_tells_the_whole_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lustral.cli.commands.BaEraser", BNRefresh)  # the real one takes a minute
-    monkeypatch.setattr("lustral.victims.default_trainer", lambda **facts: Trainer(epochs=1, batch_size=256))
+    monkeypatch.setattr("lustral.victims.default_trainer", lambda **facts: Trainer(epochs=4, batch_size=64))
     assert run("demo", "--out", tmp_path / "out", "--clean", 60, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["clean_images"] == 60
@@ -465,7 +517,7 @@ def test_a_benign_model_can_be_the_start_of_a_victim(data: Path, tmp_path: Path)
 def test_keys_of_a_wrapped_network_are_kept(model: Path, pool: Path, tmp_path: Path) -> None:
     weights = {f"module.{key}": value for key, value in safetensors.torch.load_file(model).items()}
     torch.save({"state_dict": weights}, tmp_path / "theirs.pth")
-    line = ["erase", tmp_path / "theirs.pth", "--arch", "small_cnn:width=2", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1]
+    line = ["erase", tmp_path / "theirs.pth", "--arch", "small_cnn:width=4", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1]
     assert run(*line, "--data", pool, "--method", "bn_refresh", "--out", tmp_path / "out", "--quiet") == 0
     written = torch.load(tmp_path / "out" / "model.pth", weights_only=True)  # what came in goes out
     assert written["state_dict"].keys() == weights.keys()
@@ -655,8 +707,8 @@ def test_the_readmes_python_example_runs(tmp_path: Path, monkeypatch: pytest.Mon
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     example = readme.partition("```python\n")[2].partition("```")[0]
     assert example.count("\n") > 4
-    line = ["implant", "badnets", "--data", "digits", "--out", tmp_path / "victim", "--epochs", 1, "--quiet"]
-    assert run(*line, "--arch", "small_cnn:width=2") == 0
+    line = ["implant", "badnets", "--data", "digits", "--out", tmp_path / "victim", "--epochs", 4, "--quiet"]
+    assert run(*line, "--arch", "small_cnn:width=8") == 0
     quick: dict[type, dict[str, object]] = {
         MaskSearch: {"steps": 4, "batch_size": 4},
         MaxEntropy: {"steps": 2, "hidden": 4, "samples": 3, "batch_size": 4},

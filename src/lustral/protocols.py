@@ -380,8 +380,9 @@ class ClassEvidence:
     Attributes:
         label: the candidate target label.
         area: pixels of mask that a search needs to send other classes here; infinite when it never succeeded.
-        attack_success_rate: of that trigger on held-out non-target images, fraction.
-        natural_rate: fraction of those images predicted as this label without any trigger.
+        attack_success_rate: of that trigger on held-out images of other classes that the model does not call this label
+            already, fraction; NaN without such images.
+        natural_rate: fraction of held-out images of other classes that it calls this label without any trigger.
         anomaly: how far below the other classes ``log(area)`` lies, in their robust standard deviations.
         p_value: probability of so small an area in a benign model, under the stated null, corrected for K classes.
         entropy: of the recovered distribution (see ``RecoveredTrigger``); NaN where none was fitted.
@@ -408,9 +409,11 @@ class Verdict:
         score: higher is more suspicious; the decision compares it with ``threshold``.
         threshold: the score above which the model is called backdoored.
         basis: one or two sentences: which null or reference the score rests on, and why the outcome is what it is.
-        evidence: one entry per class.
+        evidence: one entry per class; empty where nothing was searched, because no answer could come of it.
         triggers: recovered triggers of the suspect labels (or of the most suspicious one).
         cost: what the scan used.
+        clean_accuracy: of the model on the clean images, as a fraction; None where it was not measured.
+        notes: sentences that limit what the answer is worth, e.g. that the model is often wrong on the clean images.
     """
 
     outcome: str
@@ -421,6 +424,8 @@ class Verdict:
     evidence: tuple[ClassEvidence, ...]
     triggers: tuple[RecoveredTrigger, ...]
     cost: Cost
+    clean_accuracy: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

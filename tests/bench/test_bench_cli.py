@@ -27,7 +27,7 @@ from lustral.training import Trainer
 PLAN = """
 name = "tiny"
 clean = [60]
-trainer = { epochs = 2 }
+trainer = { epochs = 4 }
 
 [[data]]
 name = "digits"

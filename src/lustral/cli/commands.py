@@ -105,13 +105,10 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
     record = {"schema": SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
-    read = weights_sentence(command.suspect.model, opened.loaded)
-    shown: list[RenderableType] = [
-        read,
-        verdict_table(verdict, names),
-        finding_text(finding),
-        cost_sentence(verdict.cost),
-    ]
+    shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
+    if verdict.evidence:
+        shown.append(verdict_table(verdict, names))
+    shown += [finding_text(finding), cost_sentence(verdict.cost)]
     try:
         if out is not None:
             write_json_atomic(out / "result.json", record)
@@ -150,7 +147,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     record["written"] = str(file)
     record["purified"] = purified_record(purified)
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
-    if purified.verdict is not None:
+    if purified.verdict is not None and purified.verdict.evidence:
         shown.append(verdict_table(purified.verdict, page.class_names))
     shown.append(defender_table(accuracies, purified))
     if before is not None and after is not None:

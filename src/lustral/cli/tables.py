@@ -41,7 +41,7 @@ def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence
     for heading in ("area", "ASR", "without trigger", "anomaly", "chance", "steps"):
         table.add_column(heading, justify="right")
 
-    full = max(entry.steps for entry in verdict.evidence)
+    full = max((entry.steps for entry in verdict.evidence), default=0)
 
     def suspicion(evidence: ClassEvidence) -> tuple[bool, float, float]:
         return evidence.label not in verdict.suspect_labels, evidence.p_value, evidence.area
@@ -57,8 +57,12 @@ def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence
             str(entry.steps),
             style="bold red" if entry.label in verdict.suspect_labels else None,
         )
+    captions = []
     if len(verdict.evidence) > MOST_ROWS:
-        table.caption = f"and {len(verdict.evidence) - MOST_ROWS} more classes"
+        captions.append(f"and {len(verdict.evidence) - MOST_ROWS} more classes")
+    if verdict.clean_accuracy is not None:
+        captions.append(f"the model is right on {percent(verdict.clean_accuracy)} of the clean images")
+    table.caption = "; ".join(captions) or None
     return table
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,11 +20,13 @@ from torch import Generator, Tensor
 
 from lustral.cost import CostMeter
 from lustral.detectors.small_areas import log_area, p_values, smallest_tested
+from lustral.evaluation import TaskCheck, check_task, require_gradient
 from lustral.images import at_most, check_holdout, require_usable, split
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.max_entropy import MaxEntropy
 from lustral.protocols import (
     ClassEvidence,
+    Cost,
     DefenderView,
     ImageSet,
     OnProgress,
@@ -74,6 +76,19 @@ class MaskArea:
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with evidence for every label; see ``Detector``."""
         require_usable(view.clean)
+        with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            check = check_task(view.model, view.clean)
+            if check.is_lost:
+                verdict = self.no_answer(check, view.clean, meter.cost)
+            else:
+                require_gradient(check)
+                verdict = self.examine(view, check, generator=generator, on_progress=on_progress)
+        return replace(verdict, cost=meter.cost)
+
+    def examine(
+        self, view: DefenderView, check: TaskCheck, *, generator: Generator, on_progress: OnProgress | None
+    ) -> Verdict:
+        """Search and weigh the triggers of a model that does its task."""
         held_out, search_set = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         labels = list(range(view.clean.num_classes))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
@@ -82,6 +97,7 @@ class MaskArea:
             )
             evidence = self.weigh(view, held_out, found)
             named, outcome, basis = self.decide(evidence, view.clean)
+            outcome, notes = held_back(outcome, check, view.clean)
             shown = named or (min(evidence, key=lambda e: e.p_value).label,)
             index = torch.tensor(shown)
             chosen = FoundMasks(
@@ -106,6 +122,23 @@ class MaskArea:
             evidence=tuple(_with_entropy(e, by_label) for e in evidence),
             triggers=tuple(triggers),
             cost=meter.cost,
+            clean_accuracy=check.accuracy.value,
+            notes=notes,
+        )
+
+    def no_answer(self, check: TaskCheck, clean: ImageSet, cost: Cost) -> Verdict:
+        """Return the verdict on a model that does not do its task: whatever a search found, it would mean nothing."""
+        complaint = check.complaint(clean.class_names)
+        return Verdict(
+            outcome="cannot tell",
+            suspect_labels=(),
+            score=0.0,
+            threshold=-math.log10(self.false_alarm_rate),
+            basis=f"{complaint[0].upper()}{complaint[1:]} No trigger was searched: in such a model a small mask means nothing.",
+            evidence=(),
+            triggers=(),
+            cost=cost,
+            clean_accuracy=check.accuracy.value,
         )
 
     def weigh(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[ClassEvidence]:
@@ -197,11 +230,30 @@ class MaskArea:
         return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
 
 
+def held_back(outcome: str, check: TaskCheck, clean: ImageSet) -> tuple[str, tuple[str, ...]]:
+    """Return the outcome, "cannot tell" where the model is too weak on the clean images, and what has to be said of that.
+
+    The null, the bounds on its spread and the ratios were measured on models that do their task. One that is wrong on half of the
+    images may be read wrongly: then some labels soak up images and look easy to reach, and a true trigger may fail to fire.
+    """
+    note = check.order_note(clean.class_names)
+    if check.is_weak:
+        doubt = f"{check.complaint(clean.class_names)} What small masks mean is known for better models: the answer is held back."
+        return "cannot tell", (f"{doubt[0].upper()}{doubt[1:]}",)
+    if note:
+        return outcome, (f"The model is right on {check.share}. {note} Until then a class may go by another's name.",)
+    return outcome, ()
+
+
 @torch.no_grad()
 def held_out_rates(
     view: DefenderView, held_out: ImageSet, found: FoundMasks, precision: Precision, most: int = 256
 ) -> tuple[list[float], list[float]]:
-    """Return each label's success and natural rate on held-out images of other classes."""
+    """Return each label's success and natural rate on held-out images of other classes.
+
+    Images that the model calls the label without any mask count as natural and never as reached; the success of a label is NaN
+    where no other image is left.
+    """
     images = at_most(held_out, most)
     x, labels = next(images.batches(len(images)))
 
@@ -214,14 +266,14 @@ def held_out_rates(
     with frozen(view.model):
         plain = predict(x)
         for k, label in enumerate(found.labels):
-            other = labels != label
-            if not bool(other.any()):
+            other, called = labels != label, plain == label
+            natural.append(float(called[other].float().mean()))  # NaN of no image
+            away = other & ~called
+            if not bool(away.any()):
                 success.append(math.nan)
-                natural.append(math.nan)
                 continue
-            stamped = x[other] + found.masks[k] * (found.patterns[k] - x[other])
+            stamped = x[away] + found.masks[k] * (found.patterns[k] - x[away])
             success.append(float((predict(stamped) == label).float().mean()))
-            natural.append(float((plain[other] == label).float().mean()))
     return success, natural
 
 

@@ -14,6 +14,7 @@ from lustral.evaluation.metrics import (
 )
 from lustral.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
 from lustral.evaluation.reactivation import Controls, Reactivation, resistance
+from lustral.evaluation.task import TaskCheck, UnfitModel, check_task, require_gradient, require_task
 
 __all__ = [
     "AttackMetrics",
@@ -21,14 +22,19 @@ __all__ = [
     "Evaluation",
     "Rate",
     "Reactivation",
+    "TaskCheck",
+    "UnfitModel",
     "accuracy",
     "attack_metrics",
+    "check_task",
     "clean_accuracy",
     "compare",
     "der",
     "evaluate",
     "per_class_accuracy",
     "predict",
+    "require_gradient",
+    "require_task",
     "resistance",
     "rir",
     "unmet_criteria",

@@ -101,9 +101,20 @@ def predict(
             if transform is not None:
                 images = transform(images)
             logits = model(images.contiguous(memory_format=torch.channels_last))
+            _check_logits(logits, len(images), data.num_classes)
             labels = logits.argmax(1).masked_fill(~logits.isfinite().all(1), NOT_FINITE)
             predictions.append(labels.cpu())
     return torch.cat(predictions)
+
+
+def _check_logits(logits: object, count: int, num_classes: int) -> None:
+    """Raise ``ValueError`` unless these are float logits (B, K): a network may be anyone's."""
+    if isinstance(logits, Tensor) and logits.shape == (count, num_classes) and logits.is_floating_point():
+        return
+    got = f"shape {tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise ValueError(
+        f"expected float logits of shape ({count}, {num_classes}) from the network, one per class; got {got}"
+    )
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Rate:

@@ -25,6 +25,15 @@ SUCCESS_MEMORY = 0.9  # of the running success rate, per step
 OPENING_WEIGHT = 1e-3  # of the mask's area, per pixel; steered from here
 
 
+@torch.no_grad()
+def answers(model: nn.Module, images: ImageSet, precision: Precision, batch_size: int = 256) -> Tensor:
+    """Return what a model calls each image, (N,) int64 on the images' device."""
+    with frozen(model), autocast(images.device, precision):
+        return torch.cat(
+            [model(x.contiguous(memory_format=torch.channels_last)).argmax(1) for x, _ in images.batches(batch_size)]
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundMasks:
     """Where a search ended, one row per label asked for.
@@ -93,7 +102,7 @@ class MaskSearch:
 
         Args:
             model: classifier, unchanged afterwards.
-            images: clean images on the model's device; those of the candidate label itself are left out.
+            images: clean images on the model's device; those of the candidate label itself, or called it anyway, are left out.
             labels: candidate target labels.
             generator: CPU stream.
             on_progress: called after each step.
@@ -101,7 +110,8 @@ class MaskSearch:
         channels, height, width = images.image_shape
         count, device = len(labels), images.device
         targets = torch.tensor(labels, device=device)
-        feed = SampleImages(images, targets, generator=generator)
+        called = answers(model, images, self.precision)
+        feed = SampleImages(images, targets, generator=generator, called=called)
         mask_logits = torch.full((count, 1, height, width), -1.0, device=device)
         mask_logits += 0.1 * torch.randn(mask_logits.shape, generator=generator).to(device)
         pattern_logits = 0.5 * torch.randn((count, channels, height, width), generator=generator).to(device)

@@ -441,13 +441,18 @@ def measure_places(
 def firing_rate(
     model: nn.Module, images: ImageSet, trigger: RecoveredTrigger, *, most: int = 512, precision: Precision = "auto"
 ) -> float:
-    """Return the fraction of non-target images (at most ``most``) that samples of a trigger send to its label."""
+    """Return the fraction of images that samples of a trigger send to its label, of those that are not called it anyway.
+
+    At most ``most`` images of other classes are looked at; 0 where the model calls all of them the label without a trigger.
+    """
     pool = at_most(images.subset(images.labels != trigger.target_label), most)
-    hits = torch.zeros((), dtype=torch.int64, device=images.device)
+    hits, away = torch.zeros((2,), dtype=torch.int64, device=images.device)
     with frozen(model):
         for start, (x, _) in enumerate(pool.batches(256)):
             stream = torch.Generator().manual_seed(start)
             with autocast(images.device, precision):
+                plain = model(x.contiguous(memory_format=torch.channels_last)).argmax(1) != trigger.target_label
                 out = model(trigger(x, generator=stream).contiguous(memory_format=torch.channels_last))
-            hits += (out.argmax(1) == trigger.target_label).sum()
-    return int(hits) / max(len(pool), 1)
+            away += plain.sum()
+            hits += (plain & (out.argmax(1) == trigger.target_label)).sum()
+    return int(hits) / max(int(away), 1)

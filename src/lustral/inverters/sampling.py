@@ -1,4 +1,4 @@
-"""Drawing images for many candidate labels at once, without those that carry the label already."""
+"""Drawing images for many candidate labels at once, without those that carry the label already, by truth or by the model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from lustral.randomness import on_device
 
 
 class SampleImages:
-    """Draws batches for several labels; images of a label's own class never come up for that label."""
+    """Draws batches for several labels; images of a label's own class never come up for that label.
 
-    def __init__(self, images: ImageSet, targets: Tensor, *, generator: Generator) -> None:
+    Nor do images that the model calls that label anyway, as long as there are others: they need no trigger, and a label that
+    soaks up most images would seem to be reached with none.
+    """
+
+    def __init__(
+        self, images: ImageSet, targets: Tensor, *, generator: Generator, called: Tensor | None = None
+    ) -> None:
         """Prepare the pools.
 
         Args:
             images: clean images.
             targets: (K,) int64 candidate labels on the images' device.
             generator: CPU stream.
+            called: (N,) int64, what the model calls each image without a trigger; None leaves none of them out for that.
 
         Raises:
             ValueError: some label has no image of another class.
@@ -32,6 +39,9 @@ class SampleImages:
                 "the clean set holds images of a single class, so nothing can be sent to that class; "
                 "give clean images of at least two classes"
             )
+        if called is not None:
+            left = [pool[called[pool] != target] for pool, target in zip(self._pools, targets, strict=True)]
+            self._pools = [part if len(part) else pool for part, pool in zip(left, self._pools, strict=True)]
 
     def draw(self, rows: Tensor, count: int) -> Tensor:
         """Return (len(rows), count, C, H, W) float32 images for the labels at ``rows``, drawn with replacement."""

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, nn
 
 from lustral.cost import CostMeter
+from lustral.evaluation import require_task
 from lustral.images import require_usable
 from lustral.protocols import DefenderView, OnProgress, Progress, Purified
 from lustral.randomness import fork
@@ -42,6 +43,7 @@ class BNRefresh:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model with refreshed statistics; see ``Purifier``."""
         require_usable(view.clean, least=2)
+        require_task(view.model, view.clean)
         model = copy.deepcopy(view.model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         with CostMeter(model, clean_images=len(view.clean)) as meter, torch.no_grad():

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Generator
 
 from lustral.cost import CostMeter
+from lustral.evaluation import require_task
 from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.repair import fine_tuning_recipe, loss_notes
@@ -48,6 +49,7 @@ class FineTuning:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
         require_usable(view.clean)
+        require_task(view.model, view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
+from lustral.evaluation import require_task
 from lustral.images import check_holdout, require_usable, split
 from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.repair import fine_tuning_recipe
@@ -60,6 +61,7 @@ class Mesa:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a retrained model; see ``Purifier``."""
         require_usable(view.clean)
+        require_task(view.model, view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)

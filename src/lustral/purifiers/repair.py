@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Generator, nn
 
 from lustral.cost import CostMeter
+from lustral.evaluation import require_task
 from lustral.images import Augment, require_usable, split
 from lustral.protocols import DefenderView, ImageSet, Objective, OnProgress, Progress, Purified, describes_given
 from lustral.purifiers.selection import held_out_accuracy
@@ -84,7 +85,8 @@ class Repair:
         self._meter = CostMeter(self.view.model, clean_images=len(self.view.clean))
 
     def __enter__(self) -> Self:
-        """Start counting."""
+        """Start counting; raise ``UnfitModel`` where the model does not do its task on the clean images."""
+        require_task(self.view.model, self.view.clean)
         self._meter.__enter__()
         self.before = held_out_accuracy(self.view.model, self.held_out)
         return self

@@ -17,7 +17,7 @@ from lustral.protocols import ImageSet, RecoveredTrigger
 from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
 
 SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divided by, again and again, and the most
-EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate above the natural one; within a step: a tie
+EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; within a step: a tie
 
 
 def predictions(model: nn.Module, images: ImageSet) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -71,8 +71,8 @@ def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) ->
 class Selection:
     """Watches a training and keeps the weights that a defender would choose.
 
-    Among epochs whose held-out accuracy is at least ``floor``, those on which recovered triggers fire least above the natural
-    rate (at which the model calls clean images that label anyway: firing less often is no better); among these, with triggers to
+    Among epochs whose held-out accuracy is at least ``floor``, those on which recovered triggers fire least (images that the
+    model calls that label anyway do not count: firing less often than by nature is no better); among these, with triggers to
     look at, the last, because a falling learning rate settles the weights while a few hundred images cannot rank
     accuracies half a point apart. Without triggers, or without an epoch above the floor, the most accurate.
 
@@ -110,7 +110,7 @@ class Selection:
         for trigger in self.triggers:
             rate = firing_rate(model, self.held_out, trigger)
             natural = natural_rate(model, self.held_out, trigger.target_label)
-            excess = max(excess, rate - natural)
+            excess = max(excess, rate)
             columns["recovered_asr"] = max(rate, columns.get("recovered_asr", 0.0))
             columns["natural_rate"] = max(natural, columns.get("natural_rate", 0.0))
         self.history.append(columns)

@@ -42,7 +42,11 @@ class Finding:
 def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> Finding:
     """Return the answer of a scan; ``image_pixels`` is H × W."""
     suspects = [names[label] for label in verdict.suspect_labels]
-    details = [sentence for sentence in (_area_sentence(verdict, names, image_pixels), verdict.basis) if sentence]
+    details = [
+        sentence
+        for sentence in (_area_sentence(verdict, names, image_pixels), *verdict.notes, verdict.basis)
+        if sentence
+    ]
     figures = _scan_figures(verdict, names)
     if verdict.outcome == "backdoored":
         return Finding(
@@ -69,6 +73,19 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
                 "Nothing has to be repaired. Keep this page with the model as a record of the check.",
                 "If the model comes from a source that you do not trust, scan again with more clean images and another "
                 "seed before you rely on it.",
+            ),
+            figures=figures,
+        )
+    if not verdict.evidence:
+        return Finding(
+            tone="unsure",
+            badge="Cannot tell",
+            headline="Cannot tell: nothing was searched, because no answer could come of it.",
+            details=tuple(details),
+            next_steps=(
+                "Check how the model is read: its normalisation (mean and std), channel order, image size and class order.",
+                "Check that the clean images are of the kind that it was trained on, and that their labels are right.",
+                "Until then, treat the model as not trusted.",
             ),
             figures=figures,
         )
@@ -205,8 +222,10 @@ def _area_sentence(verdict: Verdict, names: Sequence[str], image_pixels: int) ->
 
 
 def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    measured = verdict.clean_accuracy is not None
+    accuracy = (("accuracy on the clean images", percent(verdict.clean_accuracy)),) if measured else ()
     if not verdict.evidence:
-        return ()
+        return accuracy
     by_label = {e.label: e for e in verdict.evidence}
     smallest = min(verdict.evidence, key=lambda e: e.area if is_found(e.area) else math.inf)
     least = by_label.get(verdict.suspect_labels[0], smallest) if verdict.suspect_labels else smallest
@@ -215,6 +234,7 @@ def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, st
         ("pixels needed there", pixels(least.area)),
         ("pixels needed, typical class", pixels(median_area(verdict.evidence, verdict.suspect_labels))),
         ("chance of this in a benign model", chance(least.p_value)),
+        *accuracy,
     )
 
 
