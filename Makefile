@@ -4,19 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench
+# One file of tests to one worker; each runs on one thread (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
+
+.PHONY: demo test test-everywhere check bench
 
 demo: $(READY)
 	$(BIN)/lustral demo --out demo-out
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-everywhere: $(READY)
+	$(BIN)/python tests/everywhere.py
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
-	$(BIN)/python -m pytest
+	$(PYTEST)
+	@echo "What computes may round otherwise elsewhere: before a change of methods or toys goes in, run make test-everywhere too."
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training.py
