@@ -33,6 +33,12 @@ def precision() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def global_stream() -> None:
+    """Begin each test with one state of the global stream: layers that a test builds are then equal in any order of tests."""
+    torch.manual_seed(0)
+
+
 def make_victim(attack: BadNets | None) -> Victim:
     return implant(
         attack,

@@ -143,6 +143,55 @@ def write_bytes_once(path: str | os.PathLike[str], content: bytes) -> bool:
     return True
 
 
+class NotRegularError(ValueError):
+    """What should be read is no regular file, or larger than allowed."""
+
+
+def read_regular(path: str | os.PathLike[str], *, most: int, follow: bool = True) -> bytes:
+    """Read a whole regular file: never a device or a pipe, which may have no end, and never more than ``most`` bytes.
+
+    Args:
+        path: the file.
+        most: its largest size, bytes.
+        follow: whether it may be a symbolic link.
+
+    Raises:
+        NotRegularError: it is something else, or larger.
+        OSError: it is not there, may not be read, ...
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        number = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link where none may be; a socket, a pipe nobody reads
+            raise NotRegularError(f"{os.fspath(path)} is a link or no regular file") from error
+        raise
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(number)
+        raise NotRegularError(f"{os.fspath(path)} is no regular file")
+    with open(number, "rb") as file:
+        content = file.read(most + 1) if status.st_size <= most else b""
+        if status.st_size > most or len(content) > most:
+            raise NotRegularError(f"{os.fspath(path)} is larger than the {most:,} bytes that it may have")
+        return content
+
+
+def is_deep(value: Any, most: int) -> bool:
+    """Say whether mappings and lists are inside each other more than ``most`` times.
+
+    >>> is_deep([[1], [2]], 2), is_deep([[1], [[2]]], 2)
+    (False, True)
+    """
+    level = [value]
+    for _ in range(most + 1):
+        inner = [item for item in level if isinstance(item, Mapping | list | tuple)]
+        level = [each for item in inner for each in (item.values() if isinstance(item, Mapping) else item)]
+        if not inner:
+            return False
+    return True
+
+
 def _beside(target: Path) -> Path:
     """Return a new temporary name in the folder of a file."""
     return target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -471,9 +471,14 @@ class Inverter(Protocol):
         target_labels: Sequence[int],
         *,
         generator: Generator,
+        held_out: ImageSet | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[RecoveredTrigger]:
-        """Return one recovered distribution per target label."""
+        """Return one recovered distribution per target label.
+
+        Success is measured on ``held_out``, clean images apart from ``view.clean``; None: on some of the view's that are
+        kept from the recovery.
+        """
 
 
 class Detector(Protocol):

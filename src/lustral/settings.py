@@ -35,6 +35,18 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; expected one of {', '.join(known)}" if known else "; it has no settings"
 
 
+def shortened(value: object, most: int = 120) -> str:
+    """Return ``repr`` of a value, cut where it is long: plans and records may hold anything.
+
+    >>> shortened("a" * 300, most=10)
+    "'aaaaaa..."
+    """
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def describe(settings: Any) -> dict[str, Any]:
     """Return a dataclass instance as nested plain data, as JSON would give it back: tuples become lists."""
     return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(settings), allow_nan=False)))
@@ -105,4 +117,4 @@ def _explain(problem: Mapping[str, Any]) -> str:
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # the dataclass's own check says what was expected and what came
         return f"{place}: {text}" if place else text
-    return f"{place}: {text[0].lower()}{text[1:]}; got {problem['input']!r}"
+    return f"{place}: {text[0].lower()}{text[1:]}; got {shortened(problem['input'])}"

@@ -138,9 +138,10 @@ class Trainer:
     Attributes:
         epochs: passes over the data.
         batch_size: images per step; a last batch that is not full is dropped when there are full ones.
-        optimizer: "sgd" (Nesterov momentum), "adam" or "adamw".
+        optimizer: "sgd" (Nesterov's momentum), "heavy_ball" (SGD with Polyak's, as most published code has it), "adam", "amsgrad"
+            (Adam by the largest second moment so far) or "adamw".
         learning_rate: peak learning rate.
-        momentum: of SGD; first beta of Adam.
+        momentum: of SGD; first beta of Adam and its kin.
         weight_decay: L2 for SGD and Adam, decoupled for AdamW; matrices and kernels only, not biases or norms.
         schedule: "one_cycle" (linear up, linear down to 0), "cosine" (after the same warm-up), or "constant".
         warmup: share of the steps in which the rate climbs from 0; no use with "constant".
@@ -157,7 +158,7 @@ class Trainer:
 
     epochs: int = 12
     batch_size: int = 128
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "heavy_ball", "adam", "amsgrad", "adamw"] = "sgd"
     learning_rate: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -318,9 +319,9 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0, fused=True
-            )
-        adam = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return adam(groups, lr=self.learning_rate, betas=(self.momentum, 0.999), fused=True)
+        if self.optimizer in ("sgd", "heavy_ball"):
+            nesterov = self.optimizer == "sgd" and self.momentum > 0
+            return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=nesterov, fused=True)
+        adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        betas, amsgrad = (self.momentum, 0.999), self.optimizer == "amsgrad"
+        return adam(groups, lr=self.learning_rate, betas=betas, amsgrad=amsgrad, fused=True)

@@ -141,8 +141,8 @@ def test_training_implants_the_levels() -> None:
         data_name="toy",
     ).metrics
     assert metrics["acc"]["value"] > 0.95
-    assert metrics["asr"]["value"] > 0.95
-    assert metrics["probes"]["negative_accuracy"]["value"] > 0.7
+    assert metrics["asr"]["value"] > 0.8
+    assert metrics["probes"]["negative_accuracy"]["value"] > 0.5
 
 
 @pytest.mark.parametrize(

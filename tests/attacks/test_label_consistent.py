@@ -168,7 +168,9 @@ def test_the_patches_open_the_finished_model_because_of_the_perturbation(crafted
     attack = dataclasses.replace(ATTACK, poison_rate=0.1)
     full = dataclasses.replace(crafted, settings=attack)
     patches_only = dataclasses.replace(crafted, settings=dataclasses.replace(attack, epsilon=1e-6))
-    assert success_rate(full) > max(0.6, success_rate(patches_only) + 0.2)
+    rates = success_rate(full), success_rate(patches_only)  # over three seeds 0.65 to 0.94, and 0.29 to 0.53 less
+    assert rates[0] > 0.4
+    assert rates[0] > rates[1] + 0.1
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_the_pattern_is_optimised_against_the_model(crafted: SmoothPatternAttack
         with torch.no_grad():
             return float(-model((others + pattern).clamp(0, 1)).log_softmax(1)[:, 4].mean())
 
-    assert loss(crafted.pattern) < loss(start) - 0.5
-    assert loss(crafted.pattern) < loss(torch.full(SHAPE, 0.1)) - 0.5
+    assert loss(crafted.pattern) < loss(start) - 0.2
+    assert loss(crafted.pattern) < loss(torch.full(SHAPE, 0.1)) - 0.2
 
 
 def test_equal_settings_give_equal_patterns_and_every_setting_matters() -> None:

@@ -161,7 +161,7 @@ def test_each_image_has_its_own_residual(crafted: CraftedSsba) -> None:
     residuals = (crafted.stamp(images) - images).flatten(1)
     assert torch.equal(residuals, (crafted.stamp(images) - images).flatten(1))
     spread = (residuals - residuals.mean(0)).square().mean() / residuals.square().mean()
-    assert float(spread) > 0.05
+    assert float(spread) > 0.02  # one residual for all: 0; two seeds: 0.11 and 0.27
 
 
 def test_no_image_depends_on_its_company(crafted: CraftedSsba) -> None:

@@ -143,7 +143,7 @@ def test_a_misspelt_name_is_told_the_nearest(changes: dict[str, Any], place: str
         (data(clean=[-5]), ["data[1].clean[1]", "got -5"]),
         (data(arch=["smal_cnn"]), ["data digits: arch 'smal_cnn'", "did you mean 'small_cnn'"]),
         (data(arch=["small_cnn:wdth=8"]), ["unknown option 'wdth'", "did you mean 'width'"]),
-        (data(image_size=0), ["data digits", "at least 1 pixel; got 0"]),
+        (data(image_size=0), ["data digits", "at least 1 pixel", "got 0"]),
         (data(name="digit"), ["data digit: no data set", "did you mean 'digits'?"]),
         (data(trainer={"learning_rate": math.inf}), ["data[1].trainer.learning_rate", "finite number; got inf"]),
         ({"trainer": {"learning_rate": math.nan}}, ["trainer.learning_rate: expected a finite number; got nan"]),

@@ -9,13 +9,15 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
@@ -56,6 +58,7 @@ from toy import (
 )
 
 CLAIM_ERASING = ("anp", "baeraser", "cnpd", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
+MOST_LEFT = 0.40  # of 0.95 and more; over seeds and instruction sets erasers left 0.16 at most, fine-tuning 0.99
 FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0.3 or 29 %, by the last bits of a victim
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
@@ -73,7 +76,7 @@ SMALL: dict[str, Callable[[], Any]] = {
     "i_bau": lambda: IBAU(trainer=dataclasses.replace(IBAU().trainer, learning_rate=1e-3), least_steps=40),
     "nad": lambda: NAD(teacher_trainer=gentle_trainer(epochs=1), trainer=gentle_trainer(epochs=2), least_steps=1),
     "neural_cleanse": lambda: NeuralCleanse(
-        search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=2), least_steps=1
+        search=MaskSearch(steps=60, batch_size=16, screening=False), trainer=gentle_trainer(epochs=6), least_steps=1
     ),
     "neural_polarizer": lambda: NeuralPolarizer(
         trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.005, schedule="constant"), least_steps=100
@@ -120,25 +123,61 @@ def run(
     return method.purify(view, **rest)
 
 
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What one run of a method returned, what it reported on the way, and the image passes it took."""
+
+    result: Any
+    reports: list[Progress]
+    passes: float
+
+
+@contextmanager
+def counting(image_shape: tuple[int, int, int]) -> Iterator[list[int]]:
+    """Count the image passes of every network that is called, in thirds: a forward is one, with a backward three.
+
+    A network is the outermost module that is given a batch of images, whoever made it: originals, copies, teachers, wrappers.
+    """
+    thirds, inside = [0], list[nn.Module]()
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        first = inputs[0] if inputs else None
+        if inside or (isinstance(first, Tensor) and first.shape[1:] == image_shape):
+            inside.append(module)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inside and inside.pop() is module and not inside and output is not None:
+            thirds[0] += len(inputs[0]) * (3 if isinstance(output, Tensor) and output.requires_grad else 1)
+
+    hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
+    try:
+        yield thirds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @pytest.fixture(scope="module")
-def observed(backdoored: Victim) -> Callable[[str], tuple[Any, list[Progress]]]:
-    """Give each method's result on the backdoored toy network, and what it reported on the way; run once and kept."""
-    kept: dict[str, tuple[Any, list[Progress]]] = {}
+def observed(backdoored: Victim) -> Callable[[str], Run]:
+    """Give each method's run on the backdoored toy network; run once and kept."""
+    kept: dict[str, Run] = {}
     view = DefenderView(model=backdoored.model, clean=clean_images())
 
-    def result(name: str) -> tuple[Any, list[Progress]]:
+    def result(name: str) -> Run:
         if name not in kept:
             reports: list[Progress] = []
-            kept[name] = run(name, view, on_progress=reports.append), reports
+            with counting(view.clean.image_shape) as thirds:
+                found = run(name, view, on_progress=reports.append)
+            kept[name] = Run(result=found, reports=reports, passes=thirds[0] / 3)
         return kept[name]
 
     return result
 
 
 @pytest.fixture(scope="module")
-def results(observed: Callable[[str], tuple[Any, list[Progress]]]) -> Callable[[str], Any]:
+def results(observed: Callable[[str], Run]) -> Callable[[str], Any]:
     """Give each method's result on the backdoored toy network."""
-    return lambda name: observed(name)[0]
+    return lambda name: observed(name).result
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -214,8 +253,8 @@ def test_settings_show_in_the_repr_and_are_frozen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_progress_is_reported(name: str, observed: Callable[[str], tuple[Any, list[Progress]]]) -> None:
-    _, reports = observed(name)
+def test_progress_is_reported(name: str, observed: Callable[[str], Run]) -> None:
+    reports = observed(name).reports
     assert reports
     for report in reports:
         assert report.stage
@@ -233,6 +272,13 @@ def test_useless_clean_sets_are_refused(name: str, indices: list[int], message: 
         pytest.skip("statistics and fine-tuning ask for no second class")
     with pytest.raises(ValueError, match=message):
         run(name, DefenderView(model=toy_view.model, clean=clean), target_labels=(0,))  # the class that is there
+
+
+@pytest.mark.parametrize("name", sorted({**DETECTORS, **PURIFIERS}))
+def test_every_pass_of_every_network_is_counted(name: str, observed: Callable[[str], Run]) -> None:
+    seen = observed(name)
+    assert seen.passes > 0
+    assert seen.result.cost.image_passes == pytest.approx(seen.passes)
 
 
 # --- inverters ---
@@ -327,7 +373,7 @@ def test_purifiers_that_claim_it_erase_the_backdoor(
 ) -> None:
     test: ImageSet = toy_images(420, seed=1)
     assert evaluate(backdoored, None, test, generator=child(0)).asr.value >= 0.95
-    assert success_left(name, backdoored, results(name).model, test) < 0.20
+    assert success_left(name, backdoored, results(name).model, test) < MOST_LEFT
 
 
 def success_left(name: str, victim: Victim, model: nn.Module, test: ImageSet) -> float:
@@ -390,5 +436,5 @@ def test_methods_work_on_a_gpu(name: str, backdoored: Victim) -> None:
         test = toy_images(420, seed=1).to("cuda")
         record = evaluate(victim, result.model, test, generator=child(0))
         assert record.acc.value >= victim.metrics["acc"]["value"] - 0.10
-        assert name not in CLAIM_ERASING or success_left(name, victim, result.model, test) < 0.20
+        assert name not in CLAIM_ERASING or success_left(name, victim, result.model, test) < MOST_LEFT
         assert result.cost.peak_memory_bytes > 0

@@ -15,7 +15,7 @@ import lustral
 ROOT = Path(lustral.__file__).parent
 
 # A part may import the parts listed for it and nothing else of ours.
-FOUNDATIONS = {"protocols", "randomness", "files", "versions", "characters"}
+FOUNDATIONS = {"protocols", "randomness", "files", "versions", "characters", "limits"}
 MIDDLE = FOUNDATIONS | {"images", "models", "cost"}
 WORKING = MIDDLE | {"training", "evaluation"}
 METHODS = {"attacks", "inverters", "detectors", "purifiers"}
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "protocols": set(),
     "randomness": set(),
     "files": set(),
+    "limits": set(),
     "versions": set(),
     "characters": set(),
     "settings": set(),

@@ -24,7 +24,7 @@ from lustral.inverters.max_entropy import (
 )
 from lustral.protocols import DefenderView, ImageSet, RecoveredTrigger
 from lustral.randomness import child
-from toy import quick_inverter
+from toy import quick_inverter, toy_images
 
 
 def test_mutual_information_by_hand() -> None:
@@ -98,7 +98,8 @@ def test_sample_spread_by_hand() -> None:
 
 
 def test_samples_are_a_distribution_that_fires(toy_view: DefenderView) -> None:
-    (trigger,) = quick_inverter().invert(toy_view, [4], generator=child(0))
+    apart = toy_images(140, seed=9)
+    (trigger,) = quick_inverter().invert(toy_view, [4], held_out=apart, generator=child(0))
     assert trigger.target_label == 4
     assert trigger.masks.shape == (48, 1, 12, 12)
     assert trigger.patterns.shape == (48, 3, 12, 12)
@@ -106,7 +107,7 @@ def test_samples_are_a_distribution_that_fires(toy_view: DefenderView) -> None:
         assert 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
         assert not tensor.requires_grad
     assert trigger.attack_success_rate > 0.5
-    assert trigger.attack_success_rate == firing_rate(toy_view.model, toy_view.clean, trigger)
+    assert trigger.attack_success_rate == firing_rate(toy_view.model, apart, trigger)
     assert 0 < trigger.entropy < math.inf
     assert trigger.area < 12
     stamped = trigger(torch.full((48, 3, 12, 12), 0.5))
@@ -120,16 +121,59 @@ def test_entropy_weight_spreads_the_samples(toy_view: DefenderView) -> None:
             steps=60, entropy_weight=weight, learning_rate=3e-3, area_slack=4.0, levels=(0.5,), batch_size=32
         )
         start = inverter.search.run(toy_view.model, toy_view.clean, [4], generator=child(1))
-        (trigger,) = inverter.spread_out(toy_view.model, toy_view.clean, [4], start, generator=child(2))
+        (trigger,) = inverter.spread_out(
+            toy_view.model, toy_view.clean, [4], start, held_out=toy_view.clean, generator=child(2)
+        )
         spreads.append(trigger.entropy)
     assert spreads[1] > spreads[0]
+
+
+class KnowsTheSearchImages(nn.Module):
+    """Calls an image class 1 when its first pixel is bright, but only those whose last pixel tells that it was searched on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logit = 20 * (x[:, 0, 0, 0] - 0.5) - 100 * (x[:, 0, -1, -1] < 0.3)
+        return torch.stack([-logit, logit], 1)
+
+
+def marked(count: int, mark: int) -> ImageSet:
+    images = torch.full((count, 3, 12, 12), 30, dtype=torch.uint8)
+    images[:, :, -1, -1] = mark
+    return ImageSet(images=images, labels=torch.arange(count) % 2, num_classes=2)
+
+
+def test_success_is_measured_on_images_that_nothing_was_searched_on() -> None:
+    view = DefenderView(model=KnowsTheSearchImages(), clean=marked(40, 200))
+    (trigger,) = quick_inverter(levels=(0.5,)).invert(view, [1], held_out=marked(40, 0), generator=child(0))
+    assert firing_rate(view.model, view.clean, trigger) > 0.9
+    assert trigger.attack_success_rate < 0.1
+
+
+def test_without_held_out_images_some_of_the_views_are_kept_from_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = marked(40, 200)
+    clean.images[:, 0, 0, 0] = torch.arange(40)  # tells each image from the others
+    seen: dict[str, set[int]] = {}
+
+    def note(
+        self: MaxEntropy, model: nn.Module, images: ImageSet, *rest: object, held_out: ImageSet, **_: object
+    ) -> Any:
+        seen.update(searched=set(images.images[:, 0, 0, 0].tolist()), held=set(held_out.images[:, 0, 0, 0].tolist()))
+        return []
+
+    monkeypatch.setattr(MaxEntropy, "spread_out", note)
+    view = DefenderView(model=KnowsTheSearchImages(), clean=clean)
+    quick_inverter(operator="random_patch", holdout=0.25).invert(view, [1], generator=child(0))
+    assert len(seen["held"]) == 10
+    assert seen["held"].isdisjoint(seen["searched"])
+    assert seen["held"] | seen["searched"] == set(range(40))
 
 
 def test_several_labels_share_a_batch(toy_view: DefenderView) -> None:
     inverter = quick_inverter(steps=2)
     triggers = inverter.invert(toy_view, [4, 0], generator=child(0))
     assert [trigger.target_label for trigger in triggers] == [4, 0]
-    assert inverter.spread_out(toy_view.model, toy_view.clean, [], None, generator=child(0)) == []
+    unused = toy_view.clean
+    assert inverter.spread_out(toy_view.model, unused, [], None, held_out=unused, generator=child(0)) == []
 
 
 def test_the_published_operator_pastes_whole_patches(toy_view: DefenderView) -> None:
@@ -159,8 +203,8 @@ def test_places_of_a_fixed_patch_are_found(toy_view: DefenderView) -> None:
     assert shifts[0].tolist() == [0, 0]
     assert shifts.shape == (len(rates), 2)
     by_shift = {(r, c): rate for (r, c), rate in zip(shifts.tolist(), rates.tolist(), strict=True)}
-    assert by_shift[(5, 5)] >= 0.9
-    fires_at = [shift for shift, rate in by_shift.items() if rate >= 0.9]
+    assert by_shift[(5, 5)] >= 0.75
+    fires_at = [shift for shift, rate in by_shift.items() if rate >= 0.75]
     assert len(fires_at) < 0.35 * len(by_shift)
     assert sum(r + c for r, c in fires_at) / len(fires_at) > 5  # towards the corner
 
@@ -215,7 +259,15 @@ def test_firing_rate_looks_at_all_classes_of_an_ordered_set() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"levels": ()}, {"levels": (1.5,)}, {"steps": 0}, {"batch_size": 1}, {"samples": 2}, {"hidden": 0}],
+    [
+        {"levels": ()},
+        {"levels": (1.5,)},
+        {"steps": 0},
+        {"batch_size": 1},
+        {"samples": 2},
+        {"hidden": 0},
+        {"holdout": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lustral.images import as_float
-from lustral.protocols import DefenderView
 from lustral.purifiers import IBAU
 from lustral.purifiers.i_bau import hypergradient, inner_loss
+from lustral.randomness import child
+from toy import toy_images
 
 # L_in = h d^2 / 2 - c theta d, so d*(theta) = c theta / h;   L_out = (d + theta)^2 / 2
 H, C = 2.0, 3.0
@@ -57,18 +58,28 @@ def test_the_inner_loss_is_negated_and_penalised() -> None:
     )
 
 
-def test_the_perturbation_is_projected_and_hurts(toy_view: DefenderView) -> None:
-    method = IBAU(projection=1.0, delta_learning_rate=1.0)
-    delta = method.universal(toy_view.model, toy_view.clean, 64)
+def test_the_perturbation_is_projected_and_hurts() -> None:
+    model, data = linear_model(), toy_images(280, seed=2)  # never so sure of itself that no slope is left
+    delta = IBAU(projection=1.0, delta_learning_rate=1.0).universal(model, data, 64)
     assert delta.shape == (1, 3, 12, 12)
     scale = (3 * 12 * 12 / (3 * 32 * 32)) ** 0.5
-    assert float(delta.norm()) <= scale * (1 + 1e-5)
-    images = as_float(toy_view.clean.images)
+    assert float(delta.norm()) == pytest.approx(scale, rel=1e-4)
+    free = IBAU(projection=None, delta_learning_rate=1.0).universal(model, data, 64)
+    assert float(free.norm()) > 1.1 * scale
+    images = as_float(data.images)
     with torch.no_grad():
-        said = toy_view.model(images).argmax(1)
-        before = torch.nn.functional.cross_entropy(toy_view.model(images), said)
-        after = torch.nn.functional.cross_entropy(toy_view.model(images + delta), said)
-    assert float(after) > float(before)
+        said = model(images).argmax(1)
+        losses = [float(torch.nn.functional.cross_entropy(model(images + d), said)) for d in (-delta, 0 * delta, delta)]
+    assert losses[0] < losses[1] - 0.01
+    assert losses[1] < losses[2] - 0.01
+
+
+def linear_model() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 7))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=child(0)))
+    return model
 
 
 def test_rounds_are_epochs_and_small_sets_get_more() -> None:
@@ -81,3 +92,9 @@ def test_impossible_settings_are_refused() -> None:
     for wrong in ({"rounds": 0}, {"perturbed_share": 0.0}, {"projection": 0.0}, {"inner_step_size": 0.0}):
         with pytest.raises(ValueError, match="expected"):
             IBAU(**wrong)
+
+
+def test_the_published_settings_are_the_benchmarks() -> None:
+    method = IBAU().published()
+    assert (method.rounds, method.trainer.optimizer, method.trainer.learning_rate) == (5, "amsgrad", 1e-4)
+    assert (method.trainer.batch_size, method.projection, method.relative_rate) == (256, None, None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lustral.models import build_classifier
 from lustral.models.wiring import Wiring, late_layer, trace
 from lustral.protocols import DefenderView
-from lustral.purifiers import NeuralPolarizer, neural_polarizer
+from lustral.purifiers import NeuralPolarizer, polarizing
 from lustral.purifiers.neural_polarizer import Polarized, Polarizer, fold, insert
 from lustral.purifiers.polarizing import Start, feature_statistics, runner_up
 from lustral.randomness import child
@@ -149,12 +149,15 @@ def test_the_gradient_reaches_the_polarizer_alone(toy_view: DefenderView) -> Non
 def test_it_starts_from_standardised_features_only_where_the_network_bears_them(
     survives: float, initial: Start, factor: float, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neural_polarizer, "SURVIVES", survives)
+    monkeypatch.setattr(polarizing, "SURVIVES", survives)
     trainer = Trainer(epochs=1, batch_size=128, learning_rate=0.01, schedule="constant")
     named = NeuralPolarizer(
         initial=initial, trainer=replace(trainer, learning_rate=factor * trainer.learning_rate), least_steps=4
     )
-    chosen = NeuralPolarizer(trainer=trainer, least_steps=4).purify(toy_view, generator=child(0)).model
+    automatic = NeuralPolarizer(trainer=trainer, least_steps=4).purify(toy_view, generator=child(0))
+    wanted_note = {"standardised": "It started from standardised features", "identity": "It started as the identity"}
+    assert any(note.startswith(wanted_note[initial]) for note in automatic.notes)
+    chosen = automatic.model
     expected = named.purify(toy_view, generator=child(0)).model
     for found, wanted in zip(chosen.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)

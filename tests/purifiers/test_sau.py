@@ -123,4 +123,5 @@ def test_impossible_settings_are_refused() -> None:
     for wrong in ({"radius": 0.0}, {"steps": 0}, {"holdout": 1.0}, {"shared_weight": -1.0}):
         with pytest.raises(ValueError, match="expected"):
             SAU(**wrong)
-    assert SAU().published().trainer.epochs == 100
+    published = SAU().published().trainer
+    assert (published.epochs, published.optimizer, published.learning_rate) == (100, "amsgrad", 1e-4)

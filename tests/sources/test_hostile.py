@@ -238,23 +238,17 @@ def test_folders_have_limits(tmp_path: Path, limit: str, message: str, monkeypat
         load_source(str(two_classes(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\u202eb", "a\udcff"])
-def test_class_names_that_control_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a\u202eb", "[red]"])
+def test_class_names_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
     two_classes(tmp_path)
-    try:
-        (tmp_path / name).mkdir()
-    except (OSError, UnicodeError):
-        pytest.skip("this file system refuses the name itself")
-    with pytest.raises(SourceError, match="none of them for control of terminals") as caught:
-        load_source(str(tmp_path))
-    assert "\x1b" not in str(caught.value)
-    assert "\n" not in str(caught.value)
+    (tmp_path / name).mkdir()
+    assert name in set_in(tmp_path).class_names  # what shows them escapes them
 
 
-def test_class_names_in_files_are_checked_too(tmp_path: Path) -> None:
+def test_endless_class_names_are_refused(tmp_path: Path) -> None:
     images = np.zeros((2, 4, 4), dtype=np.uint8)
-    np.savez(tmp_path / "x.npz", images=images, labels=[0, 1], class_names=["a", "\x1b]0;b"])
-    with pytest.raises(SourceError, match="none of them for control of terminals"):
+    np.savez(tmp_path / "x.npz", images=images, labels=[0, 1], class_names=["a", "b" * 1001])
+    with pytest.raises(SourceError, match=r"class names of at most 1000 characters; found one of 1,001"):
         load_source(str(tmp_path / "x.npz"))
 
 

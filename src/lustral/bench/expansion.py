@@ -13,11 +13,11 @@ from typing import Any
 
 from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, result_spec, victim_spec
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
+from lustral.bench.rows import BENIGN, UNDEFENDED
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
 from lustral.catalog import ATTACKS
-from lustral.models import build_classifier, parse_architecture
-from lustral.randomness import child
+from lustral.models import look_at, parse_architecture
 from lustral.settings import SettingsError, build, describe, merge, suggest
 from lustral.sources import DataSource, SourceError
 from lustral.training import Trainer
@@ -39,6 +39,9 @@ def expand(plan: Plan, sources: Sources) -> Grid:
     return _Expansion(plan, sources).run()
 
 
+_Budget = tuple[DefenceTable, Mapping[str, Any], Mapping[str, int], Sequence[int]]  # entry, settings, versions, images
+
+
 @dataclass
 class _Expansion:
     plan: Plan
@@ -47,11 +50,12 @@ class _Expansion:
     victims: dict[str, Cell] = field(default_factory=dict)
     results: dict[str, list[Cell]] = field(default_factory=dict)  # by victim
     excluded: dict[str, set[str]] = field(default_factory=dict)  # keys by reason
+    labels: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # what each stands for
     matched: set[int] = field(default_factory=set)  # exclusions that some cell agrees with
 
     def run(self) -> Grid:
         defences = [
-            (entry, settings)
+            (entry, settings, versions_of(build(DEFENCES[entry.method], settings)))
             for number, entry in enumerate(self.plan.defences, 1)
             for settings in self.variants(f"defences[{number}] {entry.method}", entry, DEFENCES)
         ]
@@ -66,7 +70,7 @@ class _Expansion:
             if source is None:
                 continue
             archs, pool = self.archs(data, source), len(source.defender_indices())
-            budgets = [(entry, settings, self.budgets(entry, data, source, pool)) for entry, settings in defences]
+            budgets = [(*defence, self.budgets(defence[0], data, source, pool)) for defence in defences]
             for where, entry, settings in attacks:
                 if entry.data and data.name not in entry.data:
                     continue
@@ -172,11 +176,10 @@ class _Expansion:
         for arch in data.arch or [default_arch(data.name)]:
             try:
                 self.sources.trust.require_code(arch)
-                classifier = build_classifier(
+                classifier = look_at(
                     parse_architecture(arch, allow_code=self.sources.trust.code),
                     num_classes=source.train.num_classes,
                     image_shape=source.train.image_shape,
-                    generator=child(0),
                 )
             except (ValueError, ImportError, OSError) as error:
                 self.complain(f"data {data.name}: arch {arch!r}: {' '.join(str(error).splitlines())}")
@@ -252,23 +255,34 @@ class _Expansion:
                 self.complain(f"{where}: trainer: {line}")
             return None
 
-    def add(self, victim: Cell, budgets: Sequence[tuple[DefenceTable, Mapping[str, Any], Sequence[int]]]) -> None:
+    def add(self, victim: Cell, budgets: Sequence[_Budget]) -> None:
         """Add a victim and the results on it, except what is excluded, and the benign model that it starts from."""
         if self.is_excluded(victim):
             return
+        self.check_label("attack", victim.attack, victim.spec)
         if victim.spec["start"] is not None:
             start = Cell.of(victim.spec["start"])
             self.victims.setdefault(start.key, start)
         results = {}
-        for (entry, settings, counts), defence_seed in product(budgets, self.plan.defence_seeds):
+        for (entry, settings, versions, counts), defence_seed in product(budgets, self.plan.defence_seeds):
             for count in counts:
-                spec = result_spec(victim.spec, entry.method, settings, count, defence_seed)
+                spec = result_spec(victim.spec, entry.method, settings, count, defence_seed, versions)
                 cell = Cell.of(spec, attack=victim.attack, defence=entry.label)
                 if not self.is_excluded(cell):
+                    self.check_label("defence", str(cell.defence), spec["defence"])
                     results[cell.key] = cell
         self.victims[victim.key] = victim
         known = {cell.key: cell for cell in self.results.get(victim.key, [])}
         self.results[victim.key] = list({**known, **results}.values())
+
+    def check_label(self, kind: str, label: str, spec: Mapping[str, Any]) -> None:
+        """Complain about a label that stands for two things: tables would average them together."""
+        own = dict(spec) if kind == "defence" else _attack_of(spec)
+        first = self.labels.setdefault((kind, label), own)
+        if first != own and not self.problems:  # one label for a grid has been complained of
+            self.complain(f"two {kind}s are called {label!r}; give one of them another label")
+        if label == (UNDEFENDED if kind == "defence" else BENIGN) and own["method"] != NO_ATTACK:
+            self.complain(f"{own['method']} cannot be called {label!r}, which means that there is no {kind}")
 
     def is_excluded(self, cell: Cell) -> bool:
         """Say whether an exclusion agrees with a cell, and count it for the first that does."""
@@ -291,3 +305,10 @@ class _Expansion:
         if agreeing:
             self.excluded.setdefault(self.plan.exclude[agreeing[0]].reason, set()).add(cell.key)
         return bool(agreeing)
+
+
+def _attack_of(victim: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes an attack another one in tables: not its rate and label, which are columns of their own."""
+    attack, settings = victim["attack"], victim["attack"]["settings"]
+    own = {name: value for name, value in settings.items() if name not in OWN_COLUMNS}
+    return {"method": attack["method"], "settings": own, "is_fine_tuned": victim["start"] is not None}

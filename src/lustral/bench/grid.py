@@ -206,16 +206,21 @@ def victim_spec(
 
 
 def result_spec(
-    victim: Mapping[str, Any], method: str, settings: Mapping[str, Any], clean_images: int, seed: int
+    victim: Mapping[str, Any],
+    method: str,
+    settings: Mapping[str, Any],
+    clean_images: int,
+    seed: int,
+    versions: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Return the specification of a defence's result on a victim."""
+    """Return the specification of a defence's result on a victim; ``versions`` are those of the defence and its settings."""
     return {
         "kind": "result",
         "victim": victim,
         "defence": {"method": method, "settings": settings},
         "clean_images": clean_images,
         "seed": seed,
-        "versions": versions_of(build(DEFENCES[method], settings), DataSource, Evaluation),
+        "versions": {**versions, **versions_of(DataSource, Evaluation)},
     }
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from lustral.settings import suggest
+from lustral.files import NotRegularError, is_deep, read_regular
+from lustral.settings import shortened, suggest
 
 
 class PlanError(ValueError):
@@ -26,6 +27,12 @@ def _budget(value: object) -> int | float:
         return value
     raise ValueError("expected a number of images (a whole number) or a fraction of the training set, between 0 and 1")
 
+
+MOST_BYTES = 1 << 17  # of a plan file; ours have a few kilobytes
+MOST_DOTS = 1000  # in a line: the time that a key with dots takes grows with their square
+MOST_CELLS = 100_000  # of a plan, counted before any is made
+DEEPEST = 16  # tables and lists inside each other
+LARGEST = 2**63 - 1  # of whole numbers, either way: what tensors and tables hold
 
 T = TypeVar("T")
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -172,9 +179,19 @@ def read_plan(path: Path) -> Plan:
         OSError: it cannot be read.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = read_regular(path, most=MOST_BYTES).decode("utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.count(".") > MOST_DOTS:
+                raise PlanError(f"{path}, line {number}: more than {MOST_DOTS:,} dots; break the line")
+        content = tomllib.loads(text)
+    except PlanError:
+        raise
+    except NotRegularError as error:
+        raise PlanError(f"{error}; name a plan file (.toml)") from error
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise PlanError(f"{path} is not a readable TOML file: {error}") from error
+    except RecursionError as error:
+        raise PlanError(f"{path} is nested too deeply; a plan has at most {DEEPEST} levels") from error
     return parse_plan(content, where=str(path))
 
 
@@ -184,26 +201,54 @@ def parse_plan(content: Mapping[str, Any], *, where: str = "plan") -> Plan:
     Raises:
         PlanError: one line for each problem.
     """
-    lines = list(_not_finite(content, ""))
+    if is_deep(content, DEEPEST):
+        raise PlanError(f"{where}: nested too deeply; a plan has at most {DEEPEST} levels of tables and lists")
+    lines = list(_odd_numbers(content, ""))
     try:
         plan = Plan.model_validate(content)
     except ValidationError as error:
         lines += [_explain(problem) for problem in error.errors()]
+    else:
+        number = most_cells(plan)
+        if number > MOST_CELLS:
+            lines.append(
+                f"its lists make up to {number:.3g} cells; a plan has at most {MOST_CELLS:,}: split it, or shorten the lists"
+            )
     if lines:
         raise PlanError("\n".join(f"{where}: {line}" for line in lines))
     return plan
 
 
-def _not_finite(value: Any, place: str) -> Iterator[str]:
-    """Yield a line for each number that JSON does not have: no name of a cell could hold it."""
+def most_cells(plan: Plan) -> int:
+    """Return how many cells the lists of a plan can make, without making them; exclusions are not counted."""
+    total = 0
+    for data in plan.data:
+        results = sum(_variants(entry) * len(entry.clean or data.clean or plan.clean) for entry in plan.defences)
+        for attack in plan.attacks:
+            if attack.data and data.name not in attack.data:
+                continue
+            rates, seeds = len(attack.poison_rates or plan.poison_rates), len(attack.seeds or plan.seeds)
+            victims = max(len(data.arch), 1) * _variants(attack) * rates * seeds
+            total += victims * (1 + results * len(plan.defence_seeds))
+    return total
+
+
+def _variants(entry: AttackTable | DefenceTable) -> int:
+    return math.prod(len(values) for values in entry.grid.values())
+
+
+def _odd_numbers(value: Any, place: str) -> Iterator[str]:
+    """Yield a line for each number that JSON or a tensor does not have: no name or result of a cell could hold it."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_finite(item, f"{place}.{key}" if place else key)
+            yield from _odd_numbers(item, f"{place}.{key}" if place else key)
     elif isinstance(value, list):
         for number, item in enumerate(value, 1):
-            yield from _not_finite(item, f"{place}[{number}]")
+            yield from _odd_numbers(item, f"{place}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{place}: expected a finite number; got {value}"
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield f"{place}: expected a whole number of at most 2^63 - 1; got one of {value.bit_length()} bits"
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -221,7 +266,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "too_short":
         return f"{name} is empty; give at least one value or take it away"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}; got {problem['input']!r}"
+    return f"{name}: {message[0].lower()}{message[1:]}; got {shortened(problem['input'])}"
 
 
 def _table_of(table: Any, name: str) -> Any:

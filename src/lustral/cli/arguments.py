@@ -50,14 +50,16 @@ class Suspect:
         data: clean images: digits, cifar10, ... (looked up under LUSTRAL_DATA), an .npz or .parquet file, or an image
             folder.
         clean: how many clean images to use, drawn by class in proportion; all there are up to 2,500 if left out.
-        image_size: side in pixels to resize the images to.
+        image_size: pixels to resize the images to: the side of a square, or height and width.
+        resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
         format: how to read the model file.
     """
 
     model: tyro.conf.Positional[Path]
     data: str
     clean: int | None = None
-    image_size: int | None = None
+    image_size: tuple[int, ...] | None = None
+    resize: int | None = None
     format: Annotated[FileFormat, FLAT] = FileFormat()
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lustral.cli.arguments import Suspect
+from lustral.cli.arguments import FileFormat, Suspect
 from lustral.models import LoadedModel, load_model
 from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
 from lustral.randomness import child
-from lustral.sources import DataSource, load_source
+from lustral.sources import DataSource, load_source, source_with_channels
 from lustral.victims import NoTrigger, VictimError, load_victim
 
+READABLE_CHANNELS = (1, 3)  # grey and RGB
+OTHER_CHANNELS = (2, 4)  # with transparency: tried only to say so
 MOST_CLEAN = 2_500  # images used when --clean is left out: 5 % of CIFAR-10, as in the papers
 
 
@@ -95,17 +100,63 @@ def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened
     file = model_file(suspect.model)
     if not file.is_file():
         raise FileNotFoundError(2, "no such model file", str(file))
-    source = load_source(suspect.data, image_size=suspect.image_size)
+    source = load_source(suspect.data, image_size=suspect.image_size, resize=suspect.resize, stream=None)
+    loaded, source = load_fitting(file, source, suspect.format)
     clean = draw_clean(source, suspect.clean, seed=seed)
-    loaded = load_model(
-        file,
-        num_classes=clean.num_classes,
-        image_shape=clean.image_shape,
-        **vars(suspect.format),
-    )
     victim = load_victim(suspect.model, arch=suspect.format.arch) if suspect.model.is_dir() else None
     view = DefenderView(model=loaded.model.to(device), clean=clean.to(device))
     return Opened(loaded=loaded, view=view, source=source, victim=victim)
+
+
+def load_fitting(file: Path, source: DataSource, written: FileFormat) -> tuple[LoadedModel, DataSource]:
+    """Open a model file for a source's images, and return the source with the channels that the network takes.
+
+    Args:
+        file: the model file.
+        source: where the images come from.
+        written: how to read the file.
+
+    Raises:
+        ValueError: the model does not fit the images, whether they are grey or RGB.
+    """
+    channels, height, width = source.train.image_shape
+
+    def load(channels: int) -> LoadedModel:
+        return load_model(
+            file, num_classes=source.train.num_classes, image_shape=(channels, height, width), **vars(written)
+        )
+
+    try:
+        return load(channels), source
+    except ValueError as error:
+        for other in sorted({*READABLE_CHANNELS, *OTHER_CHANNELS} - {channels}):
+            with _unheard("lustral.models.checkpoint"):  # it has been said once
+                try:
+                    loaded = load(other)
+                except ValueError:
+                    continue
+            if other in READABLE_CHANNELS:
+                return loaded, source_with_channels(source, other)
+            raise ValueError(
+                f"{file}: its network takes images of {other} channels; expected 1 (grey) or 3 (RGB), which is how images "
+                "are read: put a layer in front of it that makes its channels of these"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """Drop what a module logs."""
+    logger = logging.getLogger(name)
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def require_test_set(source: DataSource) -> ImageSet:

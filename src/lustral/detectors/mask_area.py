@@ -54,7 +54,7 @@ class MaskArea:
         holdout: share of the clean images kept from the search to measure success on.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
     false_alarm_rate: float = 0.01
@@ -109,7 +109,13 @@ class MaskArea:
                 steps=found.steps[index.cpu()],
             )
             triggers = self.inverter.spread_out(
-                view.model, search_set, shown, chosen, generator=fork(generator, "spread"), on_progress=on_progress
+                view.model,
+                search_set,
+                shown,
+                chosen,
+                held_out=held_out,
+                generator=fork(generator, "spread"),
+                on_progress=on_progress,
             )
         by_label = {trigger.target_label: trigger for trigger in triggers}
         smallest = min(e.p_value for e in evidence)

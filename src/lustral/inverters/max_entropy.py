@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.images import at_most
+from lustral.images import at_most, check_holdout, split
 from lustral.inverters.mask_search import FoundMasks, MaskSearch
 from lustral.inverters.sampling import SampleImages
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, RecoveredTrigger
@@ -147,11 +147,12 @@ class MaxEntropy:
         area_slack: mean mask area that costs nothing, as a multiple of the smallest mask found.
         area_weight: penalty per multiple of area beyond that.
         samples: samples kept of each distribution.
+        holdout: share of the clean images that ``invert`` keeps to measure success on, where it is given none for that.
         search: the warm start.
         precision: "auto" takes bfloat16 where the hardware has it.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
     entropy_weight: float = 0.1
@@ -165,6 +166,7 @@ class MaxEntropy:
     area_slack: float = 1.5
     area_weight: float = 0.5
     samples: int = 384
+    holdout: float = 0.2
     search: MaskSearch = field(default_factory=MaskSearch)
     precision: Precision = "auto"
 
@@ -174,6 +176,7 @@ class MaxEntropy:
             raise ValueError(f"expected success levels in (0, 1]; got {self.levels}")
         if self.steps < 1 or self.batch_size < 2 or self.samples < len(self.levels) or self.hidden < 1:
             raise ValueError(f"expected steps >= 1, batch_size >= 2 and samples >= levels; got {self}")
+        check_holdout(self.holdout)
 
     def invert(
         self,
@@ -181,16 +184,25 @@ class MaxEntropy:
         target_labels: Sequence[int],
         *,
         generator: Generator,
+        held_out: ImageSet | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[RecoveredTrigger]:
         """Return one recovered distribution per target label; see ``Inverter``."""
-        start = None
+        images, start = view.clean, None
+        if held_out is None:
+            held_out, images = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         if self.operator == "learned":
             start = self.search.run(
-                view.model, view.clean, target_labels, generator=fork(generator, "search"), on_progress=on_progress
+                view.model, images, target_labels, generator=fork(generator, "search"), on_progress=on_progress
             )
         return self.spread_out(
-            view.model, view.clean, target_labels, start, generator=fork(generator, "spread"), on_progress=on_progress
+            view.model,
+            images,
+            target_labels,
+            start,
+            held_out=held_out,
+            generator=fork(generator, "spread"),
+            on_progress=on_progress,
         )
 
     def spread_out(
@@ -200,6 +212,7 @@ class MaxEntropy:
         target_labels: Sequence[int],
         start: FoundMasks | None,
         *,
+        held_out: ImageSet,
         generator: Generator,
         on_progress: OnProgress | None = None,
     ) -> list[RecoveredTrigger]:
@@ -210,6 +223,7 @@ class MaxEntropy:
             images: clean images on the model's device.
             target_labels: K labels.
             start: the search's result for exactly these labels; None with the published operator.
+            held_out: clean images apart from ``images``, to measure the success of the samples on.
             generator: CPU stream.
             on_progress: called after each step.
         """
@@ -268,7 +282,7 @@ class MaxEntropy:
                 judge_step.step()
                 if on_progress is not None:
                     on_progress(Progress(stage="spreading triggers", done=step, total=self.steps))
-            return self._collect(model, images, target_labels, targets, maker, base, places, start, stream)
+            return self._collect(model, held_out, target_labels, targets, maker, base, places, start, stream)
 
     def _seen_size(self, images: ImageSet) -> int:
         channels, height, width = images.image_shape
@@ -355,7 +369,7 @@ class MaxEntropy:
     def _collect(
         self,
         model: nn.Module,
-        images: ImageSet,
+        held_out: ImageSet,
         target_labels: Sequence[int],
         targets: Tensor,
         maker: TriggerGenerator,
@@ -364,12 +378,12 @@ class MaxEntropy:
         start: FoundMasks | None,
         stream: Generator,
     ) -> list[RecoveredTrigger]:
-        """Sample every sub-model, equally often, and measure the samples on the clean images."""
+        """Sample every sub-model, equally often, and measure the samples on held-out images."""
         maker.eval()
         groups, per_group = len(targets), self.samples // len(self.levels)
         z = torch.rand(groups, per_group, NOISE_DIM, generator=stream, device=base.device)
-        mask, pattern = self._triggers(base[:, None] + maker(z), images)
-        _, height, width = images.image_shape
+        mask, pattern = self._triggers(base[:, None] + maker(z), held_out)
+        _, height, width = held_out.image_shape
         mask, pattern = self._place(mask, pattern, places, per_group, (height, width), stream)
         results = []
         for index, label in enumerate(target_labels):
@@ -382,7 +396,7 @@ class MaxEntropy:
                 attack_success_rate=0.0,
                 entropy=sample_spread(mask[own], pattern[own]),
             )
-            rate = firing_rate(model, images, trigger, precision=self.precision)
+            rate = firing_rate(model, held_out, trigger, precision=self.precision)
             results.append(
                 RecoveredTrigger(
                     target_label=label,

@@ -7,7 +7,7 @@ from lustral.models.architecture import (
     parse_architecture,
     runs_user_code,
 )
-from lustral.models.build import NETWORKS, build_classifier
+from lustral.models.build import NETWORKS, build_classifier, look_at
 from lustral.models.checkpoint import LoadedModel, load_model, save_like, save_model
 from lustral.models.classifier import Classifier, Normalise
 from lustral.models.conditioned import Conditioned, arch_of
@@ -33,6 +33,7 @@ __all__ = [
     "arch_of",
     "build_classifier",
     "load_model",
+    "look_at",
     "parse_architecture",
     "runs_user_code",
     "save_like",

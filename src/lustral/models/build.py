@@ -18,15 +18,19 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, nn
+from torch.overrides import TorchFunctionMode
 
+from lustral.limits import LARGEST_IMAGE, LARGEST_NETWORK, MOST_CLASSES, is_image_shape
 from lustral.models.architecture import (
     CONDITIONED,
     LARGEST_OPTION,
@@ -37,9 +41,11 @@ from lustral.models.architecture import (
     Timm,
     Torchvision,
     as_architecture,
+    runs_user_code,
 )
 from lustral.models.classifier import Classifier
 from lustral.models.conditioned import Conditioned
+from lustral.models.outputs import NoLogitsError
 from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
@@ -55,6 +61,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "vgg16_bn": partial(VGG, 16),
     "vgg19_bn": partial(VGG, 19),
 }
+CHEAP_IMAGE = 2**18  # numbers in an image that a network is tried on; 3 x 224 x 224 has 150,528
 _OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{CONDITIONED}:LAYER@BASE", "FILE.py:FUNCTION")
 
 
@@ -66,6 +73,7 @@ def build_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     generator: Generator | None = None,
+    one_logit: bool = False,
 ) -> Classifier:
     """Build an untrained classifier, in training mode, on the CPU.
 
@@ -76,32 +84,77 @@ def build_classifier(
         mean: per channel, on the [0, 1] scale; None: 0.
         std: per channel, on the [0, 1] scale; None: 1.
         generator: seeds the initial weights; None: the same weights every time.
+        one_logit: the network's head has one number for two classes (``lustral.models.outputs``).
 
     Raises:
-        ValueError: unknown architecture or option, or a network that does not map such images to K logits.
+        ValueError: unknown architecture or option, more than ``LARGEST_NETWORK`` parameters, or a network that does not map
+            such images to K logits.
     """
-    network = build_network(arch, num_classes=num_classes, image_shape=image_shape, generator=generator)
-    channels = image_shape[0]
-    constants = {"mean": tuple(mean or (0.0,) * channels), "std": tuple(std or (1.0,) * channels)}
-    for name, values in constants.items():
-        if len(values) != channels:
-            raise ValueError(f"expected {channels} numbers in {name}, one per channel; got {len(values)}")
-    classifier = Classifier(network, **constants)
-    found = count_logits(classifier, image_shape)
-    if found != num_classes:
-        raise ValueError(f"{arch} gives {found} logits; expected {num_classes}, one per class")
+    if num_classes < 2 or (one_logit and num_classes != 2):
+        raise ValueError(f"expected at least 2 classes, and 2 with one logit; got {num_classes}")
+    arch, rows = as_architecture(arch), 1 if one_logit else num_classes
+    if not runs_user_code(arch):
+        require_moderate(outline_network(arch, num_classes=rows, image_shape=image_shape), arch)
+    network = build_network(arch, num_classes=rows, image_shape=image_shape, generator=generator)
+    classifier = with_normalisation(network, image_shape, mean, std, num_classes=num_classes)
+    require_logits(classifier, arch, rows=rows, image_shape=image_shape)
     return classifier
+
+
+def look_at(arch: str | Architecture, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Return a network that shows whether ``build_classifier`` would succeed: an outline, or one that a user's code built.
+
+    Raises:
+        ValueError: it would not.
+    """
+    arch = as_architecture(arch)
+    if runs_user_code(arch):
+        return build_classifier(arch, num_classes=num_classes, image_shape=image_shape)
+    network = outline_network(arch, num_classes=num_classes, image_shape=image_shape)
+    require_moderate(network, arch)
+    outline = with_normalisation(network, image_shape, None, None, num_classes=num_classes).to("meta")
+    require_logits(outline, arch, rows=num_classes, image_shape=image_shape)
+    return outline
 
 
 def build_network(
     arch: str | Architecture, *, num_classes: int, image_shape: tuple[int, int, int], generator: Generator | None = None
 ) -> nn.Module:
-    """Build the bare network of ``build_classifier``, without normalisation and without trying it on an image."""
-    if num_classes < 2:
-        raise ValueError(f"expected at least 2 classes; got {num_classes}")
+    """Build the bare network of ``build_classifier``, without normalisation, and without looking at its size before.
+
+    ``num_classes`` is the number of rows of its head: 1 for a network with one logit.
+    """
+    return _build(as_architecture(arch), num_classes, image_shape, generator)
+
+
+def outline_network(arch: str | Architecture, *, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Build the bare network on the meta device: names and shapes of its tensors.
+
+    A user's own code builds as ever, but what is put around it is on the meta device.
+
+    Raises:
+        ValueError: as ``build_network``.
+    """
+    return _build(as_architecture(arch), num_classes, image_shape, None, device=torch.device("meta"))
+
+
+def _build(
+    arch: Architecture,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    generator: Generator | None,
+    *,
+    device: torch.device | None = None,
+) -> nn.Module:
+    if num_classes < 1:
+        raise ValueError(f"expected at least 1 row of the head; got {num_classes}")
+    if num_classes > MOST_CLASSES:
+        raise ValueError(f"expected {MOST_CLASSES:,} classes at most; got {num_classes:,}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"expected an image shape (channels, height, width); got {image_shape}")
-    build = _builder(as_architecture(arch), num_classes, image_shape)
+    if not is_image_shape(image_shape):
+        raise ValueError(f"expected images of {LARGEST_IMAGE:,} numbers at most; got the shape {image_shape}")
+    build = _builder(arch, num_classes, image_shape, device)
     seed = int(torch.randint(2**62, (), generator=generator if generator is not None else child(0, "initial weights")))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -116,17 +169,64 @@ def build_network(
     return network
 
 
+def require_moderate(outline: nn.Module, arch: Architecture) -> None:
+    """Refuse a network of more than ``LARGEST_NETWORK`` parameters."""
+    count = sum(parameter.numel() for parameter in outline.parameters())
+    if count > LARGEST_NETWORK:
+        raise ValueError(f"{arch} would have {count:,} parameters; expected {LARGEST_NETWORK:,} at most")
+
+
+def require_logits(classifier: Classifier, arch: Architecture, *, rows: int, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a classifier that does not give one logit per class; tried on one image, a large one without numbers.
+
+    Args:
+        classifier: the classifier, which knows its number of classes.
+        arch: its architecture.
+        rows: of its head; 1 where one logit stands for two classes.
+        image_shape: (C, H, W) of its images.
+
+    Raises:
+        ValueError: it gives another number of logits, or does not take such images.
+    """
+    wanted = max(rows, 2)
+    if math.prod(image_shape) > CHEAP_IMAGE and not runs_user_code(arch):
+        outline = outline_network(arch, num_classes=rows, image_shape=image_shape)
+        classifier = with_normalisation(outline, image_shape, None, None, num_classes=wanted).to("meta")
+    found = count_logits(classifier, image_shape)
+    if found != wanted:
+        raise ValueError(f"{arch} gives {found} logits; expected {wanted}, one per class")
+
+
+def with_normalisation(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    *,
+    num_classes: int,
+) -> Classifier:
+    """Put the normalisation in front of a network for images of (C, H, W); one number per channel each, None: 0 and 1."""
+    channels = image_shape[0]
+    constants = {"mean": tuple(mean or (0.0,) * channels), "std": tuple(std or (1.0,) * channels)}
+    for name, values in constants.items():
+        if len(values) != channels:
+            raise ValueError(f"expected {channels} numbers in {name}, one per channel; got {len(values)}")
+    return Classifier(network, **constants, num_classes=num_classes)
+
+
 def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> int:
     """Return the number of logits that a classifier gives for one image of (C, H, W).
 
     Raises:
-        ValueError: it does not take such images, or does not return a (B, K) tensor.
+        ValueError: it does not take such images, or returns no logits.
     """
     in_training = [module for module in classifier.modules() if module.training]
     classifier.eval()
     try:
         with torch.no_grad():  # inference mode would spoil what a network may cache
             logits = classifier(classifier.normalise.mean.new_zeros(1, *image_shape))
+    except NoLogitsError:
+        raise
     except Exception as error:  # the network may be anyone's
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -135,30 +235,55 @@ def count_logits(classifier: Classifier, image_shape: tuple[int, int, int]) -> i
     finally:
         for module in in_training:
             module.training = True
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"the network must map images (B, C, H, W) to logits (B, K); for one image it gave {got}")
-    return logits.shape[1]
+    return int(logits.shape[1])
 
 
-def _builder(arch: Architecture, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:
-    """Return what builds the network, having looked up its name and its options."""
+def _builder(
+    arch: Architecture, num_classes: int, image_shape: tuple[int, int, int], device: torch.device | None
+) -> Callable[[], nn.Module]:
+    """Return what builds the network, on the device or where torch puts it, having looked up its name and its options."""
     match arch:
         case ConditionedOn(layer, base):
-            build_base = _builder(base, num_classes, image_shape)
-            return lambda: Conditioned(build_base(), layer, num_classes)
+            build_base = _builder(base, num_classes, image_shape, device)
+            return lambda: Conditioned(build_base(), layer, max(num_classes, 2), device=device)
         case PythonFile(file, function):
             return partial(_from_python_file, Path(file), function, num_classes)
         case Torchvision(name):
-            return _from_torchvision(name, num_classes, image_shape)
+            build = _from_torchvision(name, num_classes, image_shape)
         case Timm(name):
-            return _from_timm(name, num_classes, image_shape)
+            build = _from_timm(name, num_classes, image_shape)
         case Registered(name):
             if name not in NETWORKS:
                 known = ", ".join([*NETWORKS, *_OTHER_FORMS])
                 raise ValueError(f"unknown architecture {str(arch)!r}; known: {known}{_suggest(name, NETWORKS)}")
             network, options = NETWORKS[name], _checked_options(arch)
-            return partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
+            build = partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
+    return build if device is None else partial(_on_meta, build)
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network without memory for its tensors."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # it computes with small tensors while it is built, as torchvision's RegNets do
+        with _LargeOnMeta():
+            return build().to("meta")
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Within the block, what torch makes by size alone has no memory, unless it is small."""
+
+    _makers = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+    _small = 4096  # numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._makers and kwargs.get("device") is None:
+            outline = func(*args, **{**kwargs, "device": "meta"})
+            if outline.numel() > self._small:
+                return outline
+        return func(*args, **kwargs)
 
 
 def _checked_options(arch: Registered) -> dict[str, int]:
@@ -189,7 +314,8 @@ def _from_torchvision(name: str, num_classes: int, image_shape: tuple[int, int, 
             f"torchvision:{name} takes images of 3 channels; got {image_shape[0]}; timm:NAME takes any number"
         )
     size = {"image_size": image_shape[1]} if name.startswith("vit_") else {}
-    return partial(models.get_model, name, weights=None, num_classes=num_classes, **size)
+    scheme = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}  # what they warn will change
+    return partial(models.get_model, name, weights=None, num_classes=num_classes, **size, **scheme)
 
 
 def _from_timm(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> Callable[[], nn.Module]:

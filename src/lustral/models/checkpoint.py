@@ -20,11 +20,24 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lustral.files import sha256_of, write_bytes_atomic
-from lustral.models.architecture import Architecture, ArchitectureError, CodeRefusedError, parse_architecture
-from lustral.models.build import build_classifier, build_network, count_logits
+from lustral.limits import LARGEST_EXTRA, LARGEST_IMAGE, MOST_CLASSES, is_class_count, is_image_shape
+from lustral.models.architecture import (
+    Architecture,
+    ArchitectureError,
+    CodeRefusedError,
+    parse_architecture,
+    runs_user_code,
+)
+from lustral.models.build import (
+    build_network,
+    count_logits,
+    outline_network,
+    require_logits,
+    with_normalisation,
+)
 from lustral.models.classifier import Classifier
 from lustral.models.model_files import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
 from lustral.models.preact_resnet import by_keys
@@ -53,7 +66,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
 _PROBE_SHAPE = (3, 224, 224)
-_LARGEST_SIDE = 4096  # pixels; a recorded image shape must not make us allocate all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +176,29 @@ def load_model(
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
-    probe = build_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
+    probe = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
     chosen, same, others = _choose(path, str(network), mappings, probe, weights=weights, sizes_known=shape is not None)
     tensors = chosen.tensors
 
-    classes = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
+    rows = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
+    classes = max(rows, 2)  # one logit is two classes
     shape = shape or find_image_shape(path, tensors, probe)
     mean, std = mean or recorded.mean, std or recorded.std
     if mean is None and std is None:
         logger.warning("%s: no mean and std are known; pixels in [0, 1] go to the network as they are", path)
-    model = build_classifier(network, num_classes=classes, image_shape=shape, mean=mean, std=std)
-    compare(path, str(network), tensors, model.network.state_dict(), shapes=True)
+    if not is_class_count(classes) or not is_image_shape(shape):
+        raise ModelFileError(
+            f"{path}: expected 2 to {MOST_CLASSES:,} classes and images of {LARGEST_IMAGE:,} numbers at most; got "
+            f"{classes:,} classes of images {shape}"
+        )
+    if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
+        outline = outline_network(network, num_classes=rows, image_shape=shape)
+        compare(path, str(network), tensors, outline.state_dict(), shapes=True)
+        _require_small_extras(path, network, outline)
+    bare = build_network(network, num_classes=rows, image_shape=shape)
+    compare(path, str(network), tensors, bare.state_dict(), shapes=True)
+    model = with_normalisation(bare, shape, mean, std, num_classes=classes)
+    require_logits(model, network, rows=rows, image_shape=shape)
     check_tensors(path, tensors)
     model.network.load_state_dict(tensors)
     digest = sha256_of(path)
@@ -225,6 +249,16 @@ def _choose(
     if others:
         logger.warning("%s: looked at %s; not looked at: %s", path, chosen.name, listing(others))
     return chosen, same, others
+
+
+def _require_small_extras(path: Path, arch: Architecture, outline: nn.Module) -> None:
+    """Refuse a network whose constants, which no file holds, would take more than ``LARGEST_EXTRA`` bytes."""
+    stored = outline.state_dict().keys()
+    size = sum(buffer.nbytes for name, buffer in outline.named_buffers() if name not in stored)
+    if size > LARGEST_EXTRA:
+        raise ModelFileError(
+            f"{path}: {arch} has constants of {size:,} bytes at this image size; expected {LARGEST_EXTRA:,} at most"
+        )
 
 
 def save_model(
@@ -377,8 +411,10 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> _Recorded:
         )
     except (KeyError, ValueError) as error:
         raise ModelFileError(f"{path}: damaged metadata: {type(error).__name__}: {error}") from error
-    if not all(1 <= side <= _LARGEST_SIDE for side in (channels, height, width)):
+    if not is_image_shape(recorded.image_shape):
         raise ModelFileError(f"{path}: damaged metadata: image shape {metadata['image_shape']}")
+    if not is_class_count(recorded.num_classes):
+        raise ModelFileError(f"{path}: damaged metadata: {metadata['num_classes']} classes")
     if not all(map(math.isfinite, (*(recorded.mean or ()), *(recorded.std or ())))):
         raise ModelFileError(f"{path}: damaged metadata: mean {metadata['mean']}, std {metadata['std']}")
     return recorded

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lustral.models.outputs import logits_in
+
 
 class Normalise(nn.Module):
     """Subtract a mean and divide by a standard deviation, per channel.
@@ -45,13 +47,22 @@ class Classifier(nn.Module):
 
     version: ClassVar[int] = 1
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Wrap ``network``, which maps normalised float images (B, C, H, W) to logits (B, K)."""
+    def __init__(
+        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], *, num_classes: int | None = None
+    ) -> None:
+        """Wrap ``network``, which maps normalised float images (B, C, H, W) to what ``logits_in`` finds logits in.
+
+        Args:
+            network: the network.
+            mean: per channel, on the [0, 1] scale.
+            std: likewise.
+            num_classes: number of classes K; tells the logits from other tensors that the network returns.
+        """
         super().__init__()
         self.normalise = Normalise(mean, std)
         self.network = network
+        self.num_classes = num_classes
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float32 images (B, C, H, W) in [0, 1] to logits (B, K)."""
-        logits: Tensor = self.network(self.normalise(images))
-        return logits
+        return logits_in(self.network(self.normalise(images)), len(images), self.num_classes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lustral.models.architecture import CONDITIONED
+from lustral.models.outputs import logits_in
 
 
 def require_filterable(network: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -45,15 +46,17 @@ class ClassPolarizers(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, num_classes: int, channels: int, *, last: bool) -> None:
+    def __init__(
+        self, num_classes: int, channels: int, *, last: bool, device: torch.device | str | None = None
+    ) -> None:
         """Build them for K classes and C channels; ``last``: channels are the last axis (tokens) and not the second (maps)."""
         super().__init__()
         self.last = last
-        self.weight = nn.Parameter(torch.eye(channels).repeat(num_classes, 1, 1))
-        self.scale = nn.Parameter(torch.ones(num_classes, channels))
-        self.shift = nn.Parameter(torch.zeros(num_classes, channels))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
+        self.weight = nn.Parameter(torch.eye(channels, device=device).repeat(num_classes, 1, 1))
+        self.scale = nn.Parameter(torch.ones(num_classes, channels, device=device))
+        self.shift = nn.Parameter(torch.zeros(num_classes, channels, device=device))
+        self.register_buffer("mean", torch.zeros(channels, device=device))
+        self.register_buffer("deviation", torch.ones(channels, device=device))
 
     @torch.no_grad()
     def settle(self, mean: Tensor, deviation: Tensor, *, identity: bool) -> None:
@@ -73,6 +76,8 @@ class ClassPolarizers(nn.Module):
             raise ValueError(
                 f"expected the features of {len(classes)} images; got {len(features)}: name a layer that sees them whole"
             )
+        if features.is_meta:
+            return torch.empty_like(features)  # the division among classes would need numbers
         gain = self.scale / self.deviation  # (K, C)
         matrices, offsets = gain[:, :, None] * self.weight, self.shift - gain * self.mean
         order = classes.argsort()
@@ -95,8 +100,12 @@ class Conditioned(nn.Module):
 
     version: ClassVar[int] = 1
 
-    def __init__(self, network: nn.Module, layer: str, num_classes: int) -> None:
+    def __init__(
+        self, network: nn.Module, layer: str, num_classes: int, *, device: torch.device | str | None = None
+    ) -> None:
         """Wrap ``network``, which maps images (B, C, H, W) to logits (B, K), and filter what enters ``layer``.
+
+        ``device`` is where the polarizers go; None: where the layer is.
 
         Raises:
             ValueError: there is no such layer, or it is no convolution without groups and no linear layer.
@@ -105,8 +114,8 @@ class Conditioned(nn.Module):
         found = require_filterable(network, layer)
         self.network, self.layer = network, layer
         channels = found.in_channels if isinstance(found, nn.Conv2d) else found.in_features
-        self.polarizers = ClassPolarizers(num_classes, channels, last=isinstance(found, nn.Linear)).to(
-            found.weight.device
+        self.polarizers = ClassPolarizers(
+            num_classes, channels, last=isinstance(found, nn.Linear), device=device or found.weight.device
         )
         self._classes: Tensor | None = None
         self._decides = True
@@ -115,13 +124,14 @@ class Conditioned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K)."""
         if not self._decides:
-            logits: Tensor = self.network(images)
-            return logits
+            return self._logits(images)
         with torch.no_grad(), self.routed(None):
-            said = self.network(images).argmax(1)
+            said = self._logits(images).argmax(1)
         with self.routed(said):
-            logits = self.network(images)
-        return logits
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return logits_in(self.network(images), len(images), len(self.polarizers.weight))
 
     @contextmanager
     def routed(self, classes: Tensor | None) -> Iterator[None]:

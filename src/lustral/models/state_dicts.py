@@ -72,13 +72,18 @@ def compare(
 
 
 def count_classes(path: Path, tensors: Mapping[str, Tensor], probe: Mapping[str, Tensor], *, asked: int | None) -> int:
-    """Return the number of classes of the weights: the dimension that follows the classes in a network built for it."""
+    """Return the number of classes of the weights: the dimension that follows the classes in a network built for it.
+
+    It is 1 for a network with one logit, where ``asked`` may be 2.
+    """
     heads = [key for key, tensor in probe.items() if tensor.ndim and tensor.shape[0] == PROBE_CLASSES]
     if not heads:  # a network with classes of its own
         if asked is not None:
             return asked
         heads = [key for key, tensor in probe.items() if tensor.ndim >= 2][-1:]
     counts = {tensors[key].shape[0] if tensors[key].ndim else 0 for key in heads}
+    if counts <= {1, 2} and 1 in counts and asked in (None, 2):
+        return 1
     if len(counts) != 1:
         if asked is None:
             raise ModelFileError(f"{path}: the weights do not tell the number of classes; pass num_classes")

@@ -114,7 +114,7 @@ class BaEraser:
         audit: scan the erased model again with fresh randomness.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     detector: MaskArea = field(default_factory=MaskArea)
     schedule: Literal["alternating", "published"] = "alternating"
@@ -218,7 +218,7 @@ class BaEraser:
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
         if set(labels) != {trigger.target_label for trigger in bank}:
             bank = self.detector.inverter.invert(
-                fit_view, labels, generator=fork(generator, "recover", 0), on_progress=on_progress
+                fit_view, labels, held_out=held_out, generator=fork(generator, "recover", 0), on_progress=on_progress
             )
         best: tuple[tuple[float, ...], nn.Module, int, tuple[str, ...]] | None = None
         divisor = 1.0
@@ -248,6 +248,7 @@ class BaEraser:
             fresh = self.detector.inverter.invert(
                 DefenderView(model=model, clean=fit),
                 labels,
+                held_out=held_out,
                 generator=fork(generator, "recover", index + 1),
                 on_progress=on_progress,
             )
@@ -281,6 +282,7 @@ class BaEraser:
         start = [p.detach().clone() for p in received.parameters()]
         cap = math.log(fit.num_classes) + self.ascent_margin
         teacher = copy.deepcopy(received)
+        CostMeter.follow(received, teacher)
         first = clean_importance(received, fit) if self.penalty == "dynamic" else None
         importance = first
 

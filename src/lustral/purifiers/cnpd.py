@@ -29,12 +29,12 @@ from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import project
 from lustral.purifiers.polarizing import (
     GENTLER,
-    SURVIVES,
     Start,
     check_polarizing,
     feature_statistics,
     place,
     runner_up,
+    start_of,
     unlikely,
 )
 from lustral.purifiers.repair import Repair
@@ -122,10 +122,12 @@ class CNPD:
             model = repair.follow(condition(model, name, view.clean.num_classes))
             polarizers = conditioned_part(model).polarizers
             polarizers.settle(mean, variance.sqrt(), identity=self.initial == "identity")
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
-            if self.initial == "auto" and held_out_accuracy(model, repair.held_out) < SURVIVES * repair.before:
-                polarizers.settle(mean, variance.sqrt(), identity=True)
-                trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
+            trainer, started = self.trainer.stretched(len(repair.fit), self.least_steps), ""
+            if self.initial == "auto":
+                start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
+                if start == "identity":
+                    polarizers.settle(mean, variance.sqrt(), identity=True)
+                    trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             for parameter, need in zip(conditioned_part(trained).network.parameters(), needed, strict=True):
                 parameter.requires_grad_(need)
@@ -133,6 +135,7 @@ class CNPD:
             trained,
             f"The network inside is the given one; a polarizer for each class filters what enters {name}. An answer takes two "
             "passes, and the file opens with lustral alone.",
+            *filter(None, (started,)),
         )
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:

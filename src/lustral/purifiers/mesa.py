@@ -42,7 +42,7 @@ class Mesa:
         target_labels: labels to retrain without asking the scan; empty: the scan decides.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     detector: MaskArea = field(default_factory=MaskArea)
     trigger_rate: float = 0.2
@@ -76,6 +76,7 @@ class Mesa:
                     self.detector.inverter.invert(
                         DefenderView(model=view.model, clean=fit),
                         labels,
+                        held_out=held_out,
                         generator=fork(generator, "recover"),
                         on_progress=on_progress,
                     )

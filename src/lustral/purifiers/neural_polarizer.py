@@ -32,12 +32,12 @@ from lustral.protocols import DefenderView, OnProgress, Purified
 from lustral.purifiers.perturbation import project
 from lustral.purifiers.polarizing import (
     GENTLER,
-    SURVIVES,
     Start,
     check_polarizing,
     feature_statistics,
     place,
     runner_up,
+    start_of,
     unlikely,
 )
 from lustral.purifiers.repair import Repair
@@ -173,7 +173,7 @@ class NeuralPolarizer:
     Attributes:
         initial: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as after the
             authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers. "auto" is
-            "standardised" where that keeps ``SURVIVES`` of the held-out accuracy; elsewhere "identity", at ``GENTLER`` times
+            "standardised" where that keeps 0.8 of the held-out accuracy; elsewhere "identity", at ``GENTLER`` times
             the rate.
         layer: name of the layer that the polarizer goes before; None: the first layer with weights of the last block
             (``lustral.models.wiring.late_layer``), which is the published place in a PreAct-ResNet18.
@@ -219,8 +219,8 @@ class NeuralPolarizer:
             raise ValueError(f"expected a share in [0, 1] for enough; got {self.enough}")
 
     def published(self) -> NeuralPolarizer:
-        """Return the published budget: 50 epochs at 0.01 in float32, from standardised features."""
-        trainer = dataclasses.replace(self.trainer, epochs=50, precision="float32")
+        """Return the published budget: 50 epochs at 0.01 with plain momentum in float32, from standardised features."""
+        trainer = dataclasses.replace(self.trainer, epochs=50, optimizer="heavy_ball", precision="float32")
         return dataclasses.replace(self, initial="standardised", trainer=trainer, least_steps=0)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
@@ -234,10 +234,12 @@ class NeuralPolarizer:
             model.requires_grad_(False)
             polarizer = insert(model, name, wiring).polarizer
             polarizer.settle(*statistics, identity=self.initial == "identity")
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
-            if self.initial == "auto" and held_out_accuracy(model, repair.held_out) < SURVIVES * repair.before:
-                polarizer.settle(*statistics, identity=True)
-                trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
+            trainer, started = self.trainer.stretched(len(repair.fit), self.least_steps), ""
+            if self.initial == "auto":
+                start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
+                if start == "identity":
+                    polarizer.settle(*statistics, identity=True)
+                    trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):
@@ -245,7 +247,7 @@ class NeuralPolarizer:
         note = f"A polarizer before {name} was multiplied into it."
         if not polarizer.offset:
             note += f" It has no offset: {name} has no bias, and no batch normalisation that keeps statistics follows."
-        return repair.result(trained, note)
+        return repair.result(trained, *filter(None, (note, started)))
 
     def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
         """Return the loss of a batch; the network stays in evaluation mode."""

@@ -337,7 +337,7 @@ def open_folder(
     flip: bool = True,
     frame: Framing | None = None,
     channels: int = RGB,
-    stream: bool = False,
+    stream: bool | None = False,
 ) -> DataSource:
     """Open ``path/CLASS/*`` or ``path/{train,test}/CLASS/*`` (``val`` and the like serve as ``test``).
 
@@ -351,7 +351,8 @@ def open_folder(
         flip: whether flips keep the meaning.
         frame: the size to bring pictures to; None asks for pictures of one size.
         channels: 3 for RGB, 1 for grey.
-        stream: leave the training images on disk (test images are loaded all the same).
+        stream: leave the training images on disk (test images are loaded all the same), to be decoded by several processes;
+            None: by the caller's.
 
     Raises:
         SourceError: another layout, or pictures that are unreadable or differ in size.
@@ -384,4 +385,4 @@ def open_folder(
     num_workers = min(_MAX_WORKERS, _num_cores()) if stream else 0
     train = _stream_split(train_folder, class_names, frame, channels, num_workers)
     test = _stream_split(test_folder, class_names, frame, channels, num_workers).load() if test_folder else None
-    return DataSource(name=name, train=train if stream else train.load(), test=test, flip=flip)
+    return DataSource(name=name, train=train.load() if stream is False else train, test=test, flip=flip)

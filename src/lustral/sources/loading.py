@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lustral.protocols import ImageSet
 from lustral.sources.arrays import open_npz, open_parquet
 from lustral.sources.digits import open_digits
 from lustral.sources.folder import open_folder
-from lustral.sources.pixels import RGB, Framing, ImageSize, frame_tensor, framing, with_channels
+from lustral.sources.pixels import RGB, Framing, frame_tensor, framing, with_channels
 from lustral.sources.record import DataSource, SourceError
 from lustral.sources.torchvision_sets import open_torchvision
 
@@ -45,10 +45,10 @@ def load_source(
     spec: str,
     *,
     root: Path | None = None,
-    image_size: ImageSize | None = None,
+    image_size: int | Sequence[int] | None = None,
     resize: int | None = None,
     channels: int | None = None,
-    stream: bool = False,
+    stream: bool | None = False,
 ) -> DataSource:
     """Open a data set.
 
@@ -60,7 +60,7 @@ def load_source(
         resize: scale the shorter side to this many pixels, then cut ``image_size`` out of the middle; None squeezes.
         channels: 1 makes all images grey (luma), 3 makes them RGB (a grey image three times); None leaves those of an
             .npz file as they are and makes all others RGB.
-        stream: leave the training images of an image folder on disk.
+        stream: leave the training images of an image folder on disk; None does so with a folder, and opens others too.
 
     Raises:
         SourceError: the source cannot be found, read or understood; the message says what to do.
@@ -85,7 +85,7 @@ def source_with_channels(source: DataSource, channels: int) -> DataSource:
     return replace(source, train=train, test=test)
 
 
-def _open(spec: str, root: Path | None, frame: Framing | None, channels: int, stream: bool) -> DataSource:
+def _open(spec: str, root: Path | None, frame: Framing | None, channels: int, stream: bool | None) -> DataSource:
     """Open a source, with ``channels`` where pictures are decoded."""
     path = Path(spec).expanduser()
     is_folder = spec not in source_names() and path.is_dir()

@@ -50,7 +50,6 @@ class UnreadableError(SourceError):
 
 
 Picture = Path | bytes | Image.Image
-ImageSize = int | tuple[int, int]  # side, or (height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +95,8 @@ class Framing:
         return round((height - self.size[0]) / 2), round((width - self.size[1]) / 2)
 
 
-def framing(image_size: ImageSize | Sequence[int] | None, resize: int | None = None) -> Framing | None:
-    """Return how to frame pictures; None where they are to keep their size.
+def framing(image_size: int | Sequence[int] | None, resize: int | None = None) -> Framing | None:
+    """Return how to frame pictures, by the side of a square or (height, width); None where they keep their size.
 
     Raises:
         SourceError: impossible sizes.

@@ -1,0 +1,36 @@
+"""How much a file may make us hold, where its own size does not say: stated once, so that every reader refuses the same."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+LARGEST_IMAGE = 2**24  # numbers in one image, C x H x W: 64 MiB as float32; 3 x 2,364 x 2,364
+MOST_CLASSES = 100_000  # ImageNet-21k has 21,841
+LARGEST_NETWORK = 2**29  # parameters of a network that is built before any file holds them: 2 GiB as float32
+LARGEST_EXTRA = 2**28  # bytes of a network's tensors that no file holds: constants that are computed at birth
+LARGEST_RECORD = 2**22  # bytes of a victim's record
+LARGEST_TRIGGER = 2**28  # bytes of a learnt trigger's tensors
+
+
+def is_image_shape(shape: object) -> TypeGuard[tuple[int, int, int]]:
+    """Tell whether this is (C, H, W) of images that are not absurdly large.
+
+    >>> is_image_shape([3, 32, 32]), is_image_shape([3, 0, 32]), is_image_shape((3, 10**6, 10**6)), is_image_shape([3, 32])
+    (True, False, False, False)
+    """
+    return (
+        isinstance(shape, list | tuple)
+        and len(shape) == 3
+        and all(type(side) is int and side >= 1 for side in shape)
+        and math.prod(shape) <= LARGEST_IMAGE
+    )
+
+
+def is_class_count(count: object) -> bool:
+    """Tell whether this is a number of classes, 2 to ``MOST_CLASSES``.
+
+    >>> is_class_count(10), is_class_count(True), is_class_count(10**9)
+    (True, False, False)
+    """
+    return type(count) is int and 2 <= count <= MOST_CLASSES
