@@ -1,14 +1,15 @@
-"""Making backdoored models, and keeping them in folders that nobody has to trust.
+"""Making backdoored models, and keeping them in folders that nobody has to trust (``lustral.victim_files``).
 
 A victim folder holds ``model.safetensors`` (weights and architecture), ``victim.json`` (attack and its settings, data,
-training, seed, versions, metrics at birth), ``trigger.png`` (originals, triggered, residual x10) and, where the trigger was
-learnt, ``trigger.safetensors``. The true trigger is made again from settings and tensors: nothing in the folder is executed.
+training, seed, versions, metrics at birth, checksums), ``trigger.png`` (originals, triggered, residual x10) and, where the
+trigger was learnt, ``trigger.safetensors``. The true trigger is made again from settings and tensors: nothing in the folder
+is executed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Generator, Tensor
 
 import lustral
+from lustral.allocation import AllocationLimit
 from lustral.catalog import ATTACKS
-from lustral.evaluation.protocol import evaluate
-from lustral.files import write_bytes_atomic, write_json_atomic
+from lustral.evaluation.protocol import Evaluation, evaluate
+from lustral.files import write_bytes_atomic
 from lustral.images import Augment, as_float, as_uint8, channel_statistics
 from lustral.models import Architecture, Classifier, build_classifier, load_model, save_model
 from lustral.protocols import (
@@ -43,14 +44,23 @@ from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
 from lustral.settings import build, describe
 from lustral.training import EpochReport, Trainer
+from lustral.victim_files import (
+    MODEL_FILE,
+    PICTURE_FILE,
+    RECORD_FILE,
+    SCHEMA,
+    TRIGGER_FILE,
+    read_record,
+    read_trigger,
+    write_folder,
+)
+from lustral.victim_files import (
+    VictimError as VictimError,
+)
 
-SCHEMA = 1
-TRIGGER_FILE = "trigger.safetensors"
+TRIGGER_FACTOR = 8  # a trigger is made again in at most so many times the bytes of its tensors and one image ...
+SMALL_TRIGGER = 2**26  # ... and so many bytes more
 NO_ATTACK = "none"
-
-
-class VictimError(ValueError):
-    """A victim folder is missing something or was written by something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,20 +211,19 @@ def attack_name(attack: Attack | CraftedAttack) -> str:
 
 def save_victim(folder: Path, victim: Victim, examples: ImageSet) -> None:
     """Write a victim folder; ``examples`` are clean images for the trigger picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    assert isinstance(victim.model, Classifier)
-    save_model(
-        folder / "model.safetensors",
-        victim.model,
-        arch=victim.provenance["arch"],
-        image_shape=tuple(victim.provenance["image_shape"]),
-    )
-    write_bytes_atomic(folder / "trigger.png", trigger_picture(victim, examples))
-    if victim.tensors:
-        write_bytes_atomic(
-            folder / TRIGGER_FILE, save({k: t.detach().cpu().contiguous() for k, t in victim.tensors.items()})
+    model = victim.model
+    assert isinstance(model, Classifier)
+
+    def write(new: Path) -> None:
+        save_model(
+            new / MODEL_FILE, model, arch=victim.provenance["arch"], image_shape=tuple(victim.provenance["image_shape"])
         )
-    write_json_atomic(folder / "victim.json", {**victim.provenance, "metrics": victim.metrics})
+        write_bytes_atomic(new / PICTURE_FILE, trigger_picture(victim, examples))
+        if victim.tensors:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in victim.tensors.items()}
+            write_bytes_atomic(new / TRIGGER_FILE, save(tensors))
+
+    write_folder(folder, write, {**victim.provenance, "metrics": victim.metrics})
 
 
 def trigger_picture(victim: Victim, examples: ImageSet) -> bytes:
@@ -239,34 +248,37 @@ def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = Fal
         VictimError: the folder does not hold a victim, or its record does not fit this version.
         ModelFileError: the model file is not usable.
     """
-    record_path = folder / "victim.json"
-    if not record_path.is_file():
-        raise VictimError(f"{folder} is not a victim folder: expected victim.json in it, as `lustral implant` writes")
-    try:
-        record: Mapping[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise VictimError(f"{record_path} is not readable JSON ({error}); make the victim again") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise VictimError(f"{record_path}: expected schema {SCHEMA}; make the victim again with this version")
-    missing = {"attack", "settings", "image_shape", "num_classes", "metrics"} - record.keys()
-    if missing:
-        raise VictimError(f"{record_path} lacks {', '.join(sorted(missing))}; make the victim again")
+    record, record_path = read_record(folder), folder / RECORD_FILE
     name = record["attack"]
     if name not in [NO_ATTACK, *ATTACKS]:
         raise VictimError(f"{record_path}: unknown attack {name!r}; this version knows {', '.join(sorted(ATTACKS))}")
-    image_shape, tensors = record["image_shape"], _trigger_tensors(folder)
+    channels, height, width = record["image_shape"]
+    image_shape, tensors = (channels, height, width), read_trigger(folder)
+    held = sum(tensor.nbytes for tensor in tensors.values()) + 4 * math.prod(image_shape)
     try:
-        channels, height, width = image_shape
-        attack = None if name == NO_ATTACK else build(ATTACKS[name], record["settings"])
-        if isinstance(attack, CraftedAttack):
-            attack = attack.restore(tensors, (channels, height, width))
-        trigger: Trigger = NoTrigger() if attack is None else attack.trigger((channels, height, width))
-        probes: Mapping[str, Probe] = attack.probes((channels, height, width)) if isinstance(attack, HasProbes) else {}
-    except (TypeError, ValueError, KeyError) as error:
+        Evaluation.from_dict(record["metrics"])
+    except Exception as error:  # it may be anything
         raise VictimError(
-            f"{record_path}: settings do not fit the attack {name!r} on images of shape {image_shape} ({error})"
+            f"{record_path}: its metrics are no evaluation ({type(error).__name__}); make the victim again"
+        ) from error
+    try:
+        with AllocationLimit(TRIGGER_FACTOR * held + SMALL_TRIGGER):
+            attack = None if name == NO_ATTACK else build(ATTACKS[name], record["settings"])
+            if isinstance(attack, CraftedAttack):
+                attack = attack.restore(tensors, image_shape)
+            trigger: Trigger = NoTrigger() if attack is None else attack.trigger(image_shape)
+            probes: Mapping[str, Probe] = attack.probes(image_shape) if isinstance(attack, HasProbes) else {}
+    except Exception as error:  # settings and tensors may be anyone's
+        raise VictimError(
+            f"{record_path}: settings do not fit the attack {name!r} on images of shape {image_shape} "
+            f"({type(error).__name__}: {str(error)[:1000]}); make the victim again"
         ) from error
     loaded = load_model(folder / "model.safetensors", arch=arch, allow_code=allow_code)
+    if (loaded.num_classes, loaded.image_shape) != (record["num_classes"], image_shape):
+        raise VictimError(
+            f"{record_path}: it tells of {record['num_classes']} classes of images {image_shape}, the model beside it knows "
+            f"{loaded.num_classes} of {loaded.image_shape}; make the victim again"
+        )
     return Victim(
         model=loaded.model,
         trigger=trigger,
@@ -277,16 +289,6 @@ def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = Fal
         tensors=tensors,
         probes=probes,
     )
-
-
-def _trigger_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / TRIGGER_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise VictimError(f"{path} is damaged ({error}); make the victim again") from error
 
 
 def default_trainer(*, flip: bool, num_images: int) -> Trainer:

@@ -15,7 +15,7 @@ import lustral
 ROOT = Path(lustral.__file__).parent
 
 # A part may import the parts listed for it and nothing else of ours.
-FOUNDATIONS = {"protocols", "randomness", "files", "versions", "characters", "limits"}
+FOUNDATIONS = {"protocols", "randomness", "files", "versions", "characters", "limits", "allocation"}
 MIDDLE = FOUNDATIONS | {"images", "models", "cost"}
 WORKING = MIDDLE | {"training", "evaluation"}
 METHODS = {"attacks", "inverters", "detectors", "purifiers"}
@@ -24,6 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "randomness": set(),
     "files": set(),
     "limits": set(),
+    "allocation": set(),
+    "victim_files": FOUNDATIONS,
     "versions": set(),
     "characters": set(),
     "settings": set(),
@@ -39,9 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "purifiers": WORKING | {"inverters", "detectors"},  # ... and what a purifier erases
     "catalog": METHODS | FOUNDATIONS,
     "report": WORKING,
-    "victims": WORKING | METHODS | {"catalog", "report", "settings"},
-    "bench": WORKING | METHODS | {"catalog", "report", "settings", "sources", "victims"},
-    "cli": WORKING | METHODS | {"catalog", "report", "victims", "sources", "settings", "bench"},
+    "victims": WORKING | METHODS | {"catalog", "report", "settings", "victim_files"},
+    "bench": WORKING | METHODS | {"catalog", "report", "settings", "sources", "victims", "victim_files"},
+    "cli": WORKING | METHODS | {"catalog", "report", "victims", "victim_files", "sources", "settings", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }

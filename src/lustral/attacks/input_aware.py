@@ -40,6 +40,9 @@ PIXEL_STD = 0.25  # of natural images; the authors compare images after normalis
 LEAST_DISTANCE = 1e-3  # a quarter of a grey level, keeps the ratio finite where outputs are equal; 1e-7 in their code
 CHUNK = 32  # images per pass of a finished trigger, always: a trigger then owes nothing to an image's company
 MASK_BATCH = 64  # images per step of the mask network's training; 128 in their code
+MOST_STEPS = (
+    10  # down, in the networks; a side of 1,024 pixels is then one, and a record's number makes no endless loop
+)
 LEAST_MASK_STEPS = 400  # a small set is passed over more often, until the mask network has had so many steps
 
 
@@ -187,6 +190,8 @@ class InputAware:
                 f"{self.diversity_weight}, {self.density_weight} and {self.mask_density}"
             )
         counts = (self.width, self.steps, self.patterns_per_batch, self.mask_epochs)
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"expected {MOST_STEPS} steps at most: each halves the side; got {self.steps}")
         if min(counts) < 1 or min(self.mask_learning_rate, self.pattern_learning_rate) <= 0:
             raise ValueError(
                 "expected width, steps, patterns_per_batch and mask_epochs >= 1 and positive learning rates; got "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 import lustral
@@ -37,7 +37,8 @@ from lustral.randomness import child
 from lustral.report.figures import stamp_sheet
 from lustral.settings import build
 from lustral.training import EpochReport, Trainer
-from lustral.victims import NO_ATTACK, TRIGGER_FILE, implant, library_versions, load_victim, save_victim
+from lustral.victim_files import TRIGGER_FILE, tensors_in
+from lustral.victims import NO_ATTACK, implant, library_versions, load_victim, save_victim
 
 SCHEMA = 1
 
@@ -74,7 +75,8 @@ class StoreAssets:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in build().items()}
             record = {"schema": SCHEMA, "kind": "asset", "spec": spec, "made": made(time.perf_counter() - started)}
             self._store.put("assets", key, record, {TRIGGER_FILE: save(tensors)})
-        return load(self._store.file(self._store.read("assets", key), TRIGGER_FILE))
+        content = self._store.file(self._store.read("assets", key), TRIGGER_FILE)
+        return tensors_in(content, where=f"the asset {key[:12]}")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from lustral.models import LoadedModel, load_model
 from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
 from lustral.randomness import child
 from lustral.sources import DataSource, load_source, source_with_channels
+from lustral.victim_files import read_record
 from lustral.victims import NoTrigger, VictimError, load_victim
 
 READABLE_CHANNELS = (1, 3)  # grey and RGB
@@ -65,6 +66,7 @@ def model_file(path: Path) -> Path:
         raise VictimError(
             f"{path} is a folder without victim.json: name a model file, or a folder of `lustral implant`"
         )
+    read_record(path)  # the model is the one that the record was written with
     return path / "model.safetensors"
 
 
