@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lustral.detectors import MaskArea
-from lustral.detectors.mask_area import require_usable
+from lustral.detectors.mask_area import LEAST_LABELS, require_usable
 from lustral.inverters.mask_search import FoundMasks
 from lustral.protocols import ClassEvidence, DefenderView, ImageSet
 from lustral.randomness import child
+from lustral.report.findings import FEW_CLASSES
 from toy import quick_detector, quick_inverter, toy_images
 
 
@@ -131,6 +133,34 @@ def test_the_toy_worlds_are_told_apart(toy_view: DefenderView, benign_view: Defe
     assert plain.suspect_labels == ()
     assert plain.score < plain.threshold
     assert len(plain.triggers) == 1  # the most suspicious label is shown all the same
+
+
+class Brightness(nn.Module):
+    """Is right on images whose pixels are all ``40 * label``."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(torch.arange(classes) * 40 / 255)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -100 * (x.mean((1, 2, 3))[:, None] - self.levels).square()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_too_few_classes_are_told_before_any_search(classes: int) -> None:
+    labels = torch.arange(48) % classes
+    images = (40 * labels).to(torch.uint8)[:, None, None, None].expand(-1, 3, 12, 12).contiguous()
+    clean = ImageSet(images=images, labels=labels, num_classes=classes)
+    verdict = MaskArea().inspect(DefenderView(model=Brightness(classes), clean=clean), generator=child(0))
+    assert (verdict.outcome, verdict.suspect_labels, verdict.evidence) == ("cannot tell", (), ())
+    assert f"at least 5 of them; this model has {classes}" in verdict.basis
+    assert verdict.clean_accuracy == 1.0
+    assert verdict.score < verdict.threshold
+    assert verdict.cost.image_passes < 2 * len(clean)  # the least search looks at 9,600
+
+
+def test_what_to_do_next_suits_few_classes() -> None:
+    assert FEW_CLASSES == LEAST_LABELS
 
 
 def test_screened_scans_still_find_the_label(toy_view: DefenderView) -> None:

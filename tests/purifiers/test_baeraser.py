@@ -187,6 +187,26 @@ def test_named_labels_are_erased_without_asking_the_scan(benign_view: DefenderVi
     assert purified.audit is None
 
 
+def test_with_too_few_labels_to_compare_every_round_is_run() -> None:
+    labels = torch.arange(140) % 2  # dark and bright pictures
+    noise = torch.randint(40, (140, 3, 12, 12), generator=child(1))
+    clean = ImageSet(
+        images=(60 + 100 * labels[:, None, None, None] + noise).to(torch.uint8), labels=labels, num_classes=2
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-0.1], [0.1]]).expand(2, 432))
+        model[1].bias.copy_(torch.tensor([21.6, -21.6]))
+    eraser = BaEraser(
+        detector=quick_detector(), target_labels=(1,), rounds=2, trainer=gentle_trainer(epochs=1), least_steps=1
+    )
+    purified = eraser.purify(DefenderView(model=model, clean=clean), generator=child(0))
+    assert {entry["round"] for entry in purified.history} == {1, 2}
+    assert "Too few other labels" in purified.notes[0]
+    assert purified.audit is not None
+    assert purified.audit.outcome == "cannot tell"
+
+
 def test_the_erasing_is_audited_and_told(toy_view: DefenderView) -> None:
     eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2)
     purified = eraser.purify(toy_view, generator=child(1))

@@ -74,12 +74,27 @@ class MaskArea:
         check_holdout(self.holdout)
 
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
-        """Return a verdict with evidence for every label; see ``Detector``."""
+        """Return a verdict with evidence for every label; see ``Detector``.
+
+        With fewer than ``LEAST_LABELS`` classes nothing is searched and there is no evidence: the answer is "cannot tell".
+        """
         require_usable(view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             check = check_task(view.model, view.clean)
             if check.is_lost:
-                verdict = self.no_answer(check, view.clean, meter.cost)
+                complaint = check.complaint(view.clean.class_names)
+                verdict = self.no_answer(
+                    f"{complaint[0].upper()}{complaint[1:]} No trigger was searched: in such a model a small mask means nothing.",
+                    check,
+                    meter.cost,
+                )
+            elif view.clean.num_classes < LEAST_LABELS:
+                verdict = self.no_answer(
+                    f"The scan compares the classes with each other and needs at least {LEAST_LABELS} of them; this model has "
+                    f"{view.clean.num_classes}. No trigger was searched.",
+                    check,
+                    meter.cost,
+                )
             else:
                 require_gradient(check)
                 verdict = self.examine(view, check, generator=generator, on_progress=on_progress)
@@ -132,15 +147,14 @@ class MaskArea:
             notes=notes,
         )
 
-    def no_answer(self, check: TaskCheck, clean: ImageSet, cost: Cost) -> Verdict:
-        """Return the verdict on a model that does not do its task: whatever a search found, it would mean nothing."""
-        complaint = check.complaint(clean.class_names)
+    def no_answer(self, basis: str, check: TaskCheck, cost: Cost) -> Verdict:
+        """Return the verdict where no search could change it: nothing is searched and there is no evidence."""
         return Verdict(
             outcome="cannot tell",
             suspect_labels=(),
             score=0.0,
             threshold=-math.log10(self.false_alarm_rate),
-            basis=f"{complaint[0].upper()}{complaint[1:]} No trigger was searched: in such a model a small mask means nothing.",
+            basis=basis,
             evidence=(),
             triggers=(),
             cost=cost,

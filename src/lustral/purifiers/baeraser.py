@@ -108,7 +108,7 @@ class BaEraser:
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
             standard error.
         ordinary_rate: a label counts as erased when a fresh search needs an area that less than this share of a benign
-            model's labels would fall short of, judged by the other labels of the scan.
+            model's labels would fall short of, judged by the other labels of the scan; with fewer than two, never.
         holdout: share of the clean images kept from unlearning, to choose weights on.
         target_labels: labels to erase without asking the scan; empty: the scan decides.
         audit: scan the erased model again with fresh randomness.
@@ -213,7 +213,14 @@ class BaEraser:
         """Alternate recovery and unlearning; return (model, history, selected entry, notes)."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
-        wanted = ordinary_area(other_areas(verdict, labels), self.ordinary_rate, len(verdict.evidence) - len(labels))
+        others = other_areas(verdict, labels)
+        wanted, note = (
+            math.inf,
+            f"Too few other labels were searched to say which area is ordinary: all {self.rounds} rounds ran.",
+        )
+        if len(others) >= 2:
+            wanted = ordinary_area(others, self.ordinary_rate, len(verdict.evidence) - len(labels))
+            note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
         if set(labels) != {trigger.target_label for trigger in bank}:
@@ -222,7 +229,6 @@ class BaEraser:
             )
         best: tuple[tuple[float, ...], nn.Module, int, tuple[str, ...]] | None = None
         divisor = 1.0
-        note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
         for index in range(self.rounds):
             selection = Selection(
                 held_out=held_out, triggers=tuple(bank), floor=floor, extra={"round": index + 1}, history=history
@@ -342,7 +348,7 @@ NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged
 
 def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:
     """Return the areas of the labels that are not suspected, were searched to the end, and were reached."""
-    full = max(e.steps for e in verdict.evidence)
+    full = max((e.steps for e in verdict.evidence), default=0)
     return [e.area for e in verdict.evidence if e.label not in labels and e.steps == full and math.isfinite(e.area)]
 
 

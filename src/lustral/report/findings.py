@@ -39,6 +39,13 @@ class Finding:
     figures: tuple[tuple[str, str], ...]
 
 
+FEW_CLASSES = 5  # with fewer a scan has nothing to compare (``MaskArea``'s least number of labels)
+FEW_CLASSES_STEPS = (
+    "Erasers that ask for no scan can be run all the same, for example `lustral erase --method fine_tuning`.",
+    "Until then, treat the model as not trusted.",
+)
+
+
 def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> Finding:
     """Return the answer of a scan; ``image_pixels`` is H × W."""
     suspects = [names[label] for label in verdict.suspect_labels]
@@ -82,7 +89,9 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
             badge="Cannot tell",
             headline="Cannot tell: nothing was searched, because no answer could come of it.",
             details=tuple(details),
-            next_steps=(
+            next_steps=FEW_CLASSES_STEPS
+            if len(names) < FEW_CLASSES
+            else (
                 "Check how the model is read: its normalisation (mean and std), channel order, image size and class order.",
                 "Check that the clean images are of the kind that it was trained on, and that their labels are right.",
                 "Until then, treat the model as not trusted.",
