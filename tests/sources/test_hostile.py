@@ -225,7 +225,7 @@ def test_the_whole_disk_is_no_image_folder(tmp_path: Path, monkeypatch: pytest.M
         SourceError, match=r"of the first 200 files and folders in it [12] are pictures; this is no image"
     ):
         load_source(str(root))
-    with pytest.raises(SourceError):
+    with pytest.raises(SourceError, match=r"expected an image folder.* this is a whole disk"):
         load_source("/")
 
 

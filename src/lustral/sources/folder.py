@@ -357,6 +357,10 @@ def open_folder(
     Raises:
         SourceError: another layout, or pictures that are unreadable or differ in size.
     """
+    if path.resolve() == Path(path.resolve().anchor):
+        raise SourceError(
+            f"{path}: expected an image folder, with a folder of pictures for each class; this is a whole disk"
+        )
     children = _subfolders(path)
     test_folder = next((path / split for split in TEST_SPLITS if split in children), None)
     train_folder = path / "train"
