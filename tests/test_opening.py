@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lustral.cli import main
 from lustral.cli.arguments import FileFormat, Scan, parse
 from lustral.cli.opening import Opened, open_suspect
 
@@ -82,3 +83,30 @@ def test_height_and_width_and_resize_then_crop(place: Path) -> None:
     cut = opened(place, "rgb", "pictures", "--image-size", "24", "--resize", "28").view.clean
     whole = opened(place, "rgb", "pictures").view.clean
     assert torch.equal(cut.images, whole.images[:, :, 2:26, 2:26])
+
+
+def test_victims_of_pictures_of_many_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, victim = tmp_path / "data", tmp_path / "victim"
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        folder = data / ("train" if index < 30 else "test") / str(index % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + index, 30, 3), dtype=np.uint8)).save(folder / f"{index:02}.png")
+    sizes = ["--image-size", "16", "24", "--resize", "26"]
+    line = [
+        "implant",
+        "badnets",
+        "--data",
+        str(data),
+        "--out",
+        str(victim),
+        "--arch",
+        "small_cnn:width=2",
+        "--epochs",
+        "1",
+    ]
+    assert main([*line, "--poison-rate", "0.2", *sizes]) == 0
+    assert main(["evaluate", str(victim), "--data", str(data), *sizes]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(victim), "--data", str(data), "--image-size", "16"]) == 2
+    assert "with the same --image-size and --resize" in capsys.readouterr().err

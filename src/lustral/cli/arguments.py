@@ -81,6 +81,8 @@ class Implant(Generic[Settings]):
         start: fine-tune this clean model (a file or folder) instead of training new weights.
         assets: folder that keeps surrogates, encoders and patterns for the next victim; a benchmark's store will do.
         list: explain each attack in a line.
+        image_size: pixels to resize the images to: the side of a square, or height and width.
+        resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
         trainer: how to train; the defaults follow the size of the data set.
     """
 
@@ -91,6 +93,8 @@ class Implant(Generic[Settings]):
     start: Path | None = None
     assets: Path | None = None
     list: Switch = False
+    image_size: tuple[int, ...] | None = None
+    resize: int | None = None
     trainer: Annotated[Trainer, tyro.conf.AvoidSubcommands] = field(default_factory=lambda: Trainer(augment=Augment()))
     common: Annotated[Common, FLAT] = Common()
 
@@ -144,12 +148,16 @@ class Evaluate:
         model: model file after a defence.
         data: data set with a test split; the one the victim was made from if left out, where that has a known name.
         out: folder for result.json.
+        image_size: pixels to resize the images to, as for implant.
+        resize: scale the shorter side first, as for implant.
         format: how to read the model file.
     """
 
     victim: tyro.conf.Positional[Path]
     model: Path | None = None
     data: str | None = None
+    image_size: tuple[int, ...] | None = None
+    resize: int | None = None
     out: Path | None = None
     format: Annotated[FileFormat, FLAT] = FileFormat()
     common: Annotated[Common, FLAT] = Common()

@@ -53,7 +53,7 @@ EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     """Train a victim, or a benign model, and write its folder."""
     device, out = pick_device(command.common.device), prepare_folder(command.out)
-    source = load_source(command.data)
+    source = load_source(command.data, image_size=command.image_size, resize=command.resize)
     test = require_test_set(source).to(device)
     train = source.training_split()[0].to(device)
     recipe = victims.default_trainer(flip=source.flip, num_images=len(train))
@@ -222,12 +222,12 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     device, seed = pick_device(command.common.device), command.common.seed
     victim = victims.load_victim(command.victim)
     data = command.data or named_data(victim)
-    test = require_test_set(load_source(data)).to(device)
+    test = require_test_set(load_source(data, image_size=command.image_size, resize=command.resize)).to(device)
     expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
     if expected != (test.num_classes, test.image_shape):
         raise ValueError(
             f"the victim knows {expected[0]} classes of images {expected[1]}; {data} has {test.num_classes} of "
-            f"{test.image_shape}: choose the --data it was made from"
+            f"{test.image_shape}: choose the --data it was made from, with the same --image-size and --resize"
         )
     before = true_evaluation(victim, victim.model.to(device), test, seed=seed)
     columns = {"victim": before}
