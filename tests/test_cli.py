@@ -481,11 +481,11 @@ def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert any(not torch.equal(given[key], new[key]) for key in given)
     assert (out / "report.html").is_file()
 
-    assert run("evaluate", victim, "--model", out / "model.safetensors") == 0
+    assert run("evaluate", victim, "--data", data, "--model", out / "model.safetensors") == 0
     shown = capsys.readouterr().out
     assert "ASR, attack success rate" in shown
     assert "DER" in shown
-    assert run("evaluate", victim, "--model", out, "--json") == 2  # a folder without victim.json is no model
+    assert run("evaluate", victim, "--data", data, "--model", out, "--json") == 2  # without victim.json: no model
     assert "victim.json" in capsys.readouterr().err
 
 
