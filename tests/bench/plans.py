@@ -19,7 +19,7 @@ QUICK: dict[str, Any] = {
     "name": "quick",
     "seeds": [0, 1],
     "clean": [60],
-    "data": [{"name": "digits", "arch": ["small_cnn:width=8"], "trainer": {"epochs": 4}}],
+    "data": [{"name": "digits", "arch": ["small_cnn:width=8"], "trainer": {"epochs": 6}}],
     "attacks": [{"method": "badnets", "target_labels": [3, 5]}, {"method": "none"}],
     "defences": [
         {"method": "fine_tuning", "settings": {"least_steps": 4, "trainer": {"epochs": 1}}},

@@ -27,7 +27,7 @@ from lustral.training import Trainer
 PLAN = """
 name = "tiny"
 clean = [60]
-trainer = { epochs = 4 }
+trainer = { epochs = 6 }
 
 [[data]]
 name = "digits"

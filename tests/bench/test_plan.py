@@ -391,7 +391,7 @@ def test_an_attack_goes_to_its_data_sets_only() -> None:
 def test_a_specification_holds_every_setting() -> None:
     victim, result = grid_of(trainer={"epochs": 7}).cells[:2]
     assert victim.spec["attack"]["settings"].keys() == {field.name for field in fields(BadNets)}
-    assert victim.spec["trainer"]["epochs"] == 2  # the data set's own change is the last word
+    assert victim.spec["trainer"]["epochs"] == 6  # the data set's own change is the last word
     assert victim.spec["trainer"]["batch_size"] == 64  # the recipe of small sets
     assert result.spec["defence"]["settings"]["trainer"]["learning_rate"] == 0.01  # the method's default, not Trainer's
     assert result.spec["victim"] == victim.spec
@@ -490,7 +490,7 @@ def test_fine_tuned_victims_bring_the_benign_one_along() -> None:
         == [0, 1]
     )
     assert [cell.spec["trainer"]["epochs"] for cell in tuned] == [1, 1]
-    assert {cell.spec["trainer"]["epochs"] for cell in starts.values()} == {2}
+    assert {cell.spec["trainer"]["epochs"] for cell in starts.values()} == {6}
     assert {cell.attack for cell in tuned} == {"badnets (fine-tuned)"}
     for index in range(2):
         part = grid.shard(index, 2)

@@ -341,7 +341,7 @@ def test_rates_are_those_of_the_kept_weights(store: Store, tmp_path: Path) -> No
     """Counted by hand: the stored models on the test images of the digits."""
     test = load_source("digits", image_size=16).test
     assert test is not None
-    victim, result = victim_of(store), result_of(store)
+    victim, result = victim_of(store), result_of(store, "bn_refresh")
     found = {}
     for name, record, when in (("victim", victim, "before"), ("purified", result, "after")):
         (tmp_path / "model.safetensors").write_bytes(store.file(record, "model.safetensors"))

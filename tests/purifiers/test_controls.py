@@ -22,6 +22,12 @@ def noise_set(count: int = 40) -> ImageSet:
     return ImageSet(images=images, labels=torch.arange(count) % 2, num_classes=2)
 
 
+@pytest.fixture
+def without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks on noise do no task; what is measured here does not depend on it."""
+    monkeypatch.setattr("lustral.purifiers.bn_refresh.require_task", lambda model, clean: None)
+
+
 class TinyNet(nn.Module):
     """One batch normalisation on the pixels themselves, so that its statistics are those of the images."""
 
@@ -36,6 +42,7 @@ class TinyNet(nn.Module):
         return out
 
 
+@pytest.mark.usefixtures("without_a_task")
 def test_refreshed_statistics_are_plain_averages() -> None:
     data, model = noise_set(), TinyNet()
     purified = BNRefresh(batch_size=10, passes=1).purify(DefenderView(model=model, clean=data), generator=child(1))
@@ -52,6 +59,7 @@ def test_refreshed_statistics_are_plain_averages() -> None:
     assert purified.notes == ()
 
 
+@pytest.mark.usefixtures("without_a_task")
 def test_every_pass_counts_the_same() -> None:
     data, reports = noise_set(), list[Progress]()
     view = DefenderView(model=TinyNet(), clean=data)
@@ -61,6 +69,7 @@ def test_every_pass_counts_the_same() -> None:
     assert purified.cost.image_passes == pytest.approx(40.0)  # three forward passes count a third each
 
 
+@pytest.mark.usefixtures("without_a_task")
 def test_a_model_without_batch_norm_comes_back_with_a_note() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(18, 2))
     purified = BNRefresh().purify(DefenderView(model=model, clean=noise_set()), generator=child(1))

@@ -11,6 +11,7 @@ import pyarrow as pa
 from lustral.bench.rows import BENIGN, UNDEFENDED
 from lustral.bench.site_words import is_number
 from lustral.bench.summary import Query, table
+from lustral.characters import visible
 
 CELL_COLUMNS = (
     *("key", "kind", "status", "title", "data", "arch", "attack", "attack_method", "poison_rate"),
@@ -117,7 +118,9 @@ def _worded(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _slim(value: Any) -> Any:
-    """Return a value with as many digits as anybody reads; what is not finite is nothing."""
+    """Return a value with as many digits as anybody reads; what is not finite is nothing, and text is safe to show."""
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if is_number(value) else None
     return value

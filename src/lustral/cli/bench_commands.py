@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lustral.bench.store import Kind, Store, StoreError
+from lustral.characters import visible
 from lustral.cli.bench_arguments import (
     Action,
     Allowed,
@@ -337,7 +338,7 @@ def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen:
 
 def flagged(word: str, colour: str, text: str) -> Text:
     """Return a line that begins with a word in a colour."""
-    return Text.assemble((word, colour), f" {text}")
+    return Text.assemble((word, colour), f" {visible(text)}", no_wrap=True)
 
 
 def trusted(allowed: Allowed) -> Trust:

@@ -147,8 +147,8 @@ class Screen:
         """Print tables and sentences for people; nothing with --json."""
         if not self._json and not self._hidden:
             for part in parts:
-                line = Text(visible(part)) if isinstance(part, str) else part
-                self._out.print(line, soft_wrap=isinstance(part, str))
+                line = Text(visible(part), no_wrap=True) if isinstance(part, str) else part
+                self._out.print(line, soft_wrap=isinstance(line, Text) and line.no_wrap is True)
 
     def record(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON, with --json only; numbers that are not finite become null."""

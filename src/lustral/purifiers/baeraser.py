@@ -32,7 +32,7 @@ from lustral.cost import CostMeter
 from lustral.detectors.mask_area import MaskArea
 from lustral.detectors.small_areas import ordinary_area
 from lustral.evaluation import require_task
-from lustral.images import at_most, check_holdout, split
+from lustral.images import at_most, check_holdout, require_usable, split
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Purified, RecoveredTrigger, Verdict
 from lustral.purifiers.repair import fine_tuning_recipe
 from lustral.purifiers.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
@@ -174,6 +174,7 @@ class BaEraser:
         """Return a model without the backdoor; see ``Purifier``."""
         if self.schedule == "published" and self != self.published():
             return self.published().purify(view, generator=generator, on_progress=on_progress)
+        require_usable(view.clean)
         require_task(view.model, view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
