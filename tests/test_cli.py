@@ -380,6 +380,31 @@ def test_a_scan_that_could_mean_nothing_is_not_made(
     assert list((tmp_path / "e").iterdir()) == []
 
 
+def test_classes_in_another_order_are_found_by_name(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays, moved, names = dict(np.load(pool)), tmp_path / "moved.npz", tmp_path / "names.txt"
+    order = np.array([2, 0, 3, 1])  # where the data have the model's classes
+    listed = arrays["class_names"][np.argsort(order)]
+    np.savez(moved, images=arrays["images"], labels=order[arrays["labels"]], class_names=listed)
+    names.write_text("ant\nbee\ncat\ndog\n")
+    line = ["erase", model, "--data", moved, "--method", "bn_refresh", "--out", tmp_path / "out"]
+    message = error_of(capsys, *line)
+    assert "ant, bee, cat, dog" in message
+    assert "--classes" in message
+    assert run(*line, "--quiet", "--classes", names) == 0
+    assert (
+        json.loads((tmp_path / "out" / "result.json").read_text())["accuracy"]["clean images"]["before"]["value"] > 0.9
+    )
+    capsys.readouterr()
+
+    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    assert run("scan", model, "--data", moved, "--quiet", "--classes", names) == 1
+    assert "turns other images into “cat”" in " ".join(capsys.readouterr().out.split())  # the model's class 2
+    names.write_text("ant\nbee\ncow\n")
+    assert "only the data have: dog, cat" in error_of(capsys, "scan", model, "--data", moved, "--classes", names)
+
+
 HOSTILE = ["[/red]", "\x1b[2J\x9b31m", "gnp\u202e\u2066", "a\nNo backdoor found\u200b"]
 
 

@@ -52,12 +52,14 @@ class Suspect:
         clean: how many clean images to use, drawn by class in proportion; all there are up to 2,500 if left out.
         image_size: pixels to resize the images to: the side of a square, or height and width.
         resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
+        classes: file with the names of the classes in the model's order, one a line or a JSON list; a config.json will do.
         format: how to read the model file.
     """
 
     model: tyro.conf.Positional[Path]
     data: str
     clean: int | None = None
+    classes: Path | None = None
     image_size: tuple[int, ...] | None = None
     resize: int | None = None
     format: Annotated[FileFormat, FLAT] = FileFormat()

@@ -310,9 +310,9 @@ def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Ope
     }
 
 
-def weights_sentence(path: Path, loaded: LoadedModel) -> Text:
-    """Say which weights of a file were read; as text, because names in a file are no markup."""
-    return Text(f"Read: the weights {'' if loaded.weights == TOP else f'{loaded.weights} '}in {path}")
+def weights_sentence(path: Path, loaded: LoadedModel) -> str:
+    """Say which weights of a file were read; the names are the file's own."""
+    return f"Read: the weights {'' if loaded.weights == TOP else f'{loaded.weights} '}in {path}"
 
 
 def shown_command(argv: Sequence[str]) -> str:
@@ -329,9 +329,9 @@ def true_evaluations(
     opened: Opened, model: nn.Module, *, seed: int
 ) -> tuple[Evaluation, Evaluation] | tuple[None, None]:
     """Measure the given and the new model with the true trigger, where an evaluator knows it and has a test set."""
-    if opened.victim is None or opened.source.test is None:
+    if opened.victim is None or opened.test is None:
         return None, None
-    test = opened.source.test.to(opened.view.clean.device)
+    test = opened.test.to(opened.view.clean.device)
     given, new = (true_evaluation(opened.victim, m, test, seed=seed) for m in (opened.view.model, model))
     return given, new
 
@@ -339,8 +339,8 @@ def true_evaluations(
 def defender_accuracies(opened: Opened, model: nn.Module) -> dict[str, Any]:
     """Return the clean accuracy of the given and the new model on what a defender has, as JSON-ready rates."""
     sets = {"clean images": opened.view.clean}
-    if opened.source.test is not None:
-        sets["test set, unseen"] = opened.source.test.to(opened.view.clean.device)
+    if opened.test is not None:
+        sets["test set, unseen"] = opened.test.to(opened.view.clean.device)
     models = {"before": opened.view.model, "after": model}
     return {
         name: {when: clean_accuracy(m, images).to_dict() for when, m in models.items()} for name, images in sets.items()

@@ -14,9 +14,20 @@ from lustral.cli.arguments import FileFormat, Suspect
 from lustral.models import LoadedModel, load_model
 from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
 from lustral.randomness import child
-from lustral.sources import DataSource, load_source, source_with_channels
+from lustral.sources import (
+    ClassNamesError,
+    DataSource,
+    check_class_names,
+    in_class_order,
+    load_source,
+    names_nothing,
+    read_class_names,
+    source_with_channels,
+)
 from lustral.victim_files import read_record
 from lustral.victims import NoTrigger, VictimError, load_victim
+
+logger = logging.getLogger(__name__)
 
 READABLE_CHANNELS = (1, 3)  # grey and RGB
 OTHER_CHANNELS = (2, 4)  # with transparency: tried only to say so
@@ -30,13 +41,15 @@ class Opened:
     Attributes:
         loaded: the model and how its file was written.
         view: the model and the clean set, on the chosen device: all that a defence sees.
-        source: where the clean images come from; its test set is the evaluator's.
+        source: where the clean images come from.
+        test: test images for the evaluator, with labels in the model's order, where the source has some.
         victim: the true trigger, for the evaluator and the report, when the model is a victim folder.
     """
 
     loaded: LoadedModel
     view: DefenderView
     source: DataSource
+    test: ImageSet | None
     victim: Victim | None
 
     @property
@@ -103,11 +116,31 @@ def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened
     if not file.is_file():
         raise FileNotFoundError(2, "no such model file", str(file))
     source = load_source(suspect.data, image_size=suspect.image_size, resize=suspect.resize, stream=None)
+    names = None if suspect.classes is None else read_class_names(suspect.classes)
+    if names is not None and len(names) != source.train.num_classes:  # the model would be refused in other words
+        check_class_names(source.train.class_names, names)
     loaded, source = load_fitting(file, source, suspect.format)
     clean = draw_clean(source, suspect.clean, seed=seed)
+    test = source.test
+    names = names or found_order(loaded, clean)
+    if names is not None:
+        clean, test = in_class_order(clean, names), None if test is None else in_class_order(test, names)
     victim = load_victim(suspect.model, arch=suspect.format.arch) if suspect.model.is_dir() else None
     view = DefenderView(model=loaded.model.to(device), clean=clean.to(device))
-    return Opened(loaded=loaded, view=view, source=source, victim=victim)
+    return Opened(loaded=loaded, view=view, source=source, test=test, victim=victim)
+
+
+def found_order(loaded: LoadedModel, clean: ImageSet) -> tuple[str, ...] | None:
+    """Return the names of the classes that a model's file tells, if they are those of the data; None where it tells none."""
+    names: tuple[str, ...] = tuple(loaded.class_names or ())
+    if not names or names_nothing(names) or not clean.class_names or names_nothing(clean.class_names):
+        return None
+    try:
+        check_class_names(clean.class_names, names)
+    except ClassNamesError as error:
+        logger.warning("%s; labels are taken in the data's order: --classes FILE tells the model's", error)
+        return None
+    return names
 
 
 def load_fitting(file: Path, source: DataSource, written: FileFormat) -> tuple[LoadedModel, DataSource]:
