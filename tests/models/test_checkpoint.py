@@ -435,3 +435,43 @@ def test_one_name_opens_the_public_preact_resnet18_with_and_without_a_final_norm
     assert loaded.arch == full
     images = torch.rand(3, *SHAPE)
     assert torch.equal(loaded.model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("given", "true"),
+    [
+        ("small_cnn", "preact_resnet18:width=2"),
+        ("resnet18", "preact_resnet18:width=2,final_norm=1"),
+        ("preact_resnet18", "resnet18:width=2"),
+        ("preact_resnet18", "resnet18:width=2,fc=1"),
+        ("preact_resnet18:width=4", "preact_resnet18:width=2"),
+        ("resnet18", "resnet20:width=4"),
+        ("small_cnn", "wrn16:width=2"),
+        ("vgg11_bn:width=2", "vgg16_bn:width=2,classifier=1"),
+        ("preact_resnet18", "torchvision:mobilenet_v3_small"),
+        ("timm:resnet18", "resnet18:width=2"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_misfit_names_the_network_that_fits(tmp_path: Path, given: str, true: str, prefix: str) -> None:
+    state = small_model(true, (3, 32, 32)).network.state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "a.pth")
+    with pytest.raises(ModelFileError, match=rf"do not fit {given}\S*; .* Keys and sizes are those of {true}\."):
+        load_model(tmp_path / "a.pth", arch=given, image_shape=(3, 32, 32))
+    loaded = load_model(tmp_path / "a.pth", arch=true, image_shape=(3, 32, 32), mean=[0.0] * 3, std=[1.0] * 3)
+    assert loaded.arch == true
+
+
+def test_a_misfit_of_no_known_network_names_none(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.zeros(3, 3), "b.weight": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(ModelFileError) as caught:
+        load_model(tmp_path / "a.pth", arch="small_cnn", image_shape=(3, 32, 32))
+    assert "Keys and sizes" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "option"), [("resnet18", "fc"), ("vgg11_bn", "classifier")])
+def test_the_name_of_the_head_is_read_off_the_keys(tmp_path: Path, name: str, option: str) -> None:
+    full = f"{name}:width=2,{option}=1"
+    torch.save(small_model(full, (3, 32, 32)).network.state_dict(), tmp_path / "a.pth")
+    loaded = load_model(tmp_path / "a.pth", arch=f"{name}:width=2", image_shape=SHAPE, mean=[0.0] * 3, std=[1.0] * 3)
+    assert loaded.arch == full

@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import lustral.models
-from lustral.models import VGG, FlatPreActResNet18, PreActResNet, SmallCNN
+from lustral.models import VGG, FlatPreActResNet18, PreActResNet, ResNet, SmallCNN, WideResNet
 
 
 def test_exports_are_sorted_and_importable() -> None:
@@ -21,6 +24,9 @@ def test_exports_are_sorted_and_importable() -> None:
         PreActResNet(18, 5, 1, width=2),
         PreActResNet(34, 5, 1, width=2, final_norm=True),
         FlatPreActResNet18(5, 1, width=2),
+        ResNet(18, 5, 1, width=2),
+        ResNet(20, 5, 1, width=3, fc=True),
+        WideResNet(16, 5, 1, width=2),
     ],
     ids=lambda network: type(network).__name__,
 )
@@ -78,9 +84,65 @@ def test_the_three_forms_differ_by_keys_alone() -> None:
         lambda: PreActResNet(19, 10),
         lambda: PreActResNet(18, 10, width=0),
         lambda: FlatPreActResNet18(10, width=0),
+        lambda: ResNet(19, 10),
+        lambda: ResNet(18, 10, width=0),
+        lambda: WideResNet(17, 10),
     ],
 )
 def test_bad_arguments_are_refused(build: object) -> None:
     assert callable(build)
     with pytest.raises(ValueError, match=r"expected a (depth|width)"):
         build()
+
+
+@pytest.mark.parametrize(
+    (
+        "network",
+        "parameters",
+    ),  # in print: kuangliu/pytorch-cifar, akamaster/pytorch_resnet_cifar10, the Wide ResNets' paper
+    [
+        (lambda: ResNet(18, 10), 11_173_962),
+        (lambda: ResNet(20, 10), 269_722),
+        (lambda: ResNet(56, 10), 853_018),
+        (lambda: ResNet(110, 10), 1_727_962),
+        (lambda: WideResNet(16, 10, width=1), 175_066),
+        (lambda: WideResNet(40, 10, width=2), 2_243_546),
+        (lambda: WideResNet(28, 10, width=10), 36_479_194),
+    ],
+)
+def test_public_networks_have_as_many_parameters_as_in_print(network: Callable[[], nn.Module], parameters: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in network().parameters()) == parameters
+
+
+def test_a_resnet_of_depth_18_is_torchvisions_but_for_stem_and_names() -> None:
+    theirs = torchvision.models.resnet18(num_classes=4)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    ours = ResNet(18, 4)
+    names = {key: key.replace("downsample", "shortcut").replace("fc.", "linear.") for key in theirs.state_dict()}
+    ours.load_state_dict({names[key]: value for key, value in theirs.state_dict().items()})
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(ours.eval()(images), theirs.eval()(images), atol=1e-5)
+
+
+def test_a_narrow_resnet_widens_with_zeros_on_both_sides() -> None:
+    model = ResNet(20, 10)
+    block = model.get_submodule("layer2.0")
+    nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(1, 16, 4, 4)
+    out = block.eval()(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not bool(out[:, [*range(8), *range(24, 32)]].any())
+    assert not any("shortcut" in key for key in model.state_dict())
+
+
+def test_a_wide_resnet_has_the_public_keys() -> None:
+    keys = set(WideResNet(16, 10, width=2).state_dict())
+    named = {
+        "conv1.weight",
+        "block1.layer.0.bn1.weight",
+        "block1.layer.0.convShortcut.weight",
+        "block3.layer.1.conv2.weight",
+    }
+    assert named | {"bn1.running_mean", "fc.weight"} <= keys
+    assert "block1.layer.0.convShortcut.weight" not in WideResNet(16, 10, width=1).state_dict()

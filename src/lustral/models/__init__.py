@@ -12,9 +12,11 @@ from lustral.models.checkpoint import LoadedModel, load_model, save_like, save_m
 from lustral.models.classifier import Classifier, Normalise
 from lustral.models.conditioned import Conditioned, arch_of
 from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
+from lustral.models.resnet import ResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.state_dicts import ModelFileError
 from lustral.models.vgg import VGG
+from lustral.models.wide_resnet import WideResNet
 
 __all__ = [
     "NETWORKS",
@@ -29,7 +31,9 @@ __all__ = [
     "ModelFileError",
     "Normalise",
     "PreActResNet",
+    "ResNet",
     "SmallCNN",
+    "WideResNet",
     "arch_of",
     "build_classifier",
     "load_model",

@@ -3,6 +3,9 @@
 * ``preact_resnet18``, ``preact_resnet34``: PreAct-ResNets as in BackdoorBench; ``preact_resnet18:width=16`` has 16 channels in
   its first group instead of 64, ``preact_resnet18:final_norm=1`` a batch normalisation and ReLU after the last block;
 * ``preact_resnet18_flat``: the latter under the keys that files of this library had before; takes a width;
+* ``resnet18``, ``resnet34``: ResNets with a 3x3 stem for small images; ``resnet20``, ``resnet32``, ``resnet44``, ``resnet56``,
+  ``resnet110``: those for CIFAR-10; take a width, and ``fc=1`` for a head of that name;
+* ``wrn16``, ``wrn28``, ``wrn40``: Wide ResNets; ``wrn28:width=10`` is WRN-28-10;
 * ``small_cnn``: three convolutions, for digits and tests; takes the same option;
 * ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes the same option;
 * ``torchvision:NAME``: a classification network of torchvision, untrained, with torchvision's keys;
@@ -47,19 +50,23 @@ from lustral.models.classifier import Classifier
 from lustral.models.conditioned import Conditioned
 from lustral.models.outputs import NoLogitsError
 from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
+from lustral.models.resnet import ResNet
 from lustral.models.small_cnn import SmallCNN
 from lustral.models.vgg import VGG
+from lustral.models.wide_resnet import WideResNet
 from lustral.randomness import child
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "preact_resnet18": partial(PreActResNet, 18),
     "preact_resnet34": partial(PreActResNet, 34),
     "preact_resnet18_flat": FlatPreActResNet18,
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 20, 32, 44, 56, 110)},
     "small_cnn": SmallCNN,
     "vgg11_bn": partial(VGG, 11),
     "vgg13_bn": partial(VGG, 13),
     "vgg16_bn": partial(VGG, 16),
     "vgg19_bn": partial(VGG, 19),
+    **{f"wrn{depth}": partial(WideResNet, depth) for depth in (16, 28, 40)},
 }
 CHEAP_IMAGE = 2**18  # numbers in an image that a network is tried on; 3 x 224 x 224 has 150,528
 _OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{CONDITIONED}:LAYER@BASE", "FILE.py:FUNCTION")

@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lustral.models.architecture import (
     runs_user_code,
 )
 from lustral.models.build import (
+    NETWORKS,
     build_network,
     count_logits,
     outline_network,
@@ -40,7 +42,6 @@ from lustral.models.build import (
 )
 from lustral.models.classifier import Classifier
 from lustral.models.model_files import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
-from lustral.models.preact_resnet import by_keys
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
     ModelFileError,
@@ -51,6 +52,7 @@ from lustral.models.state_dicts import (
     listing,
     not_finite,
 )
+from lustral.models.variants import by_keys, nearest_network
 from lustral.models.weight_sets import (
     TOP,
     NamedTensors,
@@ -177,7 +179,10 @@ def load_model(
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
     probe = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
-    chosen, same, others = _choose(path, str(network), mappings, probe, weights=weights, sizes_known=shape is not None)
+    hint = partial(_hint, network, mappings)
+    chosen, same, others = _choose(
+        path, str(network), mappings, probe, weights=weights, sizes_known=shape is not None, hint=hint
+    )
     tensors = chosen.tensors
 
     rows = count_classes(path, tensors, probe, asked=num_classes or recorded.num_classes)
@@ -193,10 +198,10 @@ def load_model(
         )
     if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
         outline = outline_network(network, num_classes=rows, image_shape=shape)
-        compare(path, str(network), tensors, outline.state_dict(), shapes=True)
+        compare(path, str(network), tensors, outline.state_dict(), shapes=True, hint=hint)
         _require_small_extras(path, network, outline)
     bare = build_network(network, num_classes=rows, image_shape=shape)
-    compare(path, str(network), tensors, bare.state_dict(), shapes=True)
+    compare(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
     model = with_normalisation(bare, shape, mean, std, num_classes=classes)
     require_logits(model, network, rows=rows, image_shape=shape)
     check_tensors(path, tensors)
@@ -218,6 +223,16 @@ def load_model(
     )
 
 
+def _hint(network: Architecture, mappings: Sequence[NamedTensors]) -> str:
+    """Return which other architecture of ours has such keys, as the rest of a sentence."""
+    for mapping in sorted(mappings, key=lambda mapping: -len(mapping.tensors)):
+        shapes = {key: t.shape for key, t in zip(known_keys([mapping]), mapping.tensors.values(), strict=True)}
+        nearest = nearest_network(shapes, NETWORKS)
+        if nearest is not None and nearest != network:
+            return f" Keys and sizes are those of {nearest}."
+    return ""
+
+
 def _choose(
     path: Path,
     arch: str,
@@ -226,13 +241,14 @@ def _choose(
     *,
     weights: str | None,
     sizes_known: bool,
+    hint: Callable[[], str],
 ) -> tuple[WeightSet, list[WeightSet], tuple[str, ...]]:
     """Return the weights to look at, those that equal them, and the names of others; say what else there is."""
     sets = find_sets(mappings, probe)
     if not sets:
         nearest = nearest_set([m for m in mappings if weights in (None, ".".join(m.path) or TOP)] or mappings, probe)
         strangers = {key.removeprefix(nearest.prefix): torch.empty(0) for key in nearest.unwanted}
-        compare(path, arch, {**nearest.tensors, **strangers}, probe, shapes=False)
+        compare(path, arch, {**nearest.tensors, **strangers}, probe, shapes=False, hint=hint)
         raise ModelFileError(f"{path}: two tensors for each weight of {arch}: {listing(nearest.keys.values())}")
     of_optimizer = [found for found in sets if NamedTensors(found.path, {}).of_optimizer and found.name != weights]
     if 0 < len(of_optimizer) < len(sets):

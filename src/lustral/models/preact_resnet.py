@@ -2,21 +2,18 @@
 
 Public backdoor benchmarks use them without the paper's batch normalisation and ReLU after the last block (BackdoorBench, after
 kuangliu/pytorch-cifar). That decides what a defence meets: without them the last block adds linearly to the logits. Repositories
-of robust training have them, under the key ``bn``. Which of them some weights belong to can be read off their keys (``by_keys``).
+of robust training have them, under the key ``bn``. Which of them some weights belong to can be read off their keys
+(``lustral.models.variants``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lustral.models.architecture import Architecture, ConditionedOn, Registered
-
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # per group, table 1 of He et al., CVPR 2016
-_NAME, _DEEPER_NAME, _FLAT_NAME = "preact_resnet18", "preact_resnet34", "preact_resnet18_flat"
 
 
 class PreActBlock(nn.Module):
@@ -124,29 +121,3 @@ def _groups(depth: int, width: int) -> tuple[list[list[PreActBlock]], int]:
             groups[-1].append(PreActBlock(channels, width * 2**group, 2 if group and not index else 1))
             channels = width * 2**group
     return groups, channels
-
-
-def by_keys(arch: Architecture, keys: Collection[str]) -> Architecture:
-    """Return the form of the PreAct-ResNet ``arch`` that has such keys; any other architecture as it is.
-
-    Files written when ``preact_resnet18`` meant another network record that name, and people call the forms with and without
-    final normalisation by one name.
-
-    Args:
-        arch: the architecture, inside of conditioned ones too.
-        keys: names of the tensors in a file, with whatever prefix.
-
-    >>> str(by_keys(Registered("preact_resnet18", (("width", 16),)), ["conv1.weight", "blocks.0.conv1.weight"]))
-    'preact_resnet18_flat:width=16'
-    >>> str(by_keys(Registered("preact_resnet18"), ["module.layer1.0.conv1.weight", "module.bn.weight"]))
-    'preact_resnet18:final_norm=1'
-    """
-    if isinstance(arch, ConditionedOn):
-        return ConditionedOn(arch.layer, by_keys(arch.base, keys))
-    if not isinstance(arch, Registered) or arch.name not in (_NAME, _DEEPER_NAME) or "final_norm" in dict(arch.options):
-        return arch
-    if arch.name == _NAME and any(f".{key}".endswith(".blocks.0.conv1.weight") for key in keys):
-        return Registered(_FLAT_NAME, arch.options)
-    if any(f".{key}".endswith(".bn.weight") for key in keys):
-        return Registered(arch.name, (*arch.options, ("final_norm", 1)))
-    return arch

@@ -11,7 +11,7 @@ Errors::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -55,9 +55,15 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def compare(
-    path: Path, arch: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, shapes: bool
+    path: Path,
+    arch: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    shapes: bool,
+    hint: Callable[[], str] = str,
 ) -> None:
-    """Refuse keys (and shapes) that differ from the network's."""
+    """Refuse keys (and shapes) that differ from the network's; ``hint`` is what the message says besides."""
     missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in tensors if key not in expected]
     misshapen = [
@@ -68,7 +74,9 @@ def compare(
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     lists = [f"\n  {len(keys)} {kind}: {listing(keys)}" for kind, keys in kinds.items() if keys]
     if lists:
-        raise ModelFileError(f"{path}: the weights do not fit {arch}; is it the right architecture?{''.join(lists)}")
+        raise ModelFileError(
+            f"{path}: the weights do not fit {arch}; is it the right architecture?{hint()}{''.join(lists)}"
+        )
 
 
 def count_classes(path: Path, tensors: Mapping[str, Tensor], probe: Mapping[str, Tensor], *, asked: int | None) -> int:

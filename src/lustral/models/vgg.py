@@ -23,7 +23,9 @@ class VGG(nn.Module):
 
     version: ClassVar[int] = 1
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int = 3, width: int = 64) -> None:
+    def __init__(
+        self, depth: int, num_classes: int, in_channels: int = 3, width: int = 64, classifier: bool = False
+    ) -> None:
         """Build the network.
 
         Args:
@@ -31,6 +33,7 @@ class VGG(nn.Module):
             num_classes: number of logits.
             in_channels: channels of the images.
             width: channels of the first group; 64 in the paper.
+            classifier: the linear layer is called ``classifier`` instead of ``linear``, as in kuangliu/pytorch-cifar.
         """
         super().__init__()
         if depth not in _CONVOLUTIONS:
@@ -46,9 +49,10 @@ class VGG(nn.Module):
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(in_channels, num_classes)
+        self.head = "classifier" if classifier else "linear"
+        self.add_module(self.head, nn.Linear(in_channels, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (B, C, H, W) to logits (B, K)."""
-        logits: Tensor = self.linear(self.pool(self.features(x)).flatten(1))
+        logits: Tensor = self.get_submodule(self.head)(self.pool(self.features(x)).flatten(1))
         return logits
