@@ -40,6 +40,7 @@ SHAPE = (3, 8, 8)
         ("torchvision:vit_b_16", Torchvision("vit_b_16")),
         ("timm:resnet50.a1_in1k", Timm("resnet50.a1_in1k")),
         ("conditioned:layer4.1.conv1@timm:resnet18", ConditionedOn("layer4.1.conv1", Timm("resnet18"))),
+        ("conditioned:größe.conv-1@small_cnn", ConditionedOn("größe.conv-1", Registered("small_cnn"))),
         ("conditioned:a@conditioned:b@vgg11_bn", ConditionedOn("a", ConditionedOn("b", Registered("vgg11_bn")))),
         ("my nets/Jörg@home/net.py:build", PythonFile("my nets/Jörg@home/net.py", "build")),
         ("conditioned:fc@C:\\nets\\net.py:Net", ConditionedOn("fc", PythonFile("C:\\nets\\net.py", "Net"))),
@@ -70,6 +71,9 @@ HOSTILE = [
     "evil.py:\u202ef",
     "e\u200bvil.py:f",
     "e\x00vil.py:f",
+    "e\u3164vil.py:f",  # a letter that nobody sees
+    "conditioned:a\u3164@small_cnn",
+    "my\u2003nets/evil.py:f",
     "evil.py:f g",
     "evil.py:f()",
     "small_cnn\n",

@@ -35,7 +35,17 @@ from lustral.evaluation import Evaluation, clean_accuracy, compare
 from lustral.evaluation import evaluate as measure
 from lustral.files import write_bytes_atomic, write_json_atomic
 from lustral.images import as_float, as_uint8, at_most
-from lustral.models import Classifier, LoadedModel, arch_of, load_model, save_like, save_model
+from lustral.models import (
+    Classifier,
+    LoadedModel,
+    arch_of,
+    load_model,
+    parse_architecture,
+    runs_user_code,
+    save_like,
+    save_model,
+)
+from lustral.models.architecture import innermost
 from lustral.models.weight_sets import TOP
 from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
 from lustral.purifiers import BaEraser
@@ -220,7 +230,7 @@ def list_purifiers(screen: Screen) -> int:
 def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     """Measure a victim with its true trigger, and the model after a defence beside it."""
     device, seed = pick_device(command.common.device), command.common.seed
-    victim = victims.load_victim(command.victim)
+    victim = victims.load_victim(command.victim, arch=own_code(command.format.arch))
     data = command.data or named_data(victim)
     test = require_test_set(load_source(data, image_size=command.image_size, resize=command.resize)).to(device)
     expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
@@ -258,6 +268,15 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     screen.show(*shown, metrics_table(columns, f"{command.victim} on {data}", record.get("change")))
     screen.record(record)
     return 0
+
+
+def own_code(arch: str | None) -> str | None:
+    """Return the user's own network in what ``--arch`` says of a model after a defence; None if there is none.
+
+    >>> own_code("conditioned:fc@net.py:build"), own_code("small_cnn")
+    ('net.py:build', None)
+    """
+    return str(innermost(parse_architecture(arch, allow_code=True))) if arch and runs_user_code(arch) else None
 
 
 def named_data(victim: Victim) -> str:

@@ -5,8 +5,8 @@
     ARCH         NAME | NAME:OPTIONS | torchvision:NAME | timm:NAME | conditioned:LAYER@ARCH | FILE.py:FUNCTION
     NAME         letters, digits and underscores of ASCII; timm's also have dots and hyphens
     OPTIONS      NAME=NUMBER, NAME=NUMBER, ...; no spaces; 0 to 1024
-    LAYER        parts of ASCII letters, digits, underscores and hyphens, with dots between them
-    FILE         a path; the only part that may hold spaces and other letters
+    LAYER        parts of letters, digits, underscores and hyphens, with dots between them
+    FILE         a path; the only part that may hold spaces
 
 No name holds control, invisible or bidirectional characters, or is longer than 1,000. Building ``FILE.py:FUNCTION`` runs the
 file. So that form is parsed only where the caller allows it: for what a user types, never for what a file names.
@@ -26,15 +26,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lustral.characters import visible
+
 CONDITIONED = "conditioned"  # the first word of conditioned:LAYER@BASE
 MOST_NESTED = 4  # conditioned networks inside each other
 LARGEST_OPTION = 1024
 LONGEST_NAME = 1000  # characters
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TIMM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-_LAYER = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_LAYER = re.compile(r"[\w-]+(\.[\w-]+)*")
 _OPTION = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>[0-9]{1,4})")
-_PYTHON_FILE = re.compile(r".+\.py:.+", re.DOTALL)  # generous: what looks like code is called code
+_PYTHON_FILE = re.compile(r".+\.py:.+")  # generous: what looks like code is called code
 _SHOWN = 200  # characters of a name in a message
 
 
@@ -138,6 +140,10 @@ def parse_architecture(text: str, *, allow_code: bool) -> Architecture:
         raise ArchitectureError(
             f"expected the name of an architecture, 1 to {LONGEST_NAME} characters; got {len(text)}"
         )
+    if not text.isprintable() or visible(text) != text:
+        raise ArchitectureError(
+            f"expected an architecture without control, invisible or bidirectional characters; got {text[:_SHOWN]!a}"
+        )
     layers, rest = [], text
     while rest.startswith(f"{CONDITIONED}:"):
         layer, _, rest = rest.removeprefix(f"{CONDITIONED}:").partition("@")
@@ -191,8 +197,8 @@ def _parse_base(text: str, whole: str, *, allow_code: bool) -> Architecture:
         if not allow_code:
             raise CodeRefusedError(f"{shown} is Python code: building it would run the file")
         file, _, function = text.rpartition(":")
-        if not file.endswith(".py") or not file.isprintable() or not function.isidentifier():
-            raise ArchitectureError(f"expected FILE.py:FUNCTION, without control or invisible characters; got {shown}")
+        if not file.endswith(".py") or not function.isidentifier():
+            raise ArchitectureError(f"expected FILE.py:FUNCTION, the name of a function; got {shown}")
         return PythonFile(file, function)
     name, colon, rest = text.partition(":")
     if name == "torchvision":
