@@ -250,7 +250,7 @@ def test_a_record_that_cannot_be_read_is_not_passed_over(any_store: Store, monke
     """Only one that was removed meanwhile is; else a bad connection would make its files look like leftovers."""
     keys = sorted(put(any_store, number)[0] for number in range(3))
     path = any_store.path("victims", keys[1])
-    cat_file, read_bytes = any_store.disk.fs.cat_file, Path.read_bytes
+    cat_file, read = any_store.disk.fs.cat_file, any_store.disk.read
 
     for trouble in (FileNotFoundError(path), PermissionError(path), TimeoutError(path)):
 
@@ -261,7 +261,7 @@ def test_a_record_that_cannot_be_read_is_not_passed_over(any_store: Store, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(any_store.disk.fs, "cat_file", lambda where, **_: fail(where) or cat_file(where))
-            patch.setattr(Path, "read_bytes", lambda where: fail(where) or read_bytes(where))
+            patch.setattr(any_store.disk, "read", lambda where, **most: fail(where) or read(where, **most))
             if isinstance(trouble, FileNotFoundError):
                 assert [record["key"] for record in any_store.records("victims")] == [keys[0], keys[2]]
                 continue
@@ -565,10 +565,11 @@ def test_the_claim_of_another_machine_ends_with_silence(
 
 
 @LINUX
-def test_old_claims_of_other_machines_are_leftovers(store: Store) -> None:
+def test_old_claims_of_other_machines_are_leftovers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = forge(store, ELSEWHERE)
     assert store.leftovers(grace_seconds=0) == []
     os.utime(path, (time.time() - 3600, time.time() - 3600))
+    monkeypatch.setattr(claims_module, "SILENCE_SECONDS", 0.01)
     assert store.leftovers(grace_seconds=0) == [path]
     with store.claim(KEY[::-1]):
         mine = Path(store.root, "claims", f"{KEY[::-1]}.json")
@@ -713,3 +714,60 @@ def test_racing_processes_never_both_get_a_claim(store: Store) -> None:
         assert racer.returncode == 0
     assert claims_of(store) == []
     assert all(not store.keys(kind) for kind in KINDS)
+
+
+def orphan(store: Store, key: str = KEY, age: float = 0.0) -> str:
+    """Leave files of a piece in the store, without a record."""
+    folder = f"{store.root}/files/{key[:2]}/{key}-0123456789ab"
+    store.disk.write_file(f"{folder}/model.safetensors", b"half")
+    os.utime(f"{folder}/model.safetensors", (time.time() - age, time.time() - age))
+    return folder
+
+
+@LINUX
+@pytest.mark.parametrize("jump", [-1e9, -7200.0, 7200.0, 1e9])
+def test_a_clock_that_jumps_does_not_matter(store: Store, jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in flight stays, and what is old by the store's own clock goes, whatever our clock says."""
+    young, old = orphan(store), orphan(store, KEY[::-1], age=7200)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    assert store.leftovers(grace_seconds=3600) == [old]
+    with store.claim(KEY):
+        assert store.leftovers(grace_seconds=0) == []
+    assert store.leftovers(grace_seconds=0) == sorted([young, old])
+
+
+@LINUX
+@pytest.mark.parametrize("shift", [-1e8, 1e8])
+def test_what_a_claim_covers_stays_though_the_stores_clock_jumps(store: Store, shift: float) -> None:
+    with store.claim(KEY):
+        orphan(store, age=-shift)
+        for path in claims_of(store):
+            os.utime(path, (time.time() + shift, time.time() + shift))
+        assert store.leftovers(grace_seconds=0) == []
+
+
+def test_an_asset_in_flight_has_no_claim_of_its_own_and_stays(store: Store) -> None:
+    with store.claim(KEY):  # of the cell that builds the asset
+        orphan(store, KEY[::-1], age=1e6)
+        assert store.leftovers(grace_seconds=3600) == []
+
+
+def test_files_from_the_future_stay(store: Store) -> None:
+    orphan(store, age=-1e6)
+    assert store.leftovers(grace_seconds=0) == []
+
+
+def test_a_claim_that_beats_is_alive_however_old_it_looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = forge(store, ELSEWHERE)
+    orphan(store, age=1e6)
+    os.utime(path, (time.time() - 1e6, time.time() - 1e6))  # the server's clock has jumped
+
+    def beat(_: float) -> None:
+        forge(store, {**ELSEWHERE, "beat": 1})
+
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(sleep=beat, monotonic=time.monotonic))
+    assert store.leftovers(grace_seconds=3600) == []
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic))
+    os.utime(path, (time.time() - 1e6, time.time() - 1e6))
+    assert len(store.leftovers(grace_seconds=3600)) == 2

@@ -12,7 +12,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,17 +109,33 @@ class Claims:
                 beat += 1
                 self.disk.write_file(path, canonical({**_whoami(), "token": token, "beat": beat}))
 
-    def is_forgotten(self, path: str, age: float) -> bool:
-        """Say whether a claim, last written at ``age``, is nobody's: for a process elsewhere, by a wide margin of time."""
-        content = self.disk.content(path)
-        is_running = None if content is None else _runs_here(content)
-        return not is_running if is_running is not None else age < time.time() - 10 * SILENCE_SECONDS
+    def forgotten(self, ages: Mapping[str, float], now: float) -> set[str]:
+        """Return which claims are surely nobody's.
+
+        The process is on this machine and has ended; or it is elsewhere, and its claim is ten minutes old by the clock of the
+        store's own file system and does not change while we watch it, by a clock that nobody can set.
+
+        Args:
+            ages: when each claim was written, by its path; by the clock that ``now`` is from.
+            now: the time by the file system's clock.
+        """
+        found, silent = set[str](), dict[str, bytes]()
+        for path, age in ages.items():
+            content = self.disk.content(path)
+            is_running = None if content is None else _runs_here(content)
+            if is_running is False:
+                found.add(path)
+            elif is_running is None and content is not None and age < now - 10 * SILENCE_SECONDS:
+                silent[path] = content
+        if silent:
+            time.sleep(SILENCE_SECONDS)
+        return found | {path for path, content in silent.items() if self.disk.content(path) == content}
 
 
 def _token(content: bytes | None) -> str | None:
     try:
         return None if content is None else str(json.loads(content)["token"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -149,5 +165,5 @@ def _runs_here(claim: bytes) -> bool | None:
             return None
         now = _started(content["pid"])
         return now is not None and now == content["started"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,19 +26,21 @@ from typing import Any, Literal
 
 from lustral.bench.claims import Claims
 from lustral.bench.disk import Disk
-from lustral.files import canonical, json_ready
+from lustral.bench.disk import StoreError as StoreError
+from lustral.files import canonical, is_deep, json_ready, write_bytes_atomic
+from lustral.settings import shortened
 
 Kind = Literal["victims", "results", "audits", "assets", "failures"]
 KINDS: tuple[Kind, ...] = ("victims", "results", "audits", "assets", "failures")
 LAYOUT = 1
+MOST_RECORD_BYTES = 16 << 20  # ours have some kilobytes
+MOST_FILE_BYTES = 4 << 30  # of a file that belongs to a record
+DEEPEST = 64  # mappings and lists inside each other
+KEY = re.compile(r"[0-9a-f]{64}")
 MODEL_FILE = "model.safetensors"  # files that belong to a record
 DETAIL_FILE = "detail.json"
 TRIGGER_PICTURE = "trigger.png"
 RECOVERED_PICTURE = "recovered.png"
-
-
-class StoreError(ValueError):
-    """The store cannot be used, or something in it is damaged."""
 
 
 def content_key(spec: Mapping[str, Any]) -> str:
@@ -87,7 +89,7 @@ class Store:
             self.disk.fs.makedirs(self.root, exist_ok=True)
             self.disk.write_once(marker, canonical({"layout": LAYOUT}))
         try:
-            layout = json.loads(self.disk.fs.cat_file(marker))["layout"]
+            layout = read_json(self.disk.read(marker, most=MOST_RECORD_BYTES))["layout"]
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{marker} is not readable ({error!r}); {self.url} is no store") from error
         if layout != LAYOUT:
@@ -103,8 +105,9 @@ class Store:
         return self.disk.exists(self.path(kind, key))
 
     def keys(self, kind: Kind) -> set[str]:
-        """Return the keys of all records of a kind."""
-        return {Path(path).stem for path in self.disk.find(f"{self.root}/{kind}") if path.endswith(".json")}
+        """Return the keys of all records of a kind; what is elsewhere than its name says is no record."""
+        found = {path.rpartition("/")[2].removesuffix(".json"): path for path in self.disk.find(f"{self.root}/{kind}")}
+        return {key for key, path in found.items() if path == self.path(kind, key)}
 
     def read(self, kind: Kind, key: str) -> dict[str, Any]:
         """Return a record.
@@ -114,7 +117,7 @@ class Store:
             StoreError: it is damaged.
         """
         try:
-            content = self.disk.fs.cat_file(self.path(kind, key))
+            content = self.disk.read(self.path(kind, key), most=MOST_RECORD_BYTES)
         except FileNotFoundError as error:
             raise KeyError(f"no {kind} record {key}") from error
         return _parse(content, self.path(kind, key))
@@ -135,7 +138,7 @@ class Store:
         if self.disk.is_local:
             for path in paths:
                 with suppress(FileNotFoundError):  # removed since it was listed
-                    yield path, Path(path).read_bytes()
+                    yield path, self.disk.read(path, most=MOST_RECORD_BYTES)
             return
         for start in range(0, len(paths), 500):  # asynchronous file systems fetch a block at once
             block = paths[start : start + 500]
@@ -161,16 +164,19 @@ class Store:
         """
         named: dict[str, Any] = {}
         folder = f"{self.root}/files/{key[:2]}/{key}-{secrets.token_hex(6)}"
-        for name, content in (files or {}).items():
-            self.disk.write_file(f"{folder}/{name}", content)
-            named[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        whole = {**json_ready(dict(record)), "key": key, "files": named}
-        if files:
-            whole["folder"] = folder.rpartition("/")[2]
-        whole["checksum"] = checksum_of(whole)
-        written = self.disk.write_once(self.path(kind, key), canonical(whole))
-        if not written and files:
-            self.disk.fs.rm(folder, recursive=True)
+        written = False
+        try:
+            for name, content in (files or {}).items():
+                self.disk.write_file(f"{folder}/{name}", content)
+                named[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            whole = {**json_ready(dict(record)), "key": key, "files": named}
+            if files:
+                whole["folder"] = folder.rpartition("/")[2]
+            whole["checksum"] = checksum_of(whole)
+            written = self.disk.write_once(self.path(kind, key), canonical(whole))
+        finally:
+            if not written and files:  # somebody was faster, or the disk is full
+                self.disk.remove_tree(folder)
         return written
 
     def remove(self, kind: Kind, key: str) -> None:
@@ -182,11 +188,11 @@ class Store:
         except StoreError:
             record = {}
         self.disk.discard(self.path(kind, key))
-        if "folder" in record:
+        if record.get("files"):
             self.disk.remove_tree(f"{self.root}/files/{key[:2]}/{record['folder']}")
 
-    def file(self, record: Mapping[str, Any], name: str) -> bytes:
-        """Return a file of a record.
+    def file(self, record: Mapping[str, Any], name: str, *, most: int = MOST_FILE_BYTES) -> bytes:
+        """Return a file of a record, of at most so many bytes.
 
         Raises:
             StoreError: the record has no such file, it is gone, or its content is not what was written.
@@ -195,7 +201,7 @@ class Store:
             raise StoreError(f"{record['key']} has no file {name!r}; it has {', '.join(record['files']) or 'none'}")
         path = f"{self.folder(record)}/{name}"
         try:
-            content: bytes = self.disk.fs.cat_file(path)
+            content = self.disk.read(path, most=most)
         except FileNotFoundError as error:
             raise StoreError(f"{path} is missing") from error
         if hashlib.sha256(content).hexdigest() != record["files"][name]["sha256"]:
@@ -211,7 +217,7 @@ class Store:
         """Yield a local folder with a record's files, checked against their checksums."""
         with tempfile.TemporaryDirectory() as scratch:
             for name in record["files"]:
-                (Path(scratch) / name).write_bytes(self.file(record, name))
+                write_bytes_atomic(Path(scratch) / name, self.file(record, name))
             yield Path(scratch)
 
     def claim(self, key: str) -> AbstractContextManager[bool]:
@@ -221,39 +227,72 @@ class Store:
     def leftovers(self, *, grace_seconds: float) -> list[str]:
         """Return files and folders that no record names and nobody is writing: what killed processes left.
 
+        While any claim may be somebody's, only claims that are nobody's are: what else no record names may be in work. Ages
+        are by the clock of the store's own file system; what is from its future stays. Watching claims of other machines
+        takes a minute.
+
         Args:
             grace_seconds: younger ones may be in use and are left out.
         """
-        ages = list(self.disk.ages(self.root))  # before the records: what gets its record in between is named
+        ages = dict(self.disk.ages(self.root))  # before the records: what gets its record in between is named
+        now = self.disk.now()
+        claims = {path: age for path, age in ages.items() if path.startswith(f"{self.root}/claims/")}
+        claims = {path: age for path, age in claims.items() if not path.endswith(".tmp")}
+        forgotten = self.claims.forgotten(claims, now)
+        if any(self.disk.exists(path) for path in claims.keys() - forgotten):
+            return sorted(path for path in forgotten if ages[path] <= now - grace_seconds)
         named = {record["folder"] for kind in KINDS for record in self.records(kind) if "folder" in record}
-        found: dict[str, float] = {}
-        oldest = time.time() - grace_seconds
-        for path, age in ages:
-            relative = path.removeprefix(self.root + "/")
-            parts = relative.split("/")
+        found: dict[str, float] = {path: claims[path] for path in forgotten}
+        for path, age in ages.items():
+            parts = path.removeprefix(self.root + "/").split("/")
             if parts[0] == "files" and len(parts) >= 4:
                 if parts[2] not in named:
                     folder = f"{self.root}/files/{parts[1]}/{parts[2]}"
                     found[folder] = max(age, found.get(folder, 0.0))
-            elif parts[-1].endswith(".tmp") or (parts[0] == "claims" and self.claims.is_forgotten(path, age)):
+            elif parts[-1].endswith(".tmp"):
                 found[path] = age
-        return sorted(path for path, age in found.items() if age <= oldest)
+        return sorted(path for path, age in found.items() if age <= now - grace_seconds)
 
     def discard(self, path: str) -> None:
         """Remove one of the ``leftovers``."""
         self.disk.remove_tree(path)
 
 
+def read_json(content: bytes) -> Any:
+    """Return JSON of a stranger: raises ``ValueError`` for NaN, infinity and what is nested too deeply too."""
+    try:
+        found = json.loads(content, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if content.count(b"[") + content.count(b"{") > DEEPEST and is_deep(found, DEEPEST):
+        raise ValueError("nested too deeply")
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _parse(content: bytes, path: str, *, check: bool = True) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(content)
+        record: dict[str, Any] = read_json(content)
         for name in (record["key"], record.get("folder", "-"), *record["files"]):
-            if name in ("", ".", "..") or "/" in name or "\\" in name:  # a store may come from anywhere
-                raise StoreError(f"{path} names a file outside of its folder: {name!r}")
+            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:  # a store may come from anywhere
+                raise StoreError(f"{path} names a file outside of its folder: {shortened(name)}")
+        _require_types(record)
         if check and (record["checksum"] != checksum_of(record) or content != canonical(record)):  # to the byte
             raise StoreError(f"{path} has changed since it was written: its checksum differs")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreError(f"{path} is not a readable record ({error!r})") from error
+        raise StoreError(f"{path} is not a readable record ({shortened(error)})") from error
     return record
+
+
+def _require_types(record: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` where what every record holds is something else."""
+    if not isinstance(record["files"], dict) or (record["files"] and not isinstance(record["folder"], str)):
+        raise TypeError("expected files by name, and their folder")
+    for name, file in record["files"].items():
+        if not (isinstance(file["sha256"], str) and isinstance(file["bytes"], int)):
+            raise TypeError(f"expected a checksum and a size of {shortened(name)}")
