@@ -134,7 +134,7 @@ def write_bytes_once(path: str | os.PathLike[str], content: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in NO_LINKS:
-            raise
+            raise OSError(error.errno, f"{error.strerror}; nothing was written to", str(path)) from error
         if target.exists():
             return False
         os.replace(temporary, target)

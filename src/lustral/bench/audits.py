@@ -24,6 +24,7 @@ from lustral.bench.store import MODEL_FILE, Store, content_key
 from lustral.bench.trust import Trust
 from lustral.catalog import PURIFIERS
 from lustral.evaluation import Controls, Reactivation
+from lustral.files import write_bytes_atomic
 from lustral.models import load_model
 from lustral.protocols import OnProgress
 from lustral.randomness import child, fork
@@ -168,7 +169,7 @@ def make(
     victim = bench.victim(result["victim_key"])
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
-        path.write_bytes(bench.store.file(result, MODEL_FILE))
+        write_bytes_atomic(path, bench.store.file(result, MODEL_FILE))
         purified = load_model(path, allow_code=bench.sources.trust.code).model.to(bench.device)
     source = bench.sources.open(spec["data"]["name"], spec["data"]["image_size"])
     train = bench.sources.training_set(spec["data"]["name"], spec["data"]["image_size"]).to(bench.device)

@@ -29,7 +29,7 @@ from lustral.bench.sources import Sources
 from lustral.bench.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.evaluation import Evaluation, compare, evaluate
-from lustral.files import json_ready
+from lustral.files import json_ready, write_bytes_atomic
 from lustral.images import as_float, as_uint8, at_most
 from lustral.models import Classifier, arch_of, load_model, parse_architecture, save_model
 from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, Purified, Verdict, Victim
@@ -262,7 +262,7 @@ class Workbench:
         victim = self.victim(record["victim_key"])
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL_FILE
-            path.write_bytes(self.store.file(record, MODEL_FILE))
+            write_bytes_atomic(path, self.store.file(record, MODEL_FILE))
             model = load_model(path, allow_code=self.sources.trust.code).model.to(self.device)
         return self.evaluate(victim, model, spec["victim"])
 

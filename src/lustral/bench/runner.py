@@ -6,6 +6,7 @@ claimed before it is computed, and looked up again after it was claimed.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from lustral.bench.trust import Trust
 from lustral.protocols import OnProgress, Progress
 
 State = Literal["computed", "present", "failed", "blocked", "busy"]
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 WAIT_SECONDS = 0.5  # before looking again at cells that another runner is working on
 
 
@@ -66,7 +68,7 @@ def run_cell(
 ) -> Event:
     """Bring one cell into the store, unless it is there, has failed before, or somebody else is at it.
 
-    Errors of the method become a record under "failures"; an interruption leaves nothing behind.
+    Errors of the method become a record under "failures"; an interruption or a full disk leaves nothing behind.
     """
     store = bench.store
     known = _known(cell, store, retry_failed)
@@ -82,6 +84,8 @@ def run_cell(
         try:
             outcome = bench.do(cell, on_progress)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_PLACE:
+                raise  # not the method's doing: the next cell would fail likewise
             seconds = time.perf_counter() - started
             store.remove("failures", cell.key)
             store.put("failures", cell.key, failure(cell, error, seconds, bench.device))

@@ -31,11 +31,13 @@ from lustral.bench.site_methods import folded, method_page, read_cards
 from lustral.bench.site_press import OnPages, Press
 from lustral.bench.site_records import PICTURES, Picture, Relatives, png_size, record_page
 from lustral.bench.site_words import count, duration, file_name, page_of, table_link
-from lustral.bench.store import DETAIL_FILE, Kind, Store, StoreError
+from lustral.bench.store import DETAIL_FILE, MOST_RECORD_BYTES, Kind, Store, StoreError, read_json
 
 TITLE = "Backdoor benchmark"
 ASSETS = ("site.css", "theme.js", "common.js", "heat.js", "table.js", "charts.js")
 KEY = re.compile(r"[0-9a-f]{64}")
+
+MOST_PICTURE_BYTES = 32 << 20  # of one on a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class _Shelf:
         """
         digest = record["files"][name]["sha256"]
         if digest not in self.made:
-            content = self.store.file(record, name)
+            content = self.store.file(record, name, most=MOST_PICTURE_BYTES)
             size = png_size(content)
             if size is None:
                 raise StoreError(f"{name} of {record['key']} is no PNG")
@@ -216,17 +218,25 @@ class _Site:
                     continue
                 if row["kind"] == "victim":
                     self.triggers[row["key"]] = pictures[-1]
+        for shown, curves in ((record, detail), (record, {}), (self.bare(row), {})):
+            try:
+                page = record_page(
+                    shown,
+                    row,
+                    curves,
+                    pictures=pictures,
+                    relatives=self.relatives,
+                    problems=problems,
+                    store_name=self.store_name,
+                )
+                self.press.page("record.html.j2", page_of(row), is_wide=False, **page)
+                break
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+                part = DETAIL_FILE if curves else "record"
+                problems.append(f"The {part} of {row['key'][:12]} holds something else than ours do.")
+        else:
+            raise SiteError(f"the record {row['key'][:12]} cannot be shown")
         self.problems += problems
-        page = record_page(
-            record,
-            row,
-            detail,
-            pictures=pictures,
-            relatives=self.relatives,
-            problems=problems,
-            store_name=self.store_name,
-        )
-        self.press.page("record.html.j2", page_of(row), is_wide=False, **page)
 
     def read(self, row: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         """Return a row's record; if it is gone or damaged, as much as the row tells."""
@@ -237,6 +247,10 @@ class _Site:
             problems.append(f"The record {row['key'][:12]} went away while the site was being made.")
         except StoreError as error:
             problems.append(self.unnamed(error))
+        return self.bare(row)
+
+    def bare(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return as much of a record as its row tells."""
         names = ("key", "kind", "status", "title", "victim_key")
         made = {"seconds": None, **{name: row[name] for name in ("at", "device", "threads")}}
         empty = {"files": {}, "spec": {}, "made": made, "error": row["error"] or "", "traceback": ""}
@@ -247,7 +261,7 @@ class _Site:
         if DETAIL_FILE not in record["files"]:
             return {}
         try:
-            found = json.loads(self.store.file(record, DETAIL_FILE))
+            found = read_json(self.store.file(record, DETAIL_FILE, most=MOST_RECORD_BYTES))
         except StoreError as error:
             problems.append(self.unnamed(error))
             return {}

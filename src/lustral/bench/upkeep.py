@@ -19,7 +19,19 @@ from lustral.bench.trust import Trust
 from lustral.evaluation import Evaluation, Rate, compare
 from lustral.protocols import OnProgress
 from lustral.randomness import child
+from lustral.settings import shortened
 
+UNREADABLE = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    IndexError,
+    AssertionError,
+    RecursionError,
+)
+MOST_THREADS = 256  # a stranger's record shall not start a million
 TOLERANCE = 0.002  # of a rate: other hardware rounds differently, and a few images change sides
 
 
@@ -114,6 +126,10 @@ def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any]
     name = f"{kind}/{key[:12]}"
     try:
         record = store.read(kind, key)
+        if kind == "audits" and not isinstance(record["result_key"], str):
+            raise TypeError("expected the name of a result")
+        if kind != "assets" and not isinstance(record["title"], str):
+            raise TypeError("expected a title")
         if record["key"] != key or content_key(record["spec"]) != key:
             raise StoreError(f"{name}: its specification has another name than its file")
         for file in record["files"]:
@@ -128,8 +144,8 @@ def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any]
             return None if faults else record
     except (StoreError, OSError) as error:
         report.faults.append(str(error))
-    except (KeyError, TypeError, ValueError) as error:
-        report.faults.append(f"{name}: its record is not complete ({error!r})")
+    except UNREADABLE as error:
+        report.faults.append(f"{name}: its record is not complete ({shortened(error)})")
     else:
         return record
     return None
@@ -183,15 +199,31 @@ def _measure_sample(
         if on_step is not None:
             on_step("measuring again", number, len(order))
         try:
-            with threads(record["made"]["threads"]):
+            with threads(threads_of(record)):
                 again = bench.measure_again(record)
-        except (ValueError, OSError, KeyError) as error:
-            report.faults.append(f"{record['title']} ({record['key'][:12]}) cannot be measured again: {error}")
+            assert again is not None
+            found = differences(record["metrics"]["before" if record["kind"] == "victim" else "after"], again)
+        except (*UNREADABLE, OSError, RuntimeError) as error:
+            report.faults.append(
+                f"{record['title']} ({record['key'][:12]}) cannot be measured again: {shortened(error)}"
+            )
             continue
-        assert again is not None
-        stored = record["metrics"]["before" if record["kind"] == "victim" else "after"]
-        report.faults += [f"{record['title']} ({record['key'][:12]}): {line}" for line in differences(stored, again)]
+        report.faults += [f"{record['title']} ({record['key'][:12]}): {line}" for line in found]
         report.measured.append(record["title"])
+
+
+def threads_of(record: Mapping[str, Any]) -> int:
+    """Return how many CPU threads made a record.
+
+    Raises:
+        StoreError: it names no number, or one beyond ``MOST_THREADS``.
+    """
+    number = record["made"]["threads"]
+    if type(number) is not int or not 1 <= number <= MOST_THREADS:
+        raise StoreError(
+            f"{record['key'][:12]} says that {shortened(number)} threads made it; expected 1 to {MOST_THREADS}"
+        )
+    return number
 
 
 def differences(stored: Mapping[str, Any], again: Evaluation) -> list[str]:
@@ -242,10 +274,16 @@ def find_waste(
         if kind == "assets":  # attacks of other plans may need them again, and they are dear
             continue
         for record in store.records(kind):
-            spec = record["spec"]["result"] if kind == "audits" else record["spec"]
-            is_stranger = bool(keep) and content_key(versionless(spec)) not in named
-            if is_stranger or (failures and kind == "failures") or (old and age_of(spec) is not None):
-                waste.records.append((kind, record["key"], record["title"]))
+            try:
+                spec = record["spec"]["result"] if kind == "audits" else record["spec"]
+                is_stranger = bool(keep) and content_key(versionless(spec)) not in named
+                is_old = old and age_of(spec) is not None
+            except UNREADABLE as error:
+                raise StoreError(
+                    f"{kind}/{record['key'][:12]} is not a readable record ({shortened(error)})"
+                ) from error
+            if is_stranger or (failures and kind == "failures") or is_old:
+                waste.records.append((kind, record["key"], str(record.get("title"))))
     return waste
 
 
@@ -297,9 +335,12 @@ def estimate(grid: Grid, store: Store | None) -> tuple[Estimate, dict[str, str]]
     if store is not None:
         for kind in ("victims", "results"):
             for record in store.records(kind, check=False):
-                states[record["key"]] = "done"
-                for likeness in _likenesses(record["spec"]):
-                    past.setdefault(likeness, []).append(record["made"]["seconds"])
+                try:
+                    states[record["key"]] = "done"
+                    for likeness in _likenesses(record["spec"]):
+                        past.setdefault(likeness, []).append(float(record["made"]["seconds"]))
+                except UNREADABLE as error:
+                    raise StoreError(f"{kind}: a record is not readable ({shortened(error)})") from error
         for key in store.keys("failures"):
             states.setdefault(key, "failed")
     seconds, unknown, of_plan = 0.0, 0, {}

@@ -29,6 +29,7 @@ from lustral.cli.bench_arguments import (
 from lustral.cli.bench_console import Board
 from lustral.cli.console import Screen
 from lustral.cli.parsing import UsageError
+from lustral.settings import shortened
 
 if TYPE_CHECKING:
     from lustral.bench.grid import Grid
@@ -305,13 +306,17 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
 
     store = Store(absolute(command.store)).open(create=False)
     stored = find_record(store, command.key)
-    cell = Cell.of(stored["spec"], attack=stored["facts"]["attack"], defence=stored["facts"].get("defence"))
+    try:
+        num_threads = upkeep.threads_of(stored)
+        cell = Cell.of(stored["spec"], attack=stored["facts"]["attack"], defence=stored["facts"].get("defence"))
+    except upkeep.UNREADABLE as error:
+        raise StoreError(f"{command.key} is not a readable record ({shortened(error)})") from error
     with screen.progress() as on_progress:
         again, found = upkeep.repeat(
             cell,
             store,
             device=pick_device(command.common.device),
-            num_threads=stored["made"]["threads"],
+            num_threads=num_threads,
             trust=trusted(command.allowed),
             on_progress=on_progress,
         )

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush_output()
         return code
     except BaseException as error:  # whatever escaped would end the process with 1, which means "backdoored"
-        code = exit_code(error, debug="--debug" in words)
+        code = exit_code(error, debug="--debug" in words, words=words)
         abandon_output()
         return code
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -25,6 +26,8 @@ NO_MEMORY = (
     "CUDA out of memory",
     "std::bad_alloc",
 )  # in torch's RuntimeErrors
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 USER_CODE = "lustral_user_file_"  # how the modules of FILE.py:function are called
 
 
@@ -32,7 +35,7 @@ class HelpShown(Exception):
     """The help was asked for and printed."""
 
 
-def exit_code(error: BaseException, *, debug: bool) -> int:
+def exit_code(error: BaseException, *, debug: bool, words: Sequence[str] = ()) -> int:
     """Say on standard error what ended a command, in one line, and return its exit code.
 
     Never raises, whatever became of standard error: an exit code of Python's own would read as a verdict.
@@ -40,6 +43,7 @@ def exit_code(error: BaseException, *, debug: bool) -> int:
     Args:
         error: what was raised.
         debug: print the traceback too.
+        words: the command line.
     """
     if isinstance(error, HelpShown):
         return 0
@@ -51,7 +55,7 @@ def exit_code(error: BaseException, *, debug: bool) -> int:
     if debug:
         say(visible("".join(traceback.format_exception(error)), keep="\n\t").rstrip("\n"))
     if is_foreseen(error):
-        say(f"error: {one_line(error)}")
+        say(f"error: {one_line(error, words)}")
         return ERROR
     say(
         f"error: unforeseen {type(error).__name__}: {one_line(error)}; nothing was decided, and this is a defect of lustral: "
@@ -115,16 +119,20 @@ def frames(error: BaseException) -> Iterator[FrameType]:
         step = step.tb_next
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, words: Sequence[str] = ()) -> str:
     r"""Return an error's message as one line that says what to do, safe to show.
 
-    >>> one_line(OSError(28, "No space left on device", "out/report.html"))
-    'out/report.html: No space left on device; free some space or choose another --out'
+    Args:
+        error: what was raised.
+        words: the command line, to name the flag that chose a place.
+
+    >>> one_line(OSError(28, "No space left on device", "out/report.html"), ["demo", "--out", "out"])
+    'out/report.html: No space left on device; free some space there or choose another --out'
     """
-    return _shortened(visible(_message(error)))
+    return _shortened(visible(_message(error, words)))
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, words: Sequence[str]) -> str:
     if isinstance(error, SystemExit):
         called = f"called sys.exit({error.code!r})"
         return f"code that this command ran {called}, such as the file that --arch names; nothing was decided"
@@ -132,12 +140,49 @@ def _message(error: BaseException) -> str:
         said = _joined(str(error).partition("\n")[0])
         return f"not enough memory{f' ({said})' if said else ''}; use fewer or smaller images, or another --device"
     if isinstance(error, OSError) and error.strerror:
-        advice = "; free some space or choose another --out" if error.errno == errno.ENOSPC else ""
-        return f"{error.filename}: {error.strerror}{advice}" if error.filename else f"{error.strerror}{advice}"
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return f"{place}{error.strerror}{_advice(error, words)}"
     said = _joined(str(error)) or type(error).__name__
     if not isinstance(error, FORESEEN) and is_of_the_network(error):
         return f"the network failed: {type(error).__name__}: {said}"
     return said
+
+
+def _advice(error: OSError, words: Sequence[str]) -> str:
+    """Return what to do about a place that is full or may not be written: it is the flag's that chose the place."""
+    if error.errno not in (*FULL, *REFUSED):
+        return ""
+    do = "free some space there" if error.errno in FULL else "see to its permissions"
+    if not isinstance(error.filename, str | os.PathLike):
+        return "; free some space" if error.errno in FULL else ""
+    flag = flag_of(os.fspath(error.filename), words)
+    if flag is not None:
+        return f"; {do} or choose another {flag}"
+    if is_inside(os.fspath(error.filename), tempfile.gettempdir()):
+        return f"; {do} or name another temporary folder in the environment variable TMPDIR"
+    return f"; {do} or name another place"
+
+
+def flag_of(path: str, words: Sequence[str]) -> str | None:
+    """Return the flag of a command line whose value is a file or folder that a path is, or is in.
+
+    >>> flag_of("runs/a/files/x", ["bench", "run", "plan.toml", "--store", "runs/a", "--json"])
+    '--store'
+    """
+    flag = None
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = name
+        if (not word.startswith("--") or equals) and flag is not None and is_inside(path, value if equals else word):
+            return flag
+    return None
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Tell whether a path is a folder or file, or below it."""
+    real, top = os.path.realpath(os.path.expanduser(path)), os.path.realpath(os.path.expanduser(folder))
+    return real == top or real.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def _joined(text: str) -> str:
