@@ -175,8 +175,8 @@ class BaEraser:
         if self.schedule == "published" and self != self.published():
             return self.published().purify(view, generator=generator, on_progress=on_progress)
         require_usable(view.clean)
-        require_task(view.model, view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            require_task(view.model, view.clean)
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
             labels = self.target_labels or verdict.suspect_labels
             model: nn.Module = copy.deepcopy(view.model).eval()

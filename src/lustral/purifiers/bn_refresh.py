@@ -43,10 +43,10 @@ class BNRefresh:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model with refreshed statistics; see ``Purifier``."""
         require_usable(view.clean, least=2)
-        require_task(view.model, view.clean)
         model = copy.deepcopy(view.model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         with CostMeter(model, clean_images=len(view.clean)) as meter, torch.no_grad():
+            require_task(model, view.clean)
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.reset_running_stats()

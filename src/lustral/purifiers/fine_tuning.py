@@ -49,9 +49,9 @@ class FineTuning:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
         require_usable(view.clean)
-        require_task(view.model, view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            require_task(view.model, view.clean)
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
             selection.note_given(view.model)
             last = self.trainer.stretched(len(fit), self.least_steps).fit(

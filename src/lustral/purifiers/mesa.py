@@ -61,9 +61,9 @@ class Mesa:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a retrained model; see ``Purifier``."""
         require_usable(view.clean)
-        require_task(view.model, view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
+            require_task(view.model, view.clean)
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
             labels = self.target_labels or verdict.suspect_labels
             if not labels:

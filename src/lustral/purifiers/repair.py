@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -86,9 +87,11 @@ class Repair:
 
     def __enter__(self) -> Self:
         """Start counting; raise ``UnfitModel`` where the model does not do its task on the clean images."""
-        require_task(self.view.model, self.view.clean)
-        self._meter.__enter__()
-        self.before = held_out_accuracy(self.view.model, self.held_out)
+        with ExitStack() as stack:
+            stack.enter_context(self._meter)
+            require_task(self.view.model, self.view.clean)
+            self.before = held_out_accuracy(self.view.model, self.held_out)
+            stack.pop_all()  # all is well: the block goes on
         return self
 
     def __exit__(
