@@ -554,7 +554,7 @@ def test_which_weights_were_read_is_always_said(
     state = safetensors.torch.load_file(model)
     averaged = {key: value * 2 if value.is_floating_point() else value.clone() for key, value in state.items()}
     torch.save({"epoch": 9, "state_dict": state, "state_dict_ema": averaged}, tmp_path / "ema.pth.tar")
-    arch = ["--arch", "small_cnn:width=2", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1, "--data", pool]
+    arch = ["--arch", "small_cnn:width=4", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1, "--data", pool]
     line = ["erase", tmp_path / "ema.pth.tar", *arch, "--method", "bn_refresh", "--out", tmp_path / "out"]
     assert "they differ: state_dict, state_dict_ema; name the one" in error_of(capsys, *line)
     assert run(*line, "--weights", "state_dict_ema") == 0
@@ -630,7 +630,7 @@ def test_unusable_model_files(model: Path, pool: Path, tmp_path: Path, capsys: p
     weights["linear.bias"][0] = math.nan
     safetensors.torch.save_file(weights, tmp_path / "nan.safetensors")
     assert "NaN" in error_of(
-        capsys, "scan", tmp_path / "nan.safetensors", "--data", pool, "--arch", "small_cnn:width=2"
+        capsys, "scan", tmp_path / "nan.safetensors", "--data", pool, "--arch", "small_cnn:width=4"
     )
 
     other = write_model(tmp_path / "six.safetensors", num_classes=6)
