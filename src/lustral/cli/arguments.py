@@ -46,7 +46,8 @@ class Suspect:
     """A model, and the trusted images to examine it with.
 
     Attributes:
-        model: a model file (.safetensors, .pt, .pth), or a folder that `lustral implant` wrote.
+        model: a model file (.safetensors, .pt, .pth), a folder with config.json as model hubs have them, or one that
+            `lustral implant` wrote.
         data: clean images: digits, cifar10, ... (looked up under LUSTRAL_DATA), an .npz or .parquet file, or an image
             folder.
         clean: how many clean images to use, drawn by class in proportion; all there are up to 2,500 if left out.

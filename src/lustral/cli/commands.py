@@ -48,7 +48,7 @@ from lustral.models import (
 from lustral.models.architecture import innermost
 from lustral.models.weight_sets import TOP
 from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
-from lustral.purifiers import BaEraser
+from lustral.purifiers import CNPD, BaEraser
 from lustral.randomness import child
 from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
 from lustral.report.findings import erase_finding, scan_finding
@@ -134,6 +134,10 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
 def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     """Erase a backdoor, write the clean model, and show what changed."""
     opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
+    if isinstance(command.settings, CNPD) and opened.loaded.arch.startswith("transformers:"):
+        raise ValueError(
+            f"cnpd returns another architecture, and no file can name one around {opened.loaded.arch}; choose another --method"
+        )
     out = prepare_folder(command.out)
     with screen.progress() as on_progress:
         purified: Purified = command.settings.purify(

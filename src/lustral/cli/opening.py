@@ -12,6 +12,7 @@ import torch
 
 from lustral.cli.arguments import FileFormat, Suspect
 from lustral.models import LoadedModel, load_model
+from lustral.models.hub_folder import image_size_of, is_hub_folder
 from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
 from lustral.randomness import child
 from lustral.sources import (
@@ -72,15 +73,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def model_file(path: Path) -> Path:
-    """Return the model file that a path stands for: itself, or the one inside a victim folder."""
+    """Return what a path stands for: itself, a file or a folder of a model hub, or the model file inside a victim folder."""
     if not path.is_dir():
         return path
-    if not (path / "victim.json").is_file():
-        raise VictimError(
-            f"{path} is a folder without victim.json: name a model file, or a folder of `lustral implant`"
-        )
-    read_record(path)  # the model is the one that the record was written with
-    return path / "model.safetensors"
+    if (path / "victim.json").is_file():
+        read_record(path)  # the model is the one that the record was written with
+        return path / "model.safetensors"
+    if is_hub_folder(path):
+        return path
+    raise VictimError(
+        f"{path} is a folder without victim.json: name a model file, a folder of `lustral implant`, or one with config.json "
+        "and weights, as model hubs have them"
+    )
 
 
 def draw_clean(source: DataSource, count: int | None, *, seed: int) -> ImageSet:
@@ -113,9 +117,10 @@ def draw_clean(source: DataSource, count: int | None, *, seed: int) -> ImageSet:
 def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened:
     """Open the model and the data, check that they fit each other, and build the defender's view."""
     file = model_file(suspect.model)
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(2, "no such model file", str(file))
-    source = load_source(suspect.data, image_size=suspect.image_size, resize=suspect.resize, stream=None)
+    size = suspect.image_size or image_size_of(file)
+    source = load_source(suspect.data, image_size=size, resize=suspect.resize, stream=None)
     names = None if suspect.classes is None else read_class_names(suspect.classes)
     if names is not None and len(names) != source.train.num_classes:  # the model would be refused in other words
         check_class_names(source.train.class_names, names)
@@ -125,7 +130,7 @@ def open_suspect(suspect: Suspect, *, seed: int, device: torch.device) -> Opened
     names = names or found_order(loaded, clean)
     if names is not None:
         clean, test = in_class_order(clean, names), None if test is None else in_class_order(test, names)
-    victim = load_victim(suspect.model, arch=suspect.format.arch) if suspect.model.is_dir() else None
+    victim = load_victim(suspect.model, arch=suspect.format.arch) if (suspect.model / "victim.json").is_file() else None
     view = DefenderView(model=loaded.model.to(device), clean=clean.to(device))
     return Opened(loaded=loaded, view=view, source=source, test=test, victim=victim)
 

@@ -117,7 +117,26 @@ class ConditionedOn:
         return f"{CONDITIONED}:{self.layer}@{self.base}"
 
 
-Architecture = Registered | Torchvision | Timm | PythonFile | ConditionedOn
+@dataclass(frozen=True)
+class Transformers:
+    """A network of the package transformers, untrained, as the config.json of a model folder describes it.
+
+    It has a name to be shown, but none to be parsed: the description is in the folder.
+
+    Attributes:
+        model_type: key of ``lustral.models.hub_folder``'s list.
+        settings: (name, value) of numbers, words and tuples of numbers.
+    """
+
+    model_type: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        """Return a name to be shown."""
+        return f"transformers:{self.model_type}"
+
+
+Architecture = Registered | Torchvision | Timm | PythonFile | ConditionedOn | Transformers
 
 
 def parse_architecture(text: str, *, allow_code: bool) -> Architecture:

@@ -43,11 +43,13 @@ from lustral.models.architecture import (
     Registered,
     Timm,
     Torchvision,
+    Transformers,
     as_architecture,
     runs_user_code,
 )
 from lustral.models.classifier import Classifier
 from lustral.models.conditioned import Conditioned
+from lustral.models.hub_folder import build_transformers
 from lustral.models.outputs import NoLogitsError
 from lustral.models.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.models.resnet import ResNet
@@ -259,6 +261,8 @@ def _builder(
             build = _from_torchvision(name, num_classes, image_shape)
         case Timm(name):
             build = _from_timm(name, num_classes, image_shape)
+        case Transformers():
+            build = build_transformers(arch, num_classes, image_shape)
         case Registered(name):
             if name not in NETWORKS:
                 known = ", ".join([*NETWORKS, *_OTHER_FORMS])

@@ -29,6 +29,7 @@ from lustral.models.architecture import (
     Architecture,
     ArchitectureError,
     CodeRefusedError,
+    Transformers,
     parse_architecture,
     runs_user_code,
 )
@@ -41,6 +42,7 @@ from lustral.models.build import (
     with_normalisation,
 )
 from lustral.models.classifier import Classifier
+from lustral.models.hub_folder import HubFolder, is_hub_folder, package_keys, read_hub_folder
 from lustral.models.model_files import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
@@ -86,7 +88,7 @@ class LoadedModel:
         weights: which of the file's sets of weights it is: "state_dict", "model.ema", ...; "." where they are not inside of
             anything.
         other_weights: sets of weights in the file that would fit as well, or nearly, and were not looked at.
-        sha256: of the file, in hexadecimal digits.
+        sha256: of the file, in hexadecimal digits; of each file of weights, with blanks between, for a folder.
         class_names: in the order of the logits, where the file tells them.
         origin: where the weights lie in the file; None: nowhere.
     """
@@ -112,11 +114,13 @@ class Origin:
 
     Attributes:
         files: the files that hold them, with the SHA-256 that each had.
+        others: files that go with them; there are none but for a folder of a model hub.
         sets: the sets of weights that were equal there; each as the names that lead to its mapping, and the file's key of each of
             the network's keys.
     """
 
     files: Mapping[Path, str]
+    others: tuple[Path, ...]
     sets: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
 
 
@@ -124,11 +128,12 @@ class Origin:
 class _Recorded:
     """What a file of ours says about its model; None where it is silent."""
 
-    arch: str | None = None
+    arch: str | Architecture | None = None
     num_classes: int | None = None
     image_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    why_no_arch: str = "the file does not say which architecture it is"
 
 
 def load_model(
@@ -144,12 +149,13 @@ def load_model(
 ) -> LoadedModel:
     """Open a file of weights without running anything in it, and build its classifier.
 
-    Reads ``.safetensors``, and ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` of torch.save: a mapping of names to
-    tensors, wherever it is in the file, with or without the names of wrappers in its keys (``module.``, ``_orig_mod.``, ...).
-    What the file itself tells (metadata, shapes of its tensors) need not be given.
+    Also opens a folder as model hubs have them (``lustral.models.hub_folder``). Reads ``.safetensors``, and ``.pt``,
+    ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` of torch.save: a mapping of names to tensors, wherever it is in the file, with
+    or without the names of wrappers in its keys (``module.``, ``_orig_mod.``, ...). What the file itself tells (metadata,
+    shapes of its tensors) need not be given.
 
     Args:
-        path: the file.
+        path: the file, or a folder with config.json.
         arch: name of the architecture, see ``lustral.models.build``; needed where the file does not record it. Given
             here, it may be Python code, which is run; recorded in the file, it may not.
         num_classes: expected number of classes; None: as the weights have.
@@ -166,10 +172,10 @@ def load_model(
         ValueError: unknown architecture, or a network that does not take such images.
     """
     path = Path(path)
-    stored = read_model_file(path)
-    mappings = find_mappings(path, stored.content)
-    metadata = stored.metadata
-    recorded = _read_metadata(path, metadata)
+    hub = read_hub_folder(path) if is_hub_folder(path) else None
+    content, metadata = _read_content(path, hub)
+    mappings = find_mappings(path, content)
+    recorded = _read_metadata(path, metadata) if hub is None else _facts_of(path, hub, image_shape)
 
     network = (
         parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded, allow_code=allow_code)
@@ -178,7 +184,9 @@ def load_model(
     if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
         raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
     shape = image_shape or recorded.image_shape
-    probe = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE).state_dict()
+    probed = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE)
+    probe = probed.state_dict()
+    mappings, file_keys = _with_own_keys(network, probed, mappings)
     hint = partial(_hint, network, mappings)
     chosen, same, others = _choose(
         path, str(network), mappings, probe, weights=weights, sizes_known=shape is not None, hint=hint
@@ -206,7 +214,7 @@ def load_model(
     require_logits(model, network, rows=rows, image_shape=shape)
     check_tensors(path, tensors)
     model.network.load_state_dict(tensors)
-    digest = sha256_of(path)
+    digests = {file: sha256_of(file) for file in (hub.files if hub else (path,))}
     return LoadedModel(
         model=model.eval(),
         arch=str(network),
@@ -218,8 +226,64 @@ def load_model(
         metadata=metadata,
         weights=chosen.name,
         other_weights=others,
-        sha256=digest,
-        origin=Origin(files={path: digest}, sets=tuple((found.path, found.keys) for found in (chosen, *same))),
+        sha256=" ".join(digests.values()),
+        class_names=hub.class_names if hub else None,
+        origin=Origin(
+            files=digests,
+            others=hub.others if hub else (),
+            sets=tuple(
+                (found.path, {name: file_keys.get(key, key) for name, key in found.keys.items()})
+                for found in (chosen, *same)
+            ),
+        ),
+    )
+
+
+def _read_content(path: Path, hub: HubFolder | None) -> tuple[Any, Mapping[str, str]]:
+    """Return what a file holds, or the tensors of all files of a folder, and a file's text metadata."""
+    if hub is None:
+        stored = read_model_file(path)
+        return stored.content, stored.metadata
+    if hub.unread:
+        logger.warning(
+            "%s: looked at %s; not looked at: %s", path, hub.files[0].name, listing(p.name for p in hub.unread)
+        )
+    if hub.shards is None:
+        return read_model_file(hub.files[0]).content, {}
+    parts = {file: read_model_file(file).content for file in hub.files}
+    missing = [
+        key for key, file in hub.shards.items() if not isinstance(parts[file], Mapping) or key not in parts[file]
+    ]
+    if missing:
+        raise ModelFileError(f"{path}: tensors that the index names are missing: {listing(missing)}")
+    unlisted = [key for file, part in parts.items() for key in part if hub.shards.get(key) != file]
+    if unlisted:
+        raise ModelFileError(f"{path}: tensors that the index does not name: {listing(map(str, unlisted))}")
+    return {key: parts[file][key] for key, file in hub.shards.items()}, {}
+
+
+def _with_own_keys(
+    arch: Architecture, network: nn.Module, mappings: list[NamedTensors]
+) -> tuple[list[NamedTensors], dict[str, str]]:
+    """Return tensors under the keys of a network whose package renames them, and the file's key of each such key."""
+    if not isinstance(arch, Transformers):
+        return mappings, {}
+    first, *others = mappings
+    own_keys = package_keys(network, first.tensors)
+    tensors = {own_keys[key]: tensor for key, tensor in first.tensors.items()}
+    return [NamedTensors(first.path, tensors), *others], {own: key for key, own in own_keys.items()}
+
+
+def _facts_of(path: Path, hub: HubFolder, image_shape: tuple[int, int, int] | None) -> _Recorded:
+    """Return what a folder says about its model; the size of its images only where another cannot be asked for."""
+    keeps_size = hub.is_fixed or image_shape is None or hub.image_shape is None or image_shape[0] != hub.image_shape[0]
+    return _Recorded(
+        arch=hub.arch,
+        num_classes=hub.num_classes,
+        image_shape=hub.image_shape if keeps_size else None,
+        mean=hub.mean,
+        std=hub.std,
+        why_no_arch=hub.why_no_arch,
     )
 
 
@@ -345,15 +409,16 @@ def save_like(stem: str | os.PathLike[str], model: Classifier, loaded: LoadedMod
     """Write the file that a model came from with the weights of another model of the same architecture.
 
     Everything else stays as it was, byte by byte: keys, nesting, order, dtypes, strides, and whatever else the file holds.
-    Sets of weights that were equal stay equal; others stay as they were.
+    Sets of weights that were equal stay equal; others stay as they were. A folder of a model hub comes back as its files.
 
     Args:
-        stem: path of the new file without the ending, which is that of the given one; its folder must exist.
+        stem: path of the new file without the ending, which is that of the given one; its folder must exist. The files of a
+            folder of a model hub keep their names and go beside it.
         model: of the architecture of ``loaded``, on any device.
         loaded: as ``load_model`` returned it.
 
     Returns:
-        The path of the new file.
+        The path of the new file, or of the folder.
 
     Raises:
         ModelFileError: the given file is not the one that was read any more, or cannot hold the weights.
@@ -363,6 +428,14 @@ def save_like(stem: str | os.PathLike[str], model: Classifier, loaded: LoadedMod
     origin = loaded.origin
     if origin is None:
         raise ValueError("the model was not read from a file; use save_model")
+    if origin.others:
+        folder = Path(stem).parent
+        copies = {file.name: file.read_bytes() for file in origin.others}
+        for source in origin.files:
+            write_bytes_atomic(folder / source.name, _with_weights(source, origin, model))
+        for name, content in copies.items():
+            write_bytes_atomic(folder / name, content)
+        return folder
     (source,) = origin.files
     path = Path(f"{os.fspath(stem)}{kind_of(source)}")
     write_bytes_atomic(path, _with_weights(source, origin, model))
@@ -379,7 +452,7 @@ def _with_weights(source: Path, origin: Origin, model: Classifier) -> Memory:
     written: dict[str, tuple[Tensor, Tensor]] = {}
     for path, keys in origin.sets:
         for name, key in keys.items():
-            if key in mappings[path]:
+            if key in mappings.get(path, {}):
                 written[key] = mappings[path][key], state[name].detach().cpu()
                 written[key][0].copy_(written[key][1])
     if bad := [key for key, (tensor, _) in written.items() if not torch.isfinite(tensor).all()]:
@@ -438,7 +511,9 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> _Recorded:
 
 def _recorded_arch(path: Path, recorded: _Recorded, *, allow_code: bool) -> Architecture:
     if recorded.arch is None:
-        raise ModelFileError(f"{path}: the file does not say which architecture it is; pass arch (--arch)")
+        raise ModelFileError(f"{path}: {recorded.why_no_arch}; pass arch (--arch)")
+    if not isinstance(recorded.arch, str):
+        return recorded.arch
     try:
         return parse_architecture(recorded.arch, allow_code=allow_code)
     except CodeRefusedError as error:
