@@ -276,6 +276,18 @@ def test_small_files_that_unpack_to_too_much_are_refused(tmp_path: Path) -> None
         load_source(str(tmp_path / "t.parquet"), image_size=4)
 
 
+def test_drawings_of_one_bit_a_pixel_are_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "FREE_EXPANSION", 1)
+    two_classes(tmp_path)
+    drawing = Image.new("1", (105, 105))
+    for step in range(5, 100):  # as Omniglot has them
+        drawing.putpixel((step, 50 + step % 7), 1)
+        drawing.putpixel((30 + step % 3, step), 1)
+    for index in range(20):
+        drawing.save(tmp_path / "a" / f"{index}.png")
+    assert len(load_source(str(tmp_path), image_size=105).train) == 22
+
+
 def test_pictures_must_fit_the_memory_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two_classes(tmp_path)
     monkeypatch.setenv("LUSTRAL_MEMORY", "0.001")

@@ -20,7 +20,8 @@ DEFAULT_MEMORY = 4.0  # GiB; 27,000 pictures of 224 x 224 pixels
 MOST_IMAGES = 2_000_000  # of a data set; ImageNet has 1.3 million
 MOST_CLASSES = 100_000  # counts, masks and tables are made for each class
 MOST_PIXELS = 64_000_000  # of one picture, as stored or resized; cameras reach 60 million
-MOST_EXPANSION = 100  # a file may hold this many times its own size; photographs reach 30, line drawings 50
+MOST_EXPANSION = 200  # packed arrays and tables may hold this many times their size; zeros reach 230 to 1,030 (deflate)
+MOST_PICTURE_EXPANSION = 500  # the same for pictures, as RGB: photographs reach 30, drawings of one bit per pixel 200
 FREE_EXPANSION = 2**28  # bytes that need no such proof
 MOST_NAME_LENGTH = 1000  # characters of a class name
 
@@ -51,11 +52,12 @@ def check_memory(needed: int, where: str) -> None:
         )
 
 
-def check_expansion(declared: int, stored: int, where: str) -> None:
+def check_expansion(declared: int, stored: int, where: str, most: int | None = None) -> None:
     """Raise ``SourceError`` where a file of ``stored`` bytes declares far more than real data of that size hold."""
-    if declared > max(MOST_EXPANSION * stored, FREE_EXPANSION):
+    most = MOST_EXPANSION if most is None else most
+    if declared > max(most * stored, FREE_EXPANSION):
         raise SourceError(
-            f"{where}: {stored:,} bytes that unpack to {declared:,}; expected at most {MOST_EXPANSION} times as many: "
+            f"{where}: {stored:,} bytes that unpack to {declared:,}; expected at most {most} times as many: "
             "this is no plausible data set. If it is, save it without compression, or with smaller images"
         )
 
@@ -70,7 +72,7 @@ class Expansion:
     def add(self, unpacked: int) -> None:
         """Add the bytes of one picture; raises ``SourceError`` when it is too much."""
         self._unpacked += unpacked
-        check_expansion(self._unpacked, self._stored, self._where)
+        check_expansion(self._unpacked, self._stored, self._where, MOST_PICTURE_EXPANSION)
 
 
 def check_count(count: int, where: str) -> None:
