@@ -115,6 +115,9 @@ def _common(record: Mapping[str, Any]) -> dict[str, Any]:
     is_result, made = record["kind"] == "result", record["made"]
     if not isinstance(record["key"], str) or not isinstance(record["victim_key"], str | None):
         raise TypeError("expected names as text")
+    told = ("data", "arch", "attack", "attack_method", *(("defence", "defence_method") if is_result else ()))
+    if not all(isinstance(record["facts"][name], str) for name in told):
+        raise TypeError(f"expected {', '.join(told)} as text")
     row = {
         **EMPTY_ROW,
         **record["facts"],

@@ -291,6 +291,8 @@ def _parse(content: bytes, path: str, *, check: bool = True) -> dict[str, Any]:
 
 def _require_types(record: Mapping[str, Any]) -> None:
     """Raise ``TypeError`` where what every record holds is something else."""
+    if not isinstance(record["key"], str):
+        raise TypeError("expected a name as text")
     if not isinstance(record["files"], dict) or (record["files"] and not isinstance(record["folder"], str)):
         raise TypeError("expected files by name, and their folder")
     for name, file in record["files"].items():
