@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 
 from lustral.attacks import BadNets
+from lustral.bench.store import Store
 from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIERS
+from lustral.cli import main
 from lustral.detectors import MaskArea
 from lustral.evaluation import evaluate
 from lustral.protocols import DefenderView
@@ -20,7 +24,15 @@ from lustral.randomness import child
 from lustral.sources import load_source
 from lustral.victims import default_trainer, implant
 
-CARDS = Path(__file__).parent / "cards"
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "tests" / "cards"
+CHEAP = "badnets/zoo/digits/s0,ft_sam/erasers/erasers_toy/s0/attack=badnets"  # two minutes on two cores
+TOLERANCE = {
+    "acc": 0.03,
+    "acc_before": 0.03,
+    "asr": 0.06,
+    "asr_before": 0.06,
+}  # several spreads of a rate over processors
 
 
 def numbers(node: Any) -> Iterator[tuple[str, float]]:
@@ -80,3 +92,64 @@ def test_baeraser_keeps_the_promise_of_its_card(data_root: Path) -> None:
     card = json.loads((CARDS / "baeraser.json").read_text())["ours"]["families"]["badnets-corner"]
     assert after.asr.value <= card["worst_asr"] + 0.03
     assert victim.metrics["acc"]["value"] - after.acc.value <= card["worst_accuracy_loss"] + 0.02
+
+
+def claims() -> Iterator[tuple[str, str, list[str], dict[str, float]]]:
+    """Yield every victim on a card that a plan makes: a name, the card's command, what chooses it there, and its rates."""
+    for path in sorted(CARDS.glob("*.json")):
+        yield from _claims_of(path.stem, path.stem, json.loads(path.read_text()))
+
+
+def _claims_of(
+    name: str, method: str, part: Mapping[str, Any]
+) -> Iterator[tuple[str, str, list[str], dict[str, float]]]:
+    if str(part.get("command", "")).startswith("lustral bench run"):
+        for victim in part["victims"]:
+            if "name" in victim:  # other settings or networks than the method's own
+                continue
+            chosen = [f"attack={victim.get('attack', method)}", f"seed={victim['seed']}"]
+            if method in PURIFIERS:
+                chosen += [f"defence={method}", f"clean_images={victim['clean_images']}"]
+            rates = {rate: victim[rate] for rate in TOLERANCE if rate in victim}
+            yield f"{name}/s{victim['seed']}/{chosen[0]}", part["command"], chosen, rates
+    else:
+        for key, inner in part.items():
+            if isinstance(inner, dict):
+                yield from _claims_of(f"{name}/{key}", method, inner)
+
+
+def wanted() -> list[Any]:
+    """Return the claims whose names hold a part of ``LUSTRAL_CARDS``, with commas; the cheap ones where it is not set."""
+    parts = os.environ.get("LUSTRAL_CARDS", CHEAP).split(",")
+    return [pytest.param(*claim[1:], id=claim[0]) for claim in claims() if any(part in claim[0] for part in parts)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "chosen", "rates"), wanted())
+def test_a_run_reproduces_the_number_on_a_card(
+    command: str, chosen: list[str], rates: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the card, for the one victim: ``LUSTRAL_CARDS=sau/ours`` runs all of that part of a card."""
+    monkeypatch.chdir(ROOT)
+    words = [str(tmp_path / "store") if word == "STORE" else word for word in shlex.split(command)]
+    assert main([*words[1:], "--where", *chosen]) == 0
+    store = Store(str(tmp_path / "store")).open(create=False)
+    kind = "results" if any(word.startswith("defence=") for word in chosen) else "victims"
+    (record,) = store.records(kind)
+    metrics = record["metrics"]
+    found = {rate: metrics["before"][rate]["value"] for rate in ("acc", "asr")}
+    if kind == "results":
+        after = {rate: metrics["after"][rate]["value"] for rate in ("acc", "asr")}
+        found = {**after, **{f"{rate}_before": value for rate, value in found.items()}}
+    for rate, value in rates.items():
+        assert found[rate] == pytest.approx(value, abs=TOLERANCE[rate]), rate
+
+
+def test_every_card_that_a_plan_makes_can_be_run_again() -> None:
+    found = list(claims())
+    made_by_plans = {path.stem for path in CARDS.glob("*.json") if "lustral bench run" in path.read_text()}
+    assert {name.split("/")[0] for name, *_ in found} == made_by_plans
+    for _, command, _, rates in found:
+        assert (ROOT / shlex.split(command)[3]).is_file()
+        assert rates
+    assert wanted()
