@@ -193,5 +193,8 @@ def test_the_default_recipe_adapts_to_the_size_of_the_set() -> None:
     small, middle, large = (default_trainer(flip=True, num_images=n) for n in (500, 20_000, 50_000))
     assert small.batch_size < large.batch_size
     assert small.epochs == middle.epochs > large.epochs
+    assert {small.learning_rate, middle.learning_rate, large.learning_rate} == {
+        0.1
+    }  # 0.2 is too much for preact_resnet18
     assert small.augment is not None
     assert small.augment.flip
