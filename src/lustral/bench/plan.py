@@ -50,14 +50,14 @@ class DataTable(_Table):
     Attributes:
         name: as ``--data`` takes it: digits, cifar10, a file, a folder.
         arch: architectures; small_cnn for digits and preact_resnet18:width=16 for the rest if left out.
-        image_size: side in pixels to resize to.
+        image_size: side in pixels to resize to, or height and width.
         trainer: changes to the data set's training recipe.
         clean: clean budgets of this data set, instead of the plan's.
     """
 
     name: str
     arch: Some[str] = []
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     trainer: dict[str, Any] = {}
     clean: Some[Clean] = []
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lustral.bench.trust import Trust
 from lustral.protocols import ImageSet
 from lustral.sources import DataSource, load_source
+
+Size = int | tuple[int, ...] | None  # side, (height, width), or as it comes
 
 
 @dataclass
@@ -18,18 +21,25 @@ class Sources:
     """
 
     trust: Trust = field(default_factory=Trust)
-    _open: dict[tuple[str, int | None], DataSource] = field(default_factory=dict)
-    _train: dict[tuple[str, int | None], ImageSet] = field(default_factory=dict)
+    _open: dict[tuple[str, Size], DataSource] = field(default_factory=dict)
+    _train: dict[tuple[str, Size], ImageSet] = field(default_factory=dict)
 
-    def open(self, name: str, image_size: int | None) -> DataSource:
+    def open(self, name: str, image_size: int | Sequence[int] | None) -> DataSource:
         """Return a data set; see ``Trust.require_data`` and ``load_source`` for the errors."""
         self.trust.require_data(name)
-        if (name, image_size) not in self._open:
-            self._open[name, image_size] = load_source(name, image_size=image_size)
-        return self._open[name, image_size]
+        key = name, _hashable(image_size)
+        if key not in self._open:
+            self._open[key] = load_source(name, image_size=image_size)
+        return self._open[key]
 
-    def training_set(self, name: str, image_size: int | None) -> ImageSet:
+    def training_set(self, name: str, image_size: int | Sequence[int] | None) -> ImageSet:
         """Return the attacker's part of a data set."""
-        if (name, image_size) not in self._train:
-            self._train[name, image_size] = self.open(name, image_size).training_split()[0]
-        return self._train[name, image_size]
+        key = name, _hashable(image_size)
+        if key not in self._train:
+            self._train[key] = self.open(name, image_size).training_split()[0]
+        return self._train[key]
+
+
+def _hashable(image_size: int | Sequence[int] | None) -> Size:
+    """Return a size as it is in a plan; a record's (height, width) is a list."""
+    return tuple(image_size) if isinstance(image_size, Sequence) else image_size
