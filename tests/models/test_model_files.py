@@ -68,11 +68,11 @@ def refused(path: Path, reason: str) -> None:
         (Call(bytearray, 6_000_000_000), "builtins.bytearray"),
         (Call(torch.Tensor, 10**6, 10**6), "torch.Tensor"),
         (Call(codecs.decode, b"x", "zlib"), "_codecs.decode"),
-        (Call(list, range(3)), "builtins.xrange"),
+        (Call(list, range(3)), "builtins.list"),
         (Call(os.system, "true"), "posix.system"),
         (Call(getattr, torch.Size, "count"), "builtins.getattr"),
         (Call(torch.load, "b.pt"), "torch.serialization.load"),
-        (Call(collections.deque, [], 10**9), "collections.deque"),
+        (Call(bytes, 6_000_000_000), "builtins.bytes"),
         (Call(np.zeros, 10**10), "numpy.*zeros"),
     ],
 )
@@ -154,7 +154,7 @@ PLAIN = b"\x80\x02"
         ),
         (PLAIN + b"]q\0h\0a.", "holds itself"),
         (PLAIN + b"]q\0\x85h\0Na.", "filled after"),
-        (PLAIN + b"}N\x85Ns.", "a key that is a tuple"),
+        (PLAIN + b"}]\x85Ns.", "a key that is a list"),
         (PLAIN + b"}\x8a\x08" + b"\xff" * 7 + b"\x7fNs.", "a key that is a int"),
         (PLAIN + b"\x8b\xff\xff\xff\x7f.", "damaged pickle"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".", "damaged pickle"),
@@ -297,6 +297,12 @@ def test_plain_data_beside_the_weights_is_read(tmp_path: Path, protocol: int, le
         "frozen": frozenset("ab"),
         "complex": 1 + 2j,
         "bytes": b"\xff\x00",
+        "bytearray": bytearray(b"\x01\xff"),
+        "last": collections.deque([1, 2], maxlen=3),
+        "range": range(3),
+        "day": np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "kind": int,
+        "pairs": {(1, "a"): 2},
         "text": "é",
         "long": 2**100,
         "parameter": torch.nn.Parameter(torch.ones(2)),
@@ -314,6 +320,10 @@ def test_plain_data_beside_the_weights_is_read(tmp_path: Path, protocol: int, le
     assert found["defaults"] == {"a": [1]}
     assert found["args"] == {"lr": 0.1, "sizes": (1, 2), "inner": {"name": "x"}}
     assert found["folder"] == "runs/1"
+    assert found["bytearray"] == b"\x01\xff"
+    assert found["last"] == [1, 2]
+    assert found["pairs"] == {"(1, 'a')": 2}
+    assert found["range"] == "range(0, 3, 1)"
     assert found["parameter"].tolist() == [1, 1]
     assert all(torch.equal(found["state_dict"][key], value) for key, value in weights().items())
     assert load_model(path, arch=ARCH, image_shape=SHAPE).weights == "state_dict"

@@ -350,6 +350,10 @@ def _key(value: Any) -> Any:
         return value
     if isinstance(value, int) and abs(value) < _LARGEST_KEY:
         return value
+    if isinstance(value, tuple) and len(value) <= _MOST_DIMENSIONS:
+        return str(
+            tuple(_key(part) for part in value if not isinstance(part, tuple))
+        )  # text has hashes of this process
     raise OddData(f"a key that is a {type(value).__name__}")
 
 
@@ -454,12 +458,15 @@ _TENSORS: Mapping[str, Callable[..., Tensor]] = {
 
 # numpy
 
+_DATE_DTYPE = re.compile(r"[<>=]?[Mm]8(?:\[[0-9A-Za-z]{1,8}\])?")
 _PLAIN_DTYPE = re.compile(r"[<>|=]?(?:[?bBhHiIlLqQefdFD]|b1|[iu][1248]|f[248]|c(?:8|16)|[SU][0-9]{1,5})")
 
 
 def _dtype(name: Any, *_: Any) -> _DType:
     if isinstance(name, bytes):
         name = name.decode("latin1")
+    if isinstance(name, str) and _DATE_DTYPE.fullmatch(name):
+        return _DType(np.dtype(np.int64))  # the count of the unit
     if not isinstance(name, str) or not _PLAIN_DTYPE.fullmatch(name):
         kind = "Python objects" if str(name).strip("|<>=").startswith("O") else f"the dtype {str(name)[:20]!r}"
         raise OddData(f"numpy data of {kind}; expected numbers or text")
@@ -547,6 +554,19 @@ def _counter(counts: Any = None) -> Counter[Any]:
     return Counter({_key(key): count for key, count in _mapping(counts or {}).items()})
 
 
+def _deque(items: Any = (), _: Any = None) -> list[Any]:
+    return [_finished(item) for item in _tuple(tuple(items) if isinstance(items, list) else items)]
+
+
+def _bytearray(content: Any = b"", encoding: Any = "latin-1") -> bytes:
+    """Return bytes that are in the file; a number would ask for memory."""
+    if isinstance(content, str):
+        return _encode(content, encoding)
+    if not isinstance(content, bytes | bytearray):
+        raise WantsCode("builtins.bytearray")
+    return bytes(content)
+
+
 def _set(items: Any = ()) -> set[Any]:
     return {_key(item) for item in items}
 
@@ -590,12 +610,16 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
     "_codecs.encode": _encode,
     "builtins.bytes": _empty_bytes,
+    "builtins.bytearray": _bytearray,
+    **{f"builtins.{kind}": _shown(kind) for kind in ("range", "slice")},
+    "builtins.xrange": _shown("range"),  # as protocol 2 calls it
     "builtins.set": _set,
     "builtins.frozenset": _frozen,
     "builtins.complex": _complex,
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": _defaults,
     "collections.Counter": _counter,
+    "collections.deque": _deque,
     "copyreg._reconstructor": lambda *_: None,  # see _Machine._call
     **{f"datetime.{kind}": _shown(kind) for kind in _DATES},
     **{f"{module}.{kind}": _path for module in ("pathlib", "pathlib._local") for kind in _PATHS},
@@ -626,7 +650,9 @@ _RECORDS = {  # classes that only hold settings; none of them is imported
 }
 _CLASSES = {  # that others are told about, or that stand for themselves
     "builtins.object",
-    *(f"builtins.{kind}" for kind in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")),
+    *(f"builtins.{kind}" for kind in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple", "type")),
+    *(f"builtins.{kind}" for kind in ("long", "unicode")),  # as protocol 2 calls int and str
+    *(f"numpy.{kind}" for kind in ("bool_", "float16", "float32", "float64", "int32", "int64", "uint8")),
     "numpy.ndarray",
     "torch.Tensor",
     "torch._tensor.Tensor",
