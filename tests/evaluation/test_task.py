@@ -16,7 +16,8 @@ from lustral.evaluation.task import find_order
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.sampling import SampleImages
 from lustral.models import Classifier
-from lustral.protocols import DefenderView
+from lustral.protocols import ClassEvidence, DefenderView
+from lustral.purifiers import BNRefresh
 from lustral.randomness import child
 from toy import quick_detector, toy_images
 
@@ -219,3 +220,44 @@ def test_networks_that_cannot_be_searched(
     view = DefenderView(model=Changed(benign_view.model, after=after), clean=benign_view.clean)
     with pytest.raises(ValueError, match=said):
         quick_detector().inspect(view, generator=child(0))
+
+
+def test_a_label_that_soaks_up_images_is_not_accused(
+    benign_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evidence(natural: float) -> list[ClassEvidence]:
+        areas = (1.0, *(60.0 + label for label in range(1, 7)))
+        return [
+            ClassEvidence(
+                label=label,
+                area=area,
+                attack_success_rate=1.0,
+                natural_rate=natural if label == 0 else 0.03,
+                anomaly=5.0 if label == 0 else 0.0,
+                p_value=1e-4 if label == 0 else 1.0,
+                entropy=0.0,
+                steps=150,
+            )
+            for label, area in enumerate(areas)
+        ]
+
+    detector = quick_detector()
+    for natural, outcome in ((0.02, "backdoored"), (0.3, "cannot tell")):
+        found = evidence(natural)
+        monkeypatch.setattr(type(detector), "weigh", lambda *args, found=found: found)
+        verdict = detector.inspect(benign_view, generator=child(0))
+        assert (verdict.outcome, verdict.suspect_labels) == (outcome, (0,))
+        assert any("30 % of the other images" in note for note in verdict.notes) == (outcome == "cannot tell")
+
+
+def test_weak_models_are_erased_with_a_word(benign_view: DefenderView) -> None:
+    images = replace(benign_view.clean, class_names=tuple("abcdefg"))
+    assert check(0.9).notes(images.class_names) == ()
+    assert "right on 40.0 %" in check(0.4).notes(images.class_names)[0]
+    labels = torch.where(
+        torch.arange(len(images)) % 20 < 9, images.labels, (images.labels + 1 + torch.arange(len(images)) % 5) % 7
+    )
+    view = DefenderView(model=benign_view.model, clean=replace(images, labels=labels))
+    assert check_task(view.model, view.clean).is_weak
+    purified = BNRefresh(batch_size=64, passes=1).purify(view, generator=child(0))
+    assert "wrong normalisation, class order or data?" in purified.notes[0]

@@ -18,7 +18,7 @@ from lustral.purifiers.repair import Repair
 from lustral.purifiers.rnp import mean
 from lustral.randomness import child
 from lustral.training import Trainer
-from toy import toy_images
+from toy import passes_for_good, toy_images
 
 
 def network() -> nn.Sequential:
@@ -174,7 +174,7 @@ def test_silence_stops_a_channel() -> None:
 
 
 def test_networks_without_what_is_needed_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lustral.purifiers.repair.require_task", lambda model, clean: None)  # it is untrained
+    monkeypatch.setattr("lustral.purifiers.repair.require_task", passes_for_good)  # it is untrained
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
     clean = toy_images(70, seed=0)
     big = type(clean)(

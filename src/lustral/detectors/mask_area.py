@@ -36,6 +36,10 @@ from lustral.protocols import (
 from lustral.randomness import fork
 from lustral.training import Precision, autocast, frozen
 
+SOAKED, SOAKED_RATIO = (
+    0.1,
+    2.0,
+)  # natural rate of a label, and over the mean of the others, above which it is called too often
 LEAST_LABELS = 5  # with fewer successful searches no outlier test means anything
 
 
@@ -113,6 +117,10 @@ class MaskArea:
             evidence = self.weigh(view, held_out, found)
             named, outcome, basis = self.decide(evidence, view.clean)
             outcome, notes = held_back(outcome, check, view.clean)
+            if outcome == "backdoored" and (
+                soaked := [e for e in evidence if e.label in named and soaks_up(e, evidence)]
+            ):
+                outcome, notes = "cannot tell", (*notes, soaked_note(soaked[0], check, view.clean))
             shown = named or (min(evidence, key=lambda e: e.p_value).label,)
             index = torch.tensor(shown)
             chosen = FoundMasks(
@@ -263,6 +271,25 @@ def held_back(outcome: str, check: TaskCheck, clean: ImageSet) -> tuple[str, tup
     if note:
         return outcome, (f"The model is right on {check.share}. {note} Until then a class may go by another's name.",)
     return outcome, ()
+
+
+def soaks_up(entry: ClassEvidence, evidence: Sequence[ClassEvidence]) -> bool:
+    """Say whether a model calls many images by a label without a trigger, and more than by its others: then little is needed.
+
+    An accused label's small mask is explained by that, whether it comes of a model that is read wrongly or not.
+    """
+    others = [e.natural_rate for e in evidence if e.label != entry.label and not math.isnan(e.natural_rate)]
+    mean = sum(others) / max(len(others), 1)
+    return entry.natural_rate > max(SOAKED, SOAKED_RATIO * mean)
+
+
+def soaked_note(entry: ClassEvidence, check: TaskCheck, clean: ImageSet) -> str:
+    """Return why an accusation of a label is held back."""
+    name = clean.class_names[entry.label] if clean.class_names else str(entry.label)
+    return (
+        f"The model is right on {check.share}, and calls {100 * entry.natural_rate:.0f} % of the other images “{name}” without "
+        "any trigger; wrong normalisation, class order or data? A small mask is no wonder there: the accusation is held back."
+    )
 
 
 @torch.no_grad()

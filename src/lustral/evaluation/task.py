@@ -94,6 +94,14 @@ class TaskCheck:
             text += f" Its logits are not finite on {self.num_not_finite:,} of them."
         return f"{text} {self.order_note(names)}".rstrip()
 
+    def notes(self, names: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return what a user should read before he trusts work on this model: a sentence or two, or nothing."""
+        if self.is_weak:
+            return (f"Before, {self.complaint(names)}",)
+        if self.order is not None:
+            return (f"Before, the model was right on {self.share}. {self.order_note(names)}",)
+        return ()
+
     def order_note(self, names: Sequence[str] = ()) -> str:
         """Return a sentence on an order of the classes that would explain the answers; empty where none does."""
         if self.order is None or self.ordered_accuracy is None:
@@ -172,10 +180,11 @@ def _assign(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def require_task(model: nn.Module, clean: ImageSet) -> TaskCheck:
     """Raise ``UnfitModel`` where a model does not do its task on the clean images, or cannot be differentiated.
 
-    Training would teach such a model whatever the labels say, and destroy what it knows.
+    Training would teach such a model whatever the labels say, and destroy what it knows. So it would one that is wrong on most
+    images and right in another order of the classes.
     """
     check = check_task(model, clean)
-    if check.is_lost:
+    if check.is_lost or (check.is_weak and check.order is not None):
         raise UnfitModel(f"nothing was changed: {check.complaint(clean.class_names)}")
     require_gradient(check)
     return check

@@ -176,7 +176,7 @@ class BaEraser:
             return self.published().purify(view, generator=generator, on_progress=on_progress)
         require_usable(view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            require_task(view.model, view.clean)
+            check = require_task(view.model, view.clean)
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
             labels = self.target_labels or verdict.suspect_labels
             model: nn.Module = copy.deepcopy(view.model).eval()
@@ -200,7 +200,7 @@ class BaEraser:
             cost=meter.cost,
             verdict=verdict,
             audit=after,
-            notes=notes,
+            notes=(*check.notes(view.clean.class_names), *notes),
         )
 
     def _erase(

@@ -46,7 +46,7 @@ class BNRefresh:
         model = copy.deepcopy(view.model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         with CostMeter(model, clean_images=len(view.clean)) as meter, torch.no_grad():
-            require_task(model, view.clean)
+            doubts = require_task(model, view.clean).notes(view.clean.class_names)
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.reset_running_stats()
@@ -64,5 +64,7 @@ class BNRefresh:
                 norm.momentum = momentum
         if not norms:
             note = "The model has no batch normalisation: it was returned unchanged."
-            return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(note,))
-        return Purified(model=model.eval(), history=({"passes": self.passes},), selected=0, cost=meter.cost)
+            return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(*doubts, note))
+        return Purified(
+            model=model.eval(), history=({"passes": self.passes},), selected=0, cost=meter.cost, notes=doubts
+        )

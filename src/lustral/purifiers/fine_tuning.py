@@ -51,7 +51,7 @@ class FineTuning:
         require_usable(view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            require_task(view.model, view.clean)
+            check = require_task(view.model, view.clean)
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
             selection.note_given(view.model)
             last = self.trainer.stretched(len(fit), self.least_steps).fit(
@@ -71,5 +71,5 @@ class FineTuning:
             history=tuple(selection.history),
             selected=chosen,
             cost=meter.cost,
-            notes=loss_notes(before - after),
+            notes=(*check.notes(view.clean.class_names), *loss_notes(before - after)),
         )

@@ -63,13 +63,15 @@ class Mesa:
         require_usable(view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            require_task(view.model, view.clean)
+            doubts = require_task(view.model, view.clean).notes(view.clean.class_names)
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
             labels = self.target_labels or verdict.suspect_labels
             if not labels:
                 note = "The scan named no label, so the model was returned unchanged."
                 same = copy.deepcopy(view.model).eval()
-                return Purified(model=same, history=(), selected=None, cost=meter.cost, verdict=verdict, notes=(note,))
+                return Purified(
+                    model=same, history=(), selected=None, cost=meter.cost, verdict=verdict, notes=(*doubts, note)
+                )
             bank = verdict.triggers
             if set(labels) != {trigger.target_label for trigger in bank}:
                 bank = tuple(
@@ -112,5 +114,5 @@ class Mesa:
             selected=selection.best_index,
             cost=meter.cost,
             verdict=verdict,
-            notes=slowed_notes(selection, divisor, self.accuracy_loss),
+            notes=(*doubts, *slowed_notes(selection, divisor, self.accuracy_loss)),
         )

@@ -77,6 +77,7 @@ class Repair:
     held_out: ImageSet = field(init=False)
     fit: ImageSet = field(init=False)
     before: float = field(init=False)
+    doubts: tuple[str, ...] = field(init=False, default=())
     _meter: CostMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class Repair:
         """Start counting; raise ``UnfitModel`` where the model does not do its task on the clean images."""
         with ExitStack() as stack:
             stack.enter_context(self._meter)
-            require_task(self.view.model, self.view.clean)
+            self.doubts = require_task(self.view.model, self.view.clean).notes(self.view.clean.class_names)
             self.before = held_out_accuracy(self.view.model, self.held_out)
             stack.pop_all()  # all is well: the block goes on
         return self
@@ -167,5 +168,5 @@ class Repair:
             history=history,
             selected=len(history) - 1 if history else None,
             cost=self._meter.cost,
-            notes=(*notes, *loss_notes(lost)),
+            notes=(*self.doubts, *notes, *loss_notes(lost)),
         )
