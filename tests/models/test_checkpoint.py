@@ -456,7 +456,7 @@ def test_one_name_opens_the_public_preact_resnet18_with_and_without_a_final_norm
 def test_a_misfit_names_the_network_that_fits(tmp_path: Path, given: str, true: str, prefix: str) -> None:
     state = small_model(true, (3, 32, 32)).network.state_dict()
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "a.pth")
-    with pytest.raises(ModelFileError, match=rf"do not fit {given}\S*; .* Keys and sizes are those of {true}\."):
+    with pytest.raises(ModelFileError, match=rf"do not fit {given}\S*; .* Keys and sizes are those of {true}\n"):
         load_model(tmp_path / "a.pth", arch=given, image_shape=(3, 32, 32))
     loaded = load_model(tmp_path / "a.pth", arch=true, image_shape=(3, 32, 32), mean=[0.0] * 3, std=[1.0] * 3)
     assert loaded.arch == true

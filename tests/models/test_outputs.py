@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from lustral.models import Classifier, build_classifier, load_model, save_model
 from lustral.models.outputs import NoLogitsError, logits_in
+from lustral.protocols import DefenderView
+from lustral.purifiers import FineTuning, NeuralPolarizer
 from lustral.randomness import child
 
 LOGITS = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
@@ -164,3 +167,26 @@ def test_the_number_of_classes_tells_logits_from_features() -> None:
     network = Both(3)
     found = Classifier(network, [0.0] * 3, [1.0] * 3, num_classes=3)(images)
     assert torch.equal(found, network(images)[1])
+
+
+@pytest.mark.parametrize(
+    "method", [FineTuning(), NeuralPolarizer(least_steps=4)], ids=lambda method: type(method).__name__
+)
+def test_a_network_with_auxiliary_outputs_is_repaired(method: Any, toy_view: DefenderView) -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.aux = inner, nn.Linear(7, 7)
+
+        def forward(self, x: Tensor) -> Any:
+            logits = self.inner(x)
+            return Named(aux=self.aux(logits), logits=logits) if self.training else {"out": logits}
+
+    given = toy_view.model
+    assert isinstance(given, Classifier)
+    mean, std = (tensor.flatten().tolist() for tensor in (given.normalise.mean, given.normalise.std))
+    model = Classifier(Auxiliary(copy.deepcopy(given.network)), mean, std, num_classes=7).eval()
+    short = replace(method, trainer=replace(method.trainer, epochs=1))
+    purified = short.purify(DefenderView(model=model, clean=toy_view.clean), generator=child(0))
+    assert purified.history[-1]["clean_accuracy"] > 0.8
+    assert set(purified.model.state_dict()) == set(model.state_dict())

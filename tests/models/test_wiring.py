@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lustral.models import build_classifier
+from lustral.models import Classifier, build_classifier
 from lustral.models.wiring import late_layer, trace
 from lustral.randomness import child
 
@@ -84,3 +84,22 @@ def test_a_network_without_layers_is_refused() -> None:
     alone = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
     with pytest.raises(ValueError, match="before its head"):
         late_layer(alone, trace(alone, IMAGES))
+
+
+def test_the_head_gives_the_logits_whatever_is_used_after_it() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.main, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            features = self.body(x).mean((2, 3))
+            return {"logits": self.main(features), "aux": self.aux(features)}
+
+    wiring = trace(Classifier(Auxiliary(), [0.0] * 3, [1.0] * 3, num_classes=5), IMAGES)
+    assert (wiring.layers, wiring.head) == (("network.body",), "network.main")
+
+
+def test_the_last_layer_is_the_head_of_a_network_that_changes_its_outputs() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Linear(4, 2), nn.LogSoftmax(1))
+    assert trace(model, IMAGES).head == "2"

@@ -293,7 +293,7 @@ def _hint(network: Architecture, mappings: Sequence[NamedTensors]) -> str:
         shapes = {key: t.shape for key, t in zip(known_keys([mapping]), mapping.tensors.values(), strict=True)}
         nearest = nearest_network(shapes, NETWORKS)
         if nearest is not None and nearest != network:
-            return f" Keys and sizes are those of {nearest}."
+            return f" Keys and sizes are those of {nearest}"
     return ""
 
 

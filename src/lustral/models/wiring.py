@@ -20,7 +20,8 @@ class Wiring:
 
     Attributes:
         layers: names of convolutions and linear layers in the order of their first use, without the head.
-        head: name of the last of them, whose outputs are the logits.
+        head: name of the one whose outputs are the logits; where none are seen to be, of the last. Those used after it, as
+            auxiliary heads are, are left out of ``layers``.
         normed: for each of ``layers`` whose output goes straight into a batch normalisation: that one's name.
     """
 
@@ -63,7 +64,7 @@ def trace(model: nn.Module, images: Tensor) -> Wiring:
     model.eval()
     try:
         with torch.no_grad():
-            model(images)
+            logits = model(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,8 +72,18 @@ def trace(model: nn.Module, images: Tensor) -> Wiring:
             module.training = mode
     if not order:
         raise ValueError("expected a network with convolutions or linear layers; none was used by an image")
-    *layers, head = order
+    names_in_order = list(order)
+    ends = [name for tensor, _, name in produced if _same(tensor, logits)]
+    head = ends[-1] if ends else names_in_order[-1]
+    layers = names_in_order[: names_in_order.index(head)]
     return Wiring(layers=tuple(layers), head=head, normed={k: v for k, v in normed.items() if k != head})
+
+
+def _same(first: Tensor, second: Any) -> bool:
+    """Tell whether two values are one tensor, or views of the same numbers in the same shape."""
+    if not isinstance(second, Tensor):
+        return False
+    return first.shape == second.shape and first.data_ptr() == second.data_ptr()
 
 
 def late_layer(model: nn.Module, wiring: Wiring) -> str:
