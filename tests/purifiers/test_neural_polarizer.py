@@ -91,6 +91,16 @@ def test_the_architecture_stays_where_a_normalisation_follows(arch: str) -> None
     assert torch.allclose(model(images), wanted, atol=1e-4)
 
 
+def test_the_statistics_have_the_precision_of_the_trainer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(200, 7))
+    data = toy_images(21, seed=0)
+    exact, rounded = (feature_statistics(model, "2", data, 8, precision) for precision in ("float32", "bfloat16"))
+    with torch.no_grad():
+        features = model[1](model[0](data.images.float() / 255))
+    assert torch.allclose(exact[0], features.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(rounded[0], features.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
 def test_statistics_are_those_of_what_enters_the_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(200, 7))
     data = toy_images(21, seed=0)

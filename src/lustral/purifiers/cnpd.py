@@ -85,7 +85,7 @@ class CNPD:
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: the statistics have the trainer's precision
 
     initial: Start = "auto"
     layer: str | None = None
@@ -116,7 +116,8 @@ class CNPD:
             model = repair.copy()
             wiring = trace(model, next(repair.fit.batches(1))[0])
             name = place(model, wiring, self.layer)
-            mean, variance = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
+            recipe = self.trainer
+            mean, variance = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
             needed = [parameter.requires_grad for parameter in model.parameters()]
             model.requires_grad_(False)
             model = repair.follow(condition(model, name, view.clean.num_classes))

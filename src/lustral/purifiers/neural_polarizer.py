@@ -192,7 +192,7 @@ class NeuralPolarizer:
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: the statistics have the trainer's precision
 
     initial: Start = "auto"
     layer: str | None = None
@@ -230,7 +230,8 @@ class NeuralPolarizer:
             needed = [parameter.requires_grad for parameter in model.parameters()]
             wiring = trace(model, next(repair.fit.batches(1))[0])
             name = place(model, wiring, self.layer)
-            statistics = feature_statistics(model, name, repair.fit, self.trainer.batch_size)
+            recipe = self.trainer
+            statistics = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
             model.requires_grad_(False)
             polarizer = insert(model, name, wiring).polarizer
             polarizer.settle(*statistics, identity=self.initial == "identity")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lustral.models.wiring import Wiring, late_layer
 from lustral.protocols import ImageSet
-from lustral.training import autocast, frozen
+from lustral.training import Precision, autocast, frozen
 
 LEAST_VARIANCE = (
     0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
@@ -57,8 +57,10 @@ def start_of(kept: float, before: float) -> tuple[Start, str]:
 
 
 @torch.no_grad()
-def feature_statistics(model: nn.Module, name: str, data: ImageSet, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance, (C,) each, of what enters a layer on clean images."""
+def feature_statistics(
+    model: nn.Module, name: str, data: ImageSet, batch_size: int, precision: Precision = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, (C,) each, of what enters a layer on clean images; ``precision`` as in ``Trainer``."""
     layer = model.get_submodule(name)
     sums: list[tuple[Tensor, Tensor, int]] = []
 
@@ -71,7 +73,7 @@ def feature_statistics(model: nn.Module, name: str, data: ImageSet, batch_size: 
     try:
         with frozen(model):
             for x, _ in data.batches(batch_size):
-                with autocast(x.device):
+                with autocast(x.device, precision):
                     model(x.contiguous(memory_format=torch.channels_last))
     finally:
         handle.remove()
