@@ -97,6 +97,15 @@ def test_sample_spread_by_hand() -> None:
     assert sample_spread(masks[:1], patterns[:1]) == 0.0
 
 
+def test_sample_spread_looks_at_the_samples_of_every_level() -> None:
+    masks = torch.ones(384, 1, 2, 2)
+    patterns = torch.zeros(384, 3, 2, 2)
+    patterns[128:256], patterns[256:] = 0.5, 1.0  # level after level, equal within each
+    assert sample_spread(masks[:128], patterns[:128]) == 0.0
+    # of 128 from all over, a third each: distances 0, 1 and 2 at 3/9, 4/9 and 2/9 of the pairs, sqrt(4 * 0.25) each step
+    assert sample_spread(masks, patterns) == pytest.approx(8 / 9, rel=0.02)
+
+
 def test_samples_are_a_distribution_that_fires(toy_view: DefenderView) -> None:
     apart = toy_images(140, seed=9)
     (trigger,) = quick_inverter().invert(toy_view, [4], held_out=apart, generator=child(0))

@@ -203,6 +203,7 @@ class MaskArea:
         full = max(e.steps for e in evidence)
         usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)
         _, height, width = clean.image_shape
+        ended = " searched to the end" if any(e.steps < full for e in evidence) else ""
         known = "" if len(usable) == len(evidence) else f"Only the {len(usable)} smallest are known. "
         null = (
             f"Null hypothesis: in a benign model the logarithms of the areas come from one normal distribution. {known}Each "
@@ -220,8 +221,9 @@ class MaskArea:
                 (),
                 "cannot tell",
                 (
-                    f"Half of the labels are reached with {median:.1f} pixels or fewer. So small a mask for so many labels is "
-                    "what an all-to-all backdoor looks like, or a model that is easily fooled; the areas cannot tell which."
+                    f"Half of the labels{ended} are reached with {median:.1f} pixels or fewer. So small a mask for so many "
+                    "labels is what an all-to-all backdoor looks like, or a model that is easily fooled; the areas cannot tell "
+                    "which."
                 ),
             )
         suspects: tuple[int, ...] = ()
@@ -236,7 +238,7 @@ class MaskArea:
             elif e.p_value <= self.doubt_rate:
                 doubtful = True
         first = usable[0]
-        figures = f"Smallest area {first.area:.1f} pixels, median {median:.1f}, p = {first.p_value:.2g}. "
+        figures = f"Smallest area {first.area:.1f} pixels, median{ended} {median:.1f}, p = {first.p_value:.2g}. "
         if suspects:
             return (
                 suspects,

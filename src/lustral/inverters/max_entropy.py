@@ -39,6 +39,7 @@ from lustral.training import Precision, autocast, frozen
 NOISE_DIM = 64  # uniform [0, 1], cut into one slice per layer
 NUM_LAYERS = 4
 EMA_RATE = 0.001  # of the bias-corrected MINE gradient
+SPREAD_SAMPLES = 128  # compared in pairs
 MAX_LOGIT = 6.0  # bound on warm-start logits, so that sigmoids keep a gradient
 
 
@@ -125,11 +126,15 @@ def shifted(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def sample_spread(masks: Tensor, patterns: Tensor) -> float:
-    """Return the mean pairwise distance of stamped samples: the root of the summed squared differences, in pixels."""
-    flat = torch.cat([masks, masks * patterns], 1).flatten(1)[:128]
-    count = len(flat)
-    if count < 2:
+    """Return the mean pairwise distance of stamped samples: the root of the summed squared differences, in pixels.
+
+    At most ``SPREAD_SAMPLES`` of them are compared, from all over: samples come level after level.
+    """
+    flat = torch.cat([masks, masks * patterns], 1).flatten(1)
+    if len(flat) < 2:
         return 0.0
+    places = torch.linspace(0, len(flat) - 1, min(len(flat), SPREAD_SAMPLES), device=flat.device)
+    flat = flat[places.round().long()]
     return float(torch.pdist(flat).mean()) / math.sqrt(patterns.shape[1])
 
 
@@ -139,7 +144,8 @@ class MaxEntropy:
 
     Attributes:
         levels: success levels beta of the staircase; 0.5, 0.8 and 0.9 in MESA, 0.5 alone in BaEraser's code.
-        entropy_weight: alpha; 0.1 in both papers. Without effect on what the learned operator returns, see above.
+        entropy_weight: alpha; 0.1 in both papers. Spreads the published patches; without effect on what the learned
+            operator returns, see above.
         hidden: width of generators and statistics networks; 512 in MESA, 2048 in BaEraser's code.
         steps: generator steps; 620 in MESA, 200 in BaEraser's code.
         batch_size: samples per sub-model and step; 128 in both.
