@@ -7,6 +7,7 @@ import os
 import pickle
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from lustral.cli.arguments import (
     setting_names,
 )
 from lustral.cli.console import Bars, StageLines
-from lustral.cli.opening import draw_clean
+from lustral.cli.opening import draw_clean, found_order
 from lustral.detectors import MaskArea
 from lustral.inverters import MaskSearch, MaxEntropy
-from lustral.models import Classifier, build_classifier, save_model
+from lustral.models import Classifier, build_classifier, load_model, save_model
 from lustral.protocols import ClassEvidence, Cost, DefenderView, ImageSet, Progress, RecoveredTrigger, Verdict
 from lustral.purifiers import BNRefresh, Mesa
 from lustral.randomness import child
@@ -744,3 +745,14 @@ def test_the_readmes_python_example_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "clean.safetensors").is_file()
+
+
+def test_the_order_that_a_models_file_tells_is_taken(model: Path, pool: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded, clean = load_model(model), load_source(str(pool)).draw_clean(20, generator=child(0))
+    assert found_order(loaded, clean) is None
+    theirs = ("dog", "ant", "cat", "bee")
+    assert found_order(replace(loaded, class_names=theirs), clean) == theirs
+    assert found_order(replace(loaded, class_names=("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")), clean) is None
+    assert caplog.records == []
+    assert found_order(replace(loaded, class_names=("dog", "ant", "cat", "cow")), clean) is None
+    assert "only the data have: bee" in caplog.text
