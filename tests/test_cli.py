@@ -570,6 +570,24 @@ def test_which_weights_were_read_is_always_said(
     assert "state_dict_ema" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_file_that_changes_meanwhile_costs_no_work(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "theirs.pth"
+    torch.save(safetensors.torch.load_file(model), theirs)
+    whole = BNRefresh.purify
+
+    def purify(self: BNRefresh, *arguments: Any, **more: Any) -> Any:
+        purified = whole(self, *arguments, **more)
+        theirs.write_bytes(b"something else")
+        return purified
+
+    monkeypatch.setattr(BNRefresh, "purify", purify)
+    line = ["erase", theirs, "--arch", "small_cnn:width=4", "--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1, "--data", pool]
+    assert run(*line, "--method", "bn_refresh", "--out", tmp_path / "out", "--quiet") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_progress_is_a_bar_or_a_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
     from rich.progress import Progress as RichProgress

@@ -139,6 +139,7 @@ def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
         ({**CONFIG, "pretrained_cfg": {**RECIPE, "std": [0, 1, 1]}}, "mean or std"),
         ({**CONFIG, "pretrained_cfg": {**RECIPE, "mean": [float("nan")] * 3}}, "mean or std"),
         ({**CONFIG, "model_args": {"checkpoint_path": "/etc/passwd"}}, r"model_args \(checkpoint_path\).*pass arch"),
+        ({**CONFIG, "global_pool": "max"}, "pools features by 'max', timm:test_resnet by 'avg'"),
         ({"model_type": "vit", "num_hidden_layers": 10**6}, "num_hidden_layers beyond 512"),
         ({"model_type": "vit", "hidden_size": 10**9}, "hidden_size beyond 65536"),
         ({"model_type": "vit", "image_size": 10**9}, "image shape"),

@@ -38,6 +38,7 @@ from lustral.images import as_float, as_uint8, at_most
 from lustral.models import (
     Classifier,
     LoadedModel,
+    ModelFileError,
     arch_of,
     load_model,
     parse_architecture,
@@ -190,7 +191,12 @@ def write_erased(out: Path, model: Classifier, loaded: LoadedModel) -> Path:
         return out / "model.safetensors"
     if loaded.other_weights:
         logger.warning("not erased, and written back as they were: %s", ", ".join(loaded.other_weights))
-    return save_like(out / "model", model, loaded)
+    try:
+        return save_like(out / "model", model, loaded)
+    except ModelFileError as error:  # e.g. the file changed meanwhile; the work is done and shall not be lost
+        logger.warning("%s; the model is written as safetensors", error)
+        save_model(out / "model.safetensors", model, arch=arch, image_shape=loaded.image_shape)
+        return out / "model.safetensors"
 
 
 def list_attacks(screen: Screen) -> int:

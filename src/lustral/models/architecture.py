@@ -125,11 +125,13 @@ class Transformers:
 
     Attributes:
         model_type: key of ``lustral.models.hub_folder``'s list.
-        settings: (name, value) of numbers, words and tuples of numbers.
+        settings: (name, value) of numbers, words and tuples of them.
+        odd: names of other settings; a network that needs one is not built.
     """
 
     model_type: str
     settings: tuple[tuple[str, Any], ...]
+    odd: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return a name to be shown."""

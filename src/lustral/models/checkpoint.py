@@ -42,7 +42,7 @@ from lustral.models.build import (
     with_normalisation,
 )
 from lustral.models.classifier import Classifier
-from lustral.models.hub_folder import HubFolder, is_hub_folder, package_keys, read_hub_folder
+from lustral.models.hub_folder import HubFolder, check_pooling, is_hub_folder, package_keys, read_hub_folder
 from lustral.models.model_files import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
 from lustral.models.state_dicts import (
     PROBE_CLASSES,
@@ -210,6 +210,8 @@ def load_model(
         _require_small_extras(path, network, outline)
     bare = build_network(network, num_classes=rows, image_shape=shape)
     compare(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
+    if hub is not None and network == hub.arch:
+        check_pooling(path, hub, bare)
     model = with_normalisation(bare, shape, mean, std, num_classes=classes)
     require_logits(model, network, rows=rows, image_shape=shape)
     check_tensors(path, tensors)

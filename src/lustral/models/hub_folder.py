@@ -32,6 +32,7 @@ MOST_SHARDS = 256
 _LONGEST_NAME = 1000  # characters of a class name
 _LARGEST_SIZE = 2**16  # of a layer; what the file does not hold is refused before it is built
 _MOST_LAYERS = 512
+_DEEPEST_LIST = 3  # lists inside each other in a setting
 _LARGEST_SIDE = 4096  # pixels
 _TIMM_SIZES = ("img_size", "in_chans", "num_classes")  # arguments that are known otherwise
 _CLASSIFIERS = {  # model_type: the beginning of the names of its two classes
@@ -80,6 +81,7 @@ class HubFolder:
         is_fixed: whether the network takes images of that size only.
         mean: per channel, on the [0, 1] scale.
         std: per channel, on the [0, 1] scale.
+        pooling: how the network pools its features, as timm calls it.
         class_names: in the order of the logits.
     """
 
@@ -94,6 +96,7 @@ class HubFolder:
     is_fixed: bool
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    pooling: str | None
     class_names: tuple[str, ...] | None
 
 
@@ -168,16 +171,32 @@ def build_transformers(
     except AttributeError as error:
         raise ValueError(f"transformers {transformers.__version__} has no {arch}; try a newer one") from error
     own = inspect.signature(make_config.__init__).parameters
-    general = {*inspect.signature(transformers.PretrainedConfig.__init__).parameters, "kwargs"}
+    general = {*inspect.signature(transformers.PretrainedConfig.__init__).parameters, "kwargs", "num_labels"}
     settings = {name: value for name, value in arch.settings if name in own and name not in general}
     settings |= {name: image_shape[0] for name in ("num_channels",) if name in own}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    settings = {name: _as_lists(value) for name, value in settings.items()}
+    if odd := [name for name in arch.odd if name in own and name not in general]:
+        raise ValueError(f"{arch}: settings that are neither numbers nor words: {listing(odd)}")
 
     def build() -> nn.Module:
         made: nn.Module = network(make_config(**settings, num_labels=num_classes))
         return made
 
     return build
+
+
+def check_pooling(folder: Path, hub: HubFolder, network: nn.Module) -> None:
+    """Refuse a network that pools its features in another way than the folder says; no shape would tell.
+
+    Raises:
+        ModelFileError: it does.
+    """
+    found = getattr(network, "global_pool", None)
+    found = getattr(found, "pool_type", found)
+    if hub.pooling and isinstance(found, str) and found != hub.pooling:
+        raise ModelFileError(
+            f"{folder}: its network pools features by {hub.pooling!r}, {hub.arch} by {found!r}; pass arch (--arch) that does"
+        )
 
 
 def package_keys(network: nn.Module, keys: Collection[str]) -> dict[str, str]:
@@ -288,6 +307,7 @@ def _timm_facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "is_fixed": bool(recipe.get("fixed_input_size", False)),
         "mean": _constants(recipe.get("mean"), positive=False),
         "std": _constants(recipe.get("std"), positive=True),
+        "pooling": str(config["global_pool"])[:50] if config.get("global_pool") else None,
     }
 
 
@@ -296,22 +316,39 @@ def _transformers_arch(config: Mapping[str, Any]) -> tuple[Architecture | None, 
     if not isinstance(kind, str) or kind not in _CLASSIFIERS:
         known = ", ".join(_CLASSIFIERS)
         return None, f"its model_type {str(kind)[:50]!r} is no image classifier known here ({known})"
-    settings = []
+    settings, odd = [], []
     for name, value in config.items():
-        if _is_plain(value):
-            most = _MOST_LAYERS if "layers" in name or "depth" in name else _LARGEST_SIZE
-            numbers = value if isinstance(value, list) else [value]
-            if any(isinstance(number, int | float) and not abs(number) <= most for number in numbers):
-                raise ValueError(f"{name[:50]} beyond {most}")
-            settings.append((name, tuple(value) if isinstance(value, list) else value))
-    return Transformers(kind, tuple(settings)), ""
+        if not _is_plain(value):
+            odd.append(name)
+            continue
+        most = _MOST_LAYERS if "layers" in name or "depth" in name else _LARGEST_SIZE
+        if any(not abs(number) <= most for number in _numbers(value)):
+            raise ValueError(f"{name[:50]} beyond {most}")
+        settings.append((name, _as_tuples(value)))
+    return Transformers(kind, tuple(settings), tuple(odd)), ""
 
 
-def _is_plain(value: Any) -> bool:
-    """Tell whether a value is a number, a word, or a short list of numbers."""
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Tell whether a value is a number, a word, or a short list of such values or of lists of them."""
     if isinstance(value, list):
-        return len(value) <= _MOST_LAYERS and all(isinstance(part, int | float | str) for part in value)
+        return (
+            depth < _DEEPEST_LIST and len(value) <= _MOST_LAYERS and all(_is_plain(part, depth + 1) for part in value)
+        )
     return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 50)
+
+
+def _numbers(value: Any) -> list[int | float]:
+    if isinstance(value, list):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _as_lists(value: Any) -> Any:
+    return [*map(_as_lists, value)] if isinstance(value, tuple) else value
 
 
 def _transformers_facts(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,6 +369,7 @@ def _transformers_facts(config: Mapping[str, Any], preprocessor: Mapping[str, An
         "is_fixed": size is not None,
         "mean": _constants(mean, positive=False),
         "std": _constants(std, positive=True),
+        "pooling": None,
     }
 
 
