@@ -444,6 +444,7 @@ def test_one_name_opens_the_public_preact_resnet18_with_and_without_a_final_norm
         ("resnet18", "preact_resnet18:width=2,final_norm=1"),
         ("preact_resnet18", "resnet18:width=2"),
         ("preact_resnet18", "resnet18:width=2,fc=1"),
+        ("torchvision:resnet18", "resnet18:width=64,fc=1,downsample=1"),
         ("preact_resnet18:width=4", "preact_resnet18:width=2"),
         ("resnet18", "resnet20:width=4"),
         ("small_cnn", "wrn16:width=2"),
@@ -469,7 +470,9 @@ def test_a_misfit_of_no_known_network_names_none(tmp_path: Path) -> None:
     assert "Keys and sizes" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "option"), [("resnet18", "fc"), ("vgg11_bn", "classifier")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("resnet18", "fc"), ("resnet18", "downsample"), ("vgg11_bn", "classifier")]
+)
 def test_the_name_of_the_head_is_read_off_the_keys(tmp_path: Path, name: str, option: str) -> None:
     full = f"{name}:width=2,{option}=1"
     torch.save(small_model(full, (3, 32, 32)).network.state_dict(), tmp_path / "a.pth")

@@ -118,11 +118,13 @@ def test_public_networks_have_as_many_parameters_as_in_print(network: Callable[[
 def test_a_resnet_of_depth_18_is_torchvisions_but_for_stem_and_names() -> None:
     theirs = torchvision.models.resnet18(num_classes=4)
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    ours = ResNet(18, 4)
+    ours, named = ResNet(18, 4), ResNet(18, 4, fc=True, downsample=True)
     names = {key: key.replace("downsample", "shortcut").replace("fc.", "linear.") for key in theirs.state_dict()}
     ours.load_state_dict({names[key]: value for key, value in theirs.state_dict().items()})
+    named.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(ours.eval()(images), theirs.eval()(images), atol=1e-5)
+    for model in (ours, named):
+        assert torch.allclose(model.eval()(images), theirs.eval()(images), atol=1e-5)
 
 
 def test_a_narrow_resnet_widens_with_zeros_on_both_sides() -> None:

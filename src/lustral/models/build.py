@@ -4,7 +4,7 @@
   its first group instead of 64, ``preact_resnet18:final_norm=1`` a batch normalisation and ReLU after the last block;
 * ``preact_resnet18_flat``: the latter under the keys that files of this library had before; takes a width;
 * ``resnet18``, ``resnet34``: ResNets with a 3x3 stem for small images; ``resnet20``, ``resnet32``, ``resnet44``, ``resnet56``,
-  ``resnet110``: those for CIFAR-10; take a width, and ``fc=1`` for a head of that name;
+  ``resnet110``: those for CIFAR-10; take a width, and ``fc=1``, ``downsample=1`` for a head and shortcuts so named;
 * ``wrn16``, ``wrn28``, ``wrn40``: Wide ResNets; ``wrn28:width=10`` is WRN-28-10;
 * ``small_cnn``: three convolutions, for digits and tests; takes the same option;
 * ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes the same option;

@@ -19,25 +19,28 @@ _NARROW = {depth: ((depth - 2) // 6,) * 3 for depth in (20, 32, 44, 56, 110)}  #
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation beside a shortcut, and a ReLU behind their sum."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, *, projects: bool) -> None:
-        """Build a block that changes the channels and divides the resolution by ``stride``; ``projects``: by a convolution."""
+    def __init__(self, in_channels: int, channels: int, stride: int, *, projects: bool, downsample: bool) -> None:
+        """Build a block that changes the channels and divides the resolution by ``stride``.
+
+        ``projects``: by a convolution in the shortcut, which is called ``downsample`` or else ``shortcut``.
+        """
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.extra = stride, channels - in_channels
-        self.shortcut: nn.Module = nn.Sequential()
+        self.beside = "downsample" if downsample else "shortcut"
+        shortcut = nn.Sequential()
         if projects and (stride != 1 or self.extra):
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            shortcut.extend([nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)])
+        self.add_module(self.beside, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C, H / stride, W / stride)."""
         out: Tensor = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        beside = self.shortcut(x)
+        beside: Tensor = self.get_submodule(self.beside)(x)
         if beside.shape != out.shape:
             half = self.extra // 2
             beside = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.extra - half))
@@ -50,7 +53,13 @@ class ResNet(nn.Module):
     version: ClassVar[int] = 1
 
     def __init__(
-        self, depth: int, num_classes: int, in_channels: int = 3, width: int | None = None, fc: bool = False
+        self,
+        depth: int,
+        num_classes: int,
+        in_channels: int = 3,
+        width: int | None = None,
+        fc: bool = False,
+        downsample: bool = False,
     ) -> None:
         """Build the network.
 
@@ -60,6 +69,7 @@ class ResNet(nn.Module):
             in_channels: channels of the images.
             width: channels of the first group; None: as published, 64 for depth 18 and 34, else 16.
             fc: the linear layer is called ``fc`` instead of ``linear``.
+            downsample: shortcuts are called ``downsample`` instead of ``shortcut``, as in torchvision.
         """
         super().__init__()
         if depth not in _WIDE and depth not in _NARROW:
@@ -75,7 +85,9 @@ class ResNet(nn.Module):
             layers = nn.Sequential()
             for index in range(blocks):
                 stride = 2 if group and not index else 1
-                layers.append(BasicBlock(channels, width * 2**group, stride, projects=depth in _WIDE))
+                layers.append(
+                    BasicBlock(channels, width * 2**group, stride, projects=depth in _WIDE, downsample=downsample)
+                )
                 channels = width * 2**group
             self.groups.append(f"layer{group + 1}")
             self.add_module(self.groups[-1], layers)

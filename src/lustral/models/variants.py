@@ -14,11 +14,12 @@ from torch import nn
 
 from lustral.models.architecture import Architecture, ConditionedOn, Registered
 
-_SWITCHES = {  # option that such a key turns on, by how the network's name begins
-    "preact_resnet": ("final_norm", "bn.weight"),
-    "resnet": ("fc", "fc.weight"),
-    "vgg": ("classifier", "classifier.weight"),
-}
+_SWITCHES = (  # how a network's name begins, an option, and the end of a key that turns it on
+    ("preact_resnet", "final_norm", "bn.weight"),
+    ("resnet", "fc", "fc.weight"),
+    ("resnet", "downsample", "downsample.0.weight"),
+    ("vgg", "classifier", "classifier.weight"),
+)
 _EARLIER = (
     "preact_resnet18",
     "blocks.0.conv1.weight",
@@ -62,11 +63,12 @@ def by_keys(arch: Architecture, keys: Collection[str]) -> Architecture:
     name, key, earlier = _EARLIER
     if arch.name == name and _any_ends(keys, key):
         return Registered(earlier, tuple(option for option in arch.options if option[0] != "final_norm"))
-    for beginning, (option, key) in _SWITCHES.items():
-        has_forms = arch.name.startswith(beginning) and arch.name != earlier and option not in dict(arch.options)
-        if has_forms and _any_ends(keys, key):
-            return Registered(arch.name, (*arch.options, (option, 1)))
-    return arch
+    options = dict(arch.options)
+    for beginning, option, key in _SWITCHES:
+        has_forms = arch.name.startswith(beginning) and arch.name != earlier
+        if has_forms and option not in options and _any_ends(keys, key):
+            options[option] = 1
+    return Registered(arch.name, tuple(options.items()))
 
 
 def _any_ends(keys: Collection[str], key: str) -> bool:
