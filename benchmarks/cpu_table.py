@@ -21,6 +21,7 @@ HEAD = """# Results of the cpu setting
 Made by `benchmarks/cpu_table.py` from the JSON files in `benchmarks/results/cpu`, which `benchmarks/cpu_setting.py` wrote.
 PreAct-ResNet18 at width 16, CIFAR-10 (47,500 training images, 2,500 held out for the defender, 10,000 for the test), two CPU
 cores. Brackets are Wilson 95 % intervals. Seconds were taken on a shared machine and are upper bounds.
+Its PreAct-ResNet18 has a normalisation and ReLU after the last block (`preact_resnet18_flat` today).
 
 Read with care. Only corner-s0, blended-s0 and clean-s0 had the full recipe; other victims trained 7 epochs or fine-
 tuned a clean model (clean-s0 for the random colours, clean-s1 for corner-s2 and inset4-s1, clean-s2 for inset4-s2).

@@ -189,6 +189,7 @@ def table() -> None:
         "Made by `python benchmarks/zoo.py cards` from benchmarks/results/zoo. ACC, ASR and RA in per cent, measured",
         'with the true trigger rounded to 8 bits; ASR and RA on images whose label the attacker changes. "vs clean":',
         "against the benign model of the same seed, or of seed 0 where there is none. Sources of what is published: the cards.",
+        "The PreAct-ResNet18 of these tables has a normalisation and ReLU after its last block (`preact_resnet18_flat` today).",
         "",
         versions_note([row for name in SETTINGS for row in kept(name)]),
         "",
