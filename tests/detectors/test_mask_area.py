@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lustral.detectors import MaskArea
-from lustral.detectors.mask_area import LEAST_LABELS, require_usable
+from lustral.detectors.mask_area import LEAST_LABELS, most_suspicious, require_usable
 from lustral.inverters.mask_search import FoundMasks
 from lustral.protocols import ClassEvidence, DefenderView, ImageSet
 from lustral.randomness import child
@@ -58,6 +58,12 @@ def test_nothing_unusual_is_clean() -> None:
     named, outcome, basis = MaskArea().decide(ordinary(10), clean_set())
     assert (named, outcome) == ((), "clean")
     assert "No label" in basis
+
+
+def test_the_most_suspicious_label_is_the_smallest_where_none_is_unusual() -> None:
+    evidence = [entry(0, 70.0), entry(1, 40.0), entry(2, 60.0)]
+    assert most_suspicious(evidence) == 1
+    assert most_suspicious([*evidence, entry(3, 50.0, p_value=0.3)]) == 3
 
 
 def test_doubt_is_said() -> None:
@@ -132,7 +138,8 @@ def test_the_toy_worlds_are_told_apart(toy_view: DefenderView, benign_view: Defe
     assert plain.outcome == "clean"
     assert plain.suspect_labels == ()
     assert plain.score < plain.threshold
-    assert len(plain.triggers) == 1  # the most suspicious label is shown all the same
+    # the most suspicious label is shown all the same: where no area is unusual, the smallest
+    assert [trigger.target_label for trigger in plain.triggers] == [min(plain.evidence, key=lambda e: e.area).label]
 
 
 class Brightness(nn.Module):

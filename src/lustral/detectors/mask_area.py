@@ -121,7 +121,7 @@ class MaskArea:
                 soaked := [e for e in evidence if e.label in named and soaks_up(e, evidence)]
             ):
                 outcome, notes = "cannot tell", (*notes, soaked_note(soaked[0], check, view.clean))
-            shown = named or (min(evidence, key=lambda e: e.p_value).label,)
+            shown = named or (most_suspicious(evidence),)
             index = torch.tensor(shown)
             chosen = FoundMasks(
                 labels=shown,
@@ -258,6 +258,11 @@ class MaskArea:
                 ),
             )
         return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
+
+
+def most_suspicious(evidence: Sequence[ClassEvidence]) -> int:
+    """Return the label of the least p-value; of the smallest area where several have it, as 1 in most benign models."""
+    return min(evidence, key=lambda e: (e.p_value, e.area)).label
 
 
 def held_back(outcome: str, check: TaskCheck, clean: ImageSet) -> tuple[str, tuple[str, ...]]:
