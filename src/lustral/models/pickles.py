@@ -17,6 +17,7 @@ import io
 import math
 import pickletools
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,7 +99,8 @@ def read_pickle(file: io.BytesIO, find_storage: Callable[[tuple[Any, ...]], Stor
         PickleError: see its kinds; nothing was imported or called.
     """
     machine = _Machine(find_storage)
-    with _without_collector():
+    with _without_collector(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd escapes in the text of damaged files
         return _run(machine, file)
 
 
