@@ -445,8 +445,8 @@ def test_assets_and_files_of_kept_cells_stay(store: Store, grid: Grid) -> None:
 def test_failures_go_only_when_asked(store: Store, grid: Grid) -> None:
     failed, stranger = result_of(store), "f" * 64
     store.remove("results", failed["key"])
-    for key in (failed["key"], stranger):
-        store.put("failures", key, {"spec": {}, "title": "failed", "error": "x"})
+    for key, spec in ((failed["key"], failed["spec"]), (stranger, {})):
+        store.put("failures", key, {"spec": spec, "title": "failed", "error": "x"})
     assert find_waste(store).records == []
     assert find_waste(store, keep=[grid]).records == [("failures", stranger, "failed")]
     waste = find_waste(store, failures=True)
