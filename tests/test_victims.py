@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from lustral.attacks import BadNets, Blended
 from lustral.evaluation import evaluate
 from lustral.images import as_float
-from lustral.models import Classifier, ModelFileError
+from lustral.models import Classifier, ModelFileError, build_classifier
 from lustral.protocols import Victim
 from lustral.randomness import child
 from lustral.training import Trainer
@@ -198,3 +199,16 @@ def test_the_default_recipe_adapts_to_the_size_of_the_set() -> None:
     }  # 0.2 is too much for preact_resnet18
     assert small.augment is not None
     assert small.augment.flip
+
+
+def test_a_victim_from_before_preact_resnet18_meant_the_published_network_opens(
+    backdoored: Victim, tmp_path: Path
+) -> None:
+    shape = tuple(backdoored.provenance["image_shape"])
+    old = build_classifier("preact_resnet18_flat:width=2", num_classes=7, image_shape=shape).eval()
+    recorded = {**backdoored.provenance, "arch": "preact_resnet18:width=2"}  # as it was called then
+    save_victim(tmp_path / "old", replace(backdoored, model=old, provenance=recorded), toy_images(20, seed=2))
+    opened = load_victim(tmp_path / "old")
+    assert opened.provenance["arch"] == "preact_resnet18_flat:width=2"
+    images = torch.rand(3, *shape, generator=child(0))
+    assert torch.equal(opened.model(images), old(images))

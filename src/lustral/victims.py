@@ -284,7 +284,8 @@ def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = Fal
         trigger=trigger,
         relabel=keep_labels if attack is None else attack.relabel,
         poisoned=None,
-        provenance={key: value for key, value in record.items() if key != "metrics"},
+        # the architecture that the keys tell: a record of before may call another network by that name
+        provenance={**{key: value for key, value in record.items() if key != "metrics"}, "arch": loaded.arch},
         metrics=record["metrics"],
         tensors=tensors,
         probes=probes,
