@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,33 @@ class Classifier(nn.Module):
         self.normalise = Normalise(mean, std)
         self.network = network
         self.num_classes = num_classes
+        self.takes_channels_last = True
 
     def forward(self, images: Tensor) -> Tensor:
         """Map float32 images (B, C, H, W) in [0, 1] to logits (B, K)."""
-        return logits_in(self.network(self.normalise(images)), len(images), self.num_classes)
+        return logits_in(self._run(self.normalise(images)), len(images), self.num_classes)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As ``nn.Module.to``, but a network that cannot work in channels-last memory stays out of it."""
+        if not self.takes_channels_last and kwargs.get("memory_format") is torch.channels_last:
+            kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+            if not args and not kwargs:
+                return self
+        return super().to(*args, **kwargs)
+
+    def _run(self, images: Tensor) -> Any:
+        """Run the network; the first time that it calls ``view`` on maps in channels-last memory, leave that memory for good.
+
+        Many public networks flatten so (``x.view(-1, 400)``), which only works on contiguous maps.
+        """
+        if not self.takes_channels_last:
+            return self.network(images.contiguous())
+        try:
+            return self.network(images)
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+        self.takes_channels_last = False
+        with torch.inference_mode(False), torch.no_grad():
+            self.network.to(memory_format=torch.contiguous_format)
+        return self.network(images.contiguous())
