@@ -102,7 +102,8 @@ def _has_defaults(kind: type) -> bool:
 
 
 def _unknown_keys(kind: type, values: Mapping[str, Any], prefix: str) -> Iterable[str]:
-    hints = get_type_hints(kind)
+    every = get_type_hints(kind)  # also of what belongs to the class, as its version
+    hints = {field.name: every[field.name] for field in dataclasses.fields(cast(Any, kind))}
     for key, value in values.items():
         if key not in hints:
             yield f"unknown setting {prefix + str(key)!r}{suggest(str(key), hints)}"

@@ -23,13 +23,13 @@ with Path({mark!r}).open("a") as file:
     file.write("ran ")
 
 def net(num_classes):
-    return SmallCNN(num_classes, width=4)
+    return SmallCNN(num_classes, width=8)
 """
 PLAN = """
 name = "foreign"
 clean = [60]
 [trainer]
-epochs = 1
+epochs = 6
 [[data]]
 name = "digits"
 image_size = 8

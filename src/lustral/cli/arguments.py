@@ -189,8 +189,11 @@ def setting_names(kind: type, prefix: str = "") -> list[str]:
     >>> setting_names(Trainer, "trainer.")[:2]
     ['trainer.epochs', 'trainer.batch-size']
     """
-    names = []
-    for name, hint in get_type_hints(kind).items():
+    names, hints = [], get_type_hints(kind)
+    for name in (
+        part.name for part in fields(cast(Any, kind))
+    ):  # hints also name what belongs to the class, as its version
+        hint = hints[name]
         inner = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
         full = prefix + name.replace("_", "-")
         names += [full] if inner is None else setting_names(cast(type, inner), full + ".")

@@ -334,5 +334,4 @@ def held_out_rates(
 def _with_entropy(evidence: ClassEvidence, triggers: dict[int, RecoveredTrigger]) -> ClassEvidence:
     if evidence.label not in triggers:
         return evidence
-    fields = {name: getattr(evidence, name) for name in evidence.__dataclass_fields__}
-    return ClassEvidence(**{**fields, "entropy": triggers[evidence.label].entropy})
+    return replace(evidence, entropy=triggers[evidence.label].entropy)
