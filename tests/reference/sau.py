@@ -11,14 +11,16 @@ from torch.nn import functional as F
 from reference.batches import Batches
 
 
-def sau(model: nn.Module, batches: Batches, epochs: int, *, learning_rate: float = 1e-4, steps: int = 5) -> nn.Module:
+def sau(
+    model: nn.Module, batches: Batches, epochs: int, *, learning_rate: float = 1e-4, start: float = 0.2
+) -> nn.Module:
     """Five steps for every batch, clean predictions anew in each, gradients to every weight."""
     model, reference = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, amsgrad=True)
     for _ in range(epochs):
         for x, y in batches:
-            delta = torch.full_like(x, 0.2, requires_grad=True)
-            for _ in range(steps):
+            delta = torch.full_like(x, start, requires_grad=True)
+            for _ in range(5):
                 f, g = model(x + delta), reference(x + delta)
                 f_clean, g_clean = model(x).argmax(1), reference(x).argmax(1)
                 f_flipped, g_flipped = f.argmax(1) != f_clean, g.argmax(1) != g_clean
