@@ -49,7 +49,7 @@ def start_of(kept: float, before: float) -> tuple[Start, str]:
         before: that of the given model.
 
     >>> start_of(0.86, 0.9)[0], start_of(0.3, 0.9)[1]
-    ('standardised', "It started as the identity: standardised features leave 30.0 of 90.0 % held-out accuracy.")
+    ('standardised', 'It started as the identity: standardised features leave 30.0 of 90.0 % held-out accuracy.')
     """
     start: Start = "standardised" if kept >= SURVIVES * before else "identity"
     how = "from standardised features: they" if start == "standardised" else "as the identity: standardised features"
