@@ -77,7 +77,7 @@ def test_the_folder_holds_a_picture_and_strict_json(folder: Path) -> None:
 
 def test_a_benign_model_is_a_victim_without_attack(benign: Victim, tmp_path: Path) -> None:
     save_victim(tmp_path, benign, toy_images(8, seed=2))
-    again = load_victim(tmp_path)
+    again = load_victim(str(tmp_path))
     assert again.provenance["attack"] == "none"
     x = as_float(toy_images(5, seed=4).images)
     assert torch.equal(again.trigger(x), x)

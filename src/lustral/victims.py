@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ def trigger_picture(victim: Victim, examples: ImageSet) -> bytes:
     return stamp_sheet(originals, triggered)
 
 
-def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = False) -> Victim:
+def load_victim(folder: str | os.PathLike[str], *, arch: str | None = None, allow_code: bool = False) -> Victim:
     """Read a victim folder.
 
     Args:
@@ -248,6 +249,7 @@ def load_victim(folder: Path, *, arch: str | None = None, allow_code: bool = Fal
         VictimError: the folder does not hold a victim, or its record does not fit this version.
         ModelFileError: the model file is not usable.
     """
+    folder = Path(folder)
     record, record_path = read_record(folder), folder / RECORD_FILE
     name = record["attack"]
     if name not in [NO_ATTACK, *ATTACKS]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lustral.catalog import PURIFIERS
 from lustral.detectors import mask_area
 from lustral.evaluation import Rate, TaskCheck, UnfitModel, check_task
-from lustral.evaluation.task import find_order
+from lustral.evaluation.task import find_order, looks_untrained
 from lustral.inverters.mask_search import FoundMasks
 from lustral.inverters.sampling import SampleImages
 from lustral.models import Classifier
 from lustral.protocols import ClassEvidence, DefenderView
-from lustral.purifiers import BNRefresh
+from lustral.purifiers import BNRefresh, FineTuning
 from lustral.randomness import child
+from lustral.training import Trainer
 from toy import quick_detector, toy_images
 
 ORDER = (3, 0, 4, 1, 6, 2, 5)  # class k of the toy world stands at label ORDER[k]
@@ -114,6 +115,32 @@ def test_no_purifier_trains_a_model_that_is_wrong(name: str, benign_view: Defend
         with pytest.raises(UnfitModel, match="nothing was changed: the model is right on"):
             PURIFIERS[name]().purify(view, generator=child(0))
         assert all(torch.equal(value, before[key]) for key, value in view.model.state_dict().items())
+
+
+def untrained(kind: str) -> nn.Module:
+    layers: dict[str, list[nn.Module]] = {
+        "batch norm": [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, 7)],
+        "group norm": [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(400, 7)],
+        "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 7)],
+    }
+    return Classifier(nn.Sequential(*layers[kind]), [0.0] * 3, [1.0] * 3).eval()
+
+
+@pytest.mark.parametrize("kind", ["batch norm", "group norm", "no norm"])
+def test_a_network_that_was_never_trained_has_nothing_to_lose(kind: str, benign_view: DefenderView) -> None:
+    clean = benign_view.clean
+    view = DefenderView(model=untrained(kind), clean=replace(clean, labels=clean.labels.roll(1)))
+    found = check_task(view.model, view.clean)
+    assert found.is_lost
+    assert found.never_trained
+    trainer = Trainer(epochs=1, batch_size=64, learning_rate=0.05, precision="float32")
+    purified = FineTuning(trainer=trainer).purify(view, generator=child(0))
+    assert "were they ever trained?" in " ".join(purified.notes)
+    assert not looks_untrained(purified.model)
+
+
+def test_a_trained_network_looks_trained(benign_view: DefenderView) -> None:
+    assert not check_task(benign_view.model, benign_view.clean).never_trained
 
 
 def check(hits: float, chance: float = 0.1, total: int = 1000) -> TaskCheck:

@@ -30,9 +30,10 @@ def class_name(label: int, names: Sequence[str]) -> str:
 def finding_text(finding: Finding) -> Text:
     """Return the answer in its colour, and the sentences that support it."""
     colour = COLOURS[finding.tone]
-    return Text.assemble(
-        (f"{finding.badge}. ", f"bold {colour}"), (finding.headline, "bold"), *(f" {line}" for line in finding.details)
-    )
+    said = finding.headline.startswith(finding.badge)  # the page shows the badge apart, here it would stand twice
+    badge = finding.badge if said else f"{finding.badge}. "
+    headline = finding.headline[len(badge) :] if said else finding.headline
+    return Text.assemble((badge, f"bold {colour}"), (headline, "bold"), *(f" {line}" for line in finding.details))
 
 
 def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence per class") -> Table:

@@ -22,6 +22,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lustral.evaluation.metrics import NOT_FINITE, Rate, accuracy, predict
 from lustral.protocols import ImageSet
@@ -49,6 +50,7 @@ class TaskCheck:
         accuracy: of the model.
         chance: accuracy of a guesser that calls each class as often as the model does, fraction.
         num_not_finite: images whose logits are not finite; they count as wrong.
+        never_trained: whether the weights look as they were drawn at birth, see ``looks_untrained``.
         has_gradient: whether the logits change with the images at all, where they can be differentiated.
         order: where another order of the classes explains the answers: the data's label of each class of the model; else None.
         ordered_accuracy: in that order, on images that it was not found on; None without one.
@@ -57,6 +59,7 @@ class TaskCheck:
     accuracy: Rate
     chance: float
     num_not_finite: int
+    never_trained: bool = False
     has_gradient: bool = True
     order: tuple[int, ...] | None = None
     ordered_accuracy: float | None = None
@@ -92,6 +95,8 @@ class TaskCheck:
         text = f"the model is right on {self.share}; wrong normalisation, class order or data?"
         if self.num_not_finite:
             text += f" Its logits are not finite on {self.num_not_finite:,} of them."
+        if self.never_trained:
+            text += " Its weights look as they were drawn at birth: were they ever trained?"
         return f"{text} {self.order_note(names)}".rstrip()
 
     def notes(self, names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -134,10 +139,44 @@ def check_task(model: nn.Module, clean: ImageSet) -> TaskCheck:
         accuracy=right,
         chance=max(float(shares @ calls), 1 / classes),
         num_not_finite=int((predictions == NOT_FINITE).sum()),
+        never_trained=looks_untrained(model),
         has_gradient=has_gradient,
         order=order if helps else None,
         ordered_accuracy=ordered if helps else None,
     )
+
+
+def looks_untrained(model: nn.Module) -> bool:
+    """Say whether a network's weights look as they were drawn at birth.
+
+    Batch normalisations have seen no batch then. Where there are none, other normalisations have scale 1 and shift 0; and without
+    any, no weight of a convolution or linear layer is larger than torch draws it, which training soon changes.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> before = looks_untrained(net)
+    >>> with torch.no_grad():
+    ...     _ = net[2].weight.mul_(4)
+    >>> before, looks_untrained(net)
+    (True, False)
+    """
+    modules = list(model.modules())
+    running = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if running:
+        return all(_is_constant(m.running_mean, 0) and _is_constant(m.running_var, 1) for m in running)
+    scaled = [m for m in modules if isinstance(m, nn.LayerNorm | nn.GroupNorm | _BatchNorm) and m.weight is not None]
+    if scaled:
+        return all(_is_constant(m.weight, 1) and (m.bias is None or _is_constant(m.bias, 0)) for m in scaled)
+    layers = [m for m in modules if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    return bool(layers) and all(
+        float(tensor.detach().abs().max()) <= (1 + 1e-5) / layer.weight[0].numel() ** 0.5
+        for layer in layers
+        for tensor in (layer.weight, layer.bias)
+        if tensor is not None and tensor.numel()
+    )
+
+
+def _is_constant(tensor: Tensor | None, value: float) -> bool:
+    return tensor is None or bool((tensor == value).all())
 
 
 def find_order(predictions: Tensor, labels: Tensor, num_classes: int) -> tuple[tuple[int, ...] | None, float]:
@@ -181,10 +220,10 @@ def require_task(model: nn.Module, clean: ImageSet) -> TaskCheck:
     """Raise ``UnfitModel`` where a model does not do its task on the clean images, or cannot be differentiated.
 
     Training would teach such a model whatever the labels say, and destroy what it knows. So it would one that is wrong on most
-    images and right in another order of the classes.
+    images and right in another order of the classes. A network that was never trained knows nothing: it may pass.
     """
     check = check_task(model, clean)
-    if check.is_lost or (check.is_weak and check.order is not None):
+    if (check.is_lost and not check.never_trained) or (check.is_weak and check.order is not None):
         raise UnfitModel(f"nothing was changed: {check.complaint(clean.class_names)}")
     require_gradient(check)
     return check
