@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from lustral.models import Classifier, ModelFileError, build_classifier, load_model, save_model
+from lustral.models import Classifier, ModelFileError, build_classifier, checkpoint, load_model, save_model, variants
 from lustral.models.state_dicts import check_tensors
 from lustral.randomness import child
 
@@ -468,6 +469,30 @@ def test_a_misfit_of_no_known_network_names_none(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as caught:
         load_model(tmp_path / "a.pth", arch="small_cnn", image_shape=(3, 32, 32))
     assert "Keys and sizes" not in str(caught.value)
+
+
+def test_a_misfit_of_many_sets_builds_each_other_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer's state has a mapping for each weight, a hostile file as many as it likes."""
+    asked: list[int] = []
+    built: list[str] = []
+    plain, get_model = checkpoint.nearest_network, torchvision.models.get_model
+
+    def count(tensors: Any, networks: Any) -> Any:
+        asked.append(len(tensors))
+        return plain(tensors, networks)
+
+    def note(name: str, **settings: Any) -> nn.Module:
+        built.append(name)
+        return get_model(name, **settings)
+
+    monkeypatch.setattr(checkpoint, "nearest_network", count)
+    monkeypatch.setattr(torchvision.models, "get_model", note)
+    variants._keys_of_torchvision.cache_clear()
+    torch.save({f"set{number}": {"a": torch.ones(1), "b": torch.ones(1)} for number in range(100)}, tmp_path / "x.pt")
+    with pytest.raises(ModelFileError, match="do not fit small_cnn"):
+        load_model(tmp_path / "x.pt", arch="small_cnn", image_shape=SHAPE)
+    assert 1 <= len(asked) <= 16
+    assert len(built) == len(set(built)) > 1
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,20 @@ def test_a_folder_of_transformers_opens_by_itself(tmp_path: Path, rescale: float
     save_like(tmp_path / "out" / "model", loaded.model, loaded)
     again = ViTForImageClassification.from_pretrained(tmp_path / "out")
     assert again.classifier.bias.tolist() == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pretrained_cfg": "x"}, "expected names and values under pretrained_cfg; got x"),
+        ({"pretrained_cfg": [1, 2]}, "expected names and values under pretrained_cfg"),
+        ({"model_args": 3.5}, "expected names and values under model_args; got 3.5"),
+        ({"model_type": "vit", "image_size": 8, "num_channels": 10**10}, "image shape"),
+        ({"model_type": "vit", "image_size": 8, "num_channels": "3"}, "image shape"),
+    ],
+)
+def test_parts_of_other_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    given = write_folder(tmp_path / "given", {**CONFIG, **changes})
+    (given / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    with pytest.raises(ModelFileError, match=reason):
+        read_hub_folder(given)

@@ -70,6 +70,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
 _PROBE_SHAPE = (3, 224, 224)
+_MOST_HINTED = 16  # mappings that are compared with other networks for an error message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +291,8 @@ def _facts_of(path: Path, hub: HubFolder, image_shape: tuple[int, int, int] | No
 
 
 def _hint(network: Architecture, mappings: Sequence[NamedTensors]) -> str:
-    """Return which other architecture of ours has such keys, as the rest of a sentence."""
-    for mapping in sorted(mappings, key=lambda mapping: -len(mapping.tensors)):
+    """Return which other architecture has the keys of one of the largest mappings, as the rest of a sentence."""
+    for mapping in sorted(mappings, key=lambda mapping: -len(mapping.tensors))[:_MOST_HINTED]:
         shapes = {key: t.shape for key, t in zip(known_keys([mapping]), mapping.tensors.values(), strict=True)}
         nearest = nearest_network(shapes, NETWORKS)
         if nearest is not None and nearest != network:

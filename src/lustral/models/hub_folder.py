@@ -282,8 +282,16 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(found)
 
 
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the names and values under a name; empty where there is nothing."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"expected names and values under {name}; got {str(found)[:50]}")
+    return found
+
+
 def _timm_arch(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
-    arguments = config.get("model_args") or {}
+    arguments = _part(config, "model_args")
     odd = [name for name in arguments if name not in _TIMM_SIZES]
     if odd:
         return None, f"its model_args ({listing(map(str, odd))}) make it another network than timm:NAME"
@@ -295,9 +303,9 @@ def _timm_arch(config: Mapping[str, Any]) -> tuple[Architecture | None, str]:
 
 
 def _timm_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = config.get("pretrained_cfg") or config
+    recipe = _part(config, "pretrained_cfg") or config
     shape = recipe.get("input_size")
-    arguments = config.get("model_args") or {}
+    arguments = _part(config, "model_args")
     if shape is not None and (size := arguments.get("img_size")) is not None:
         shape = [shape[0], *_pair(size)]
     if shape is not None and "in_chans" in arguments:
@@ -357,7 +365,7 @@ def _transformers_facts(config: Mapping[str, Any], preprocessor: Mapping[str, An
     if wanted is None:
         crops = preprocessor.get("do_center_crop", True)
         wanted = (preprocessor.get("crop_size") if crops else None) or preprocessor.get("size")
-    channels = config.get("num_channels", config.get("in_channels", 3))
+    channels, _, _ = _shape(config.get("num_channels", config.get("in_channels", 3)), 1, 1)
     mean, std = (preprocessor.get(f"image_{name}") for name in ("mean", "std"))
     if preprocessor.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels

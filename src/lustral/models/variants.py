@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ def nearest_network(
 
     Args:
         tensors: shape of each tensor, by its key without the names of wrappers.
-        networks: our own, ``lustral.models.NETWORKS``; common ones of torchvision are tried as well.
+        networks: our own, ``lustral.models.NETWORKS``; common ones of torchvision are tried as well. Each is built once.
     """
     keys = {key for key in tensors if not key.endswith("num_batches_tracked")}
     best: tuple[float, Architecture | None] = (_FITS, None)
@@ -90,9 +91,7 @@ def nearest_network(
         arch = by_keys(Registered(name), keys)
         if not isinstance(arch, Registered) or arch.name != name:
             continue
-        options = {option: bool(value) for option, value in arch.options}
-        with torch.device("meta"):
-            state = build(num_classes=2, width=1, **options).state_dict()
+        state = _narrow(build, tuple((option, bool(value)) for option, value in arch.options))
         if (likeness := _likeness(keys, state)) > best[0]:
             width = _width(tensors, state)
             named = (("width", width),) if width else ()
@@ -101,30 +100,45 @@ def nearest_network(
 
 
 def _nearest_of_torchvision(keys: Collection[str]) -> Architecture | None:
-    from torchvision import models
-
     from lustral.models.architecture import Torchvision
 
     best: tuple[float, Architecture | None] = (_FITS, None)
     for name in _TORCHVISION:
-        scheme = {"init_weights": False} if name == "googlenet" else {}
-        with torch.device("meta"):
-            state = models.get_model(name, weights=None, num_classes=2, **scheme).state_dict()
-        if (likeness := _likeness(keys, state)) > best[0]:
+        if (likeness := _likeness(keys, _keys_of_torchvision(name))) > best[0]:
             best = likeness, Torchvision(name)
     return best[1]
+
+
+@cache  # a file may hold many sets of tensors that fit nothing
+def _narrow(build: Callable[..., nn.Module], options: tuple[tuple[str, bool], ...]) -> Mapping[str, torch.Size]:
+    """Return the shapes of a network of ours of width 1, by key."""
+    with torch.device("meta"):
+        return {
+            key: tensor.shape for key, tensor in build(num_classes=2, width=1, **dict(options)).state_dict().items()
+        }
+
+
+@cache
+def _keys_of_torchvision(name: str) -> frozenset[str]:
+    from torchvision import models
+
+    scheme = {"init_weights": False} if name == "googlenet" else {}
+    with torch.device("meta"):
+        return frozenset(models.get_model(name, weights=None, num_classes=2, **scheme).state_dict())
 
 
 def _likeness(keys: Collection[str], expected: Collection[str]) -> float:
     """Return the share of keys in common of those that either side has."""
     wanted = {key for key in expected if not key.endswith("num_batches_tracked")}
+    if min(len(wanted), len(keys)) < _FITS * max(len(wanted), len(keys)):
+        return 0.0  # too small a share in any case
     return len(wanted & set(keys)) / len(wanted | set(keys))
 
 
-def _width(tensors: Mapping[str, torch.Size], narrow: Mapping[str, torch.Tensor]) -> int | None:
+def _width(tensors: Mapping[str, torch.Size], narrow: Mapping[str, torch.Size]) -> int | None:
     """Return the width that makes a network of width 1 as wide as the weights; None if no whole number does."""
-    heads = [key for key, tensor in narrow.items() if tensor.ndim == 2 and key in tensors and len(tensors[key]) == 2]
+    heads = [key for key, shape in narrow.items() if len(shape) == 2 and key in tensors and len(tensors[key]) == 2]
     if not heads:
         return None
-    width, rest = divmod(tensors[heads[-1]][1], narrow[heads[-1]].shape[1])
+    width, rest = divmod(tensors[heads[-1]][1], narrow[heads[-1]][1])
     return None if rest else width
