@@ -5,11 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from lustral.files import atomic_write, write_bytes_atomic, write_json_atomic, write_text_atomic
+from lustral.files import (
+    NotRegularError,
+    atomic_write,
+    read_regular,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def test_writes_new_and_replaces_old(tmp_path: Path) -> None:
@@ -86,3 +94,23 @@ with atomic_write(sys.argv[1]) as file:
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+
+
+def test_reading_takes_the_memory_of_what_is_there_and_not_of_what_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    try:
+        assert read_regular(path, most=4 << 30) == b"x" * 1000
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(NotRegularError, match="larger than the 999 bytes"):
+        read_regular(path, most=999)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs a file that does not tell its size")
+def test_a_file_that_does_not_tell_its_size_is_read_whole_or_refused() -> None:
+    assert read_regular("/proc/self/status", most=2**20).startswith(b"Name:")
+    with pytest.raises(NotRegularError, match="larger than the 10 bytes"):
+        read_regular("/proc/self/status", most=10)

@@ -171,7 +171,11 @@ def read_regular(path: str | os.PathLike[str], *, most: int, follow: bool = True
         os.close(number)
         raise NotRegularError(f"{os.fspath(path)} is no regular file")
     with open(number, "rb") as file:
-        content = file.read(most + 1) if status.st_size <= most else b""
+        content = file.read(status.st_size + 1) if status.st_size <= most else b""  # a buffer of the size that is there
+        while status.st_size < len(content) <= most and (
+            more := file.read(2**20)
+        ):  # it grows, or does not tell its size
+            content += more
         if status.st_size > most or len(content) > most:
             raise NotRegularError(f"{os.fspath(path)} is larger than the {most:,} bytes that it may have")
         return content

@@ -21,6 +21,7 @@ from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, Summary, run_local
 from lustral.bench.store import KINDS, Kind, Store, StoreError, checksum_of
 from lustral.bench.upkeep import (
+    UNREADABLE,
     Waste,
     differences,
     estimate,
@@ -301,6 +302,12 @@ def test_numbers_must_follow_from_the_counts(store: Store, change: Callable[[Any
     (fault,) = verify(store, sample=0).faults
     assert f"{place} is " in fault
     assert record["key"][:12] in fault
+
+
+@pytest.mark.parametrize("metrics", [{}, [], "x", None, {"after": {}}])
+def test_a_record_without_rates_is_no_good_one(metrics: Any) -> None:
+    with pytest.raises(UNREADABLE):
+        inconsistencies(metrics)
 
 
 def test_numbers_that_a_later_version_adds_are_not_missed(store: Store) -> None:

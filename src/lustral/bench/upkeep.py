@@ -152,12 +152,9 @@ def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any]
 
 
 def inconsistencies(metrics: Mapping[str, Any]) -> list[str]:
-    """Return which numbers of a record do not follow from its counts of images."""
-    whole = {
-        when: Evaluation.from_dict({**metrics[when], "per_class": []})
-        for when in ("before", "after")
-        if when in metrics
-    }
+    """Return which numbers of a record do not follow from its counts of images; raises one of ``UNREADABLE`` without any."""
+    measured = ("before", "after") if "after" in metrics else ("before",)
+    whole = {when: Evaluation.from_dict({**metrics[when], "per_class": []}) for when in measured}
     again: dict[str, Any] = {when: brief(evaluation.to_dict())[0] for when, evaluation in whole.items()}
     if len(whole) == 2:
         again["compare"] = compare(whole["before"], whole["after"])
