@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lustral.protocols import ImageSet
-from lustral.sources import ClassNamesError, in_class_order, read_class_names
+from lustral.sources import ClassNamesError, check_class_names, in_class_order, read_class_names
 
 
 def images(*names: str) -> ImageSet:
@@ -103,3 +103,36 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "pipe"):
         with pytest.raises(ClassNamesError, match="no such file"):
             read_class_names(path)
+
+
+class Counted(str):
+    """Text that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("strangers", [0, 300])
+def test_many_names_are_compared_a_few_times_each(strangers: int) -> None:
+    own = [Counted(f"class {number}") for number in range(1000)]
+    names = [Counted(f"class {number}") for number in reversed(range(strangers, 1000 + strangers))]
+    Counted.comparisons = 0
+    if strangers:
+        with pytest.raises(ClassNamesError, match="only the model has: class 1299, "):
+            check_class_names(own, names)
+    else:
+        assert check_class_names(own, names) == list(reversed(range(1000)))
+    assert Counted.comparisons < 50_000  # each with each would be a million
+
+
+def test_long_names_are_cut_in_messages(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("x" * 10_000 + "\nb\n")
+    with pytest.raises(ClassNamesError) as caught:
+        check_class_names(["a", "b"], read_class_names(tmp_path / "names.txt"))
+    assert "x" * 100 + "..." in str(caught.value)
+    assert len(str(caught.value)) < 500

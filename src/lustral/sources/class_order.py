@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lustral.sources.record import SourceError
 
 MOST_BYTES = 2**20  # of a file of names
 MOST_NAMES = 8  # in a message
+LONGEST_SHOWN = 100  # characters of a name there
 
 
 class ClassNamesError(SourceError):
@@ -49,7 +51,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     names = _from_json(path, text)
     if names is None:
         names = tuple(line.strip() for line in text.split("\n") if line.strip())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ClassNamesError(f"{path}: expected each class once; more than once: {_listed(twice)}")
     if len(names) < 2:
         raise ClassNamesError(f"{path}: expected at least 2 names, one a line or a JSON list; got {len(names)}")
@@ -78,9 +80,11 @@ def check_class_names(own: Sequence[str], names: Sequence[str]) -> list[int]:
     for form in (str, _plain):
         model, data = [form(name) for name in names], [form(name) for name in own]
         if sorted(model) == sorted(set(data)) and len(model) == len(data):
-            return [model.index(name) for name in data]
-    only_model = [name for name in names if _plain(name) not in map(_plain, own)]
-    only_data = [name for name in own if _plain(name) not in map(_plain, names)]
+            places = {name: place for place, name in enumerate(model)}
+            return [places[name] for name in data]
+    known_to_data, known_to_model = {*map(_plain, own)}, {*map(_plain, names)}
+    only_model = [name for name in names if _plain(name) not in known_to_data]
+    only_data = [name for name in own if _plain(name) not in known_to_model]
     raise ClassNamesError(
         f"the classes of the model and of the data are not the same: {len(names)} of the model ({_listed(names)}), {len(own)} of "
         f"the data ({_listed(own)}); only the model has: {_listed(only_model)}; only the data have: {_listed(only_data)}"
@@ -125,6 +129,8 @@ def _plain(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = [visible(name) for name in names[:MOST_NAMES]]
+    shown = [
+        visible(name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}...") for name in names[:MOST_NAMES]
+    ]
     more = [f"{len(names) - MOST_NAMES} more"] if len(names) > MOST_NAMES else []
     return ", ".join([*shown, *more]) or "none"
