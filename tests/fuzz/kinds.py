@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ from lustral.cli.opening import draw_clean, model_file
 from lustral.files import canonical
 from lustral.models import load_model, save_like
 from lustral.models.hub_folder import image_size_of
-from lustral.sources import load_source
+from lustral.sources import check_class_names, load_source, read_class_names
 from lustral.victims import load_victim
 
 
@@ -221,6 +223,29 @@ def damage_image_folder(tree: Tree, draw: Random) -> Tree:
     return changed
 
 
+_LISTS = (b"%d\n", b"a\n", b"\xe2\x80\xae%d\n", b"\x1b[31m%d\n", b" \t%d  _-\n")
+
+
+def damage_names(tree: Tree, draw: Random) -> Tree:
+    """Edit names of classes, or list very many."""
+    ((name, content),) = tree.items()
+    assert isinstance(content, bytes)
+    if draw.random() < 0.05:
+        line, count = draw.choice(_LISTS), draw.choice((1000, 100_000))
+        lines = b"".join(line % number if b"%" in line else line for number in range(count))
+        return {name: lines if name.endswith(".txt") else json.dumps(lines.decode().split("\n")).encode()}
+    return one_file(damage_bytes if name.endswith(".txt") else edit_json)(tree, draw)
+
+
+def open_names(folder: Path, aside: Path, draw: Random) -> None:
+    """Read names of classes, and bring labels into their order."""
+    (path,) = folder.iterdir()
+    names = read_class_names(path)
+    if draw.random() < 0.1:
+        check_class_names([f"class {number}" for number in range(100_000)], names)
+    check_class_names(specimens.CLASSES, names)
+
+
 # Victims
 
 
@@ -351,7 +376,42 @@ KINDS: dict[str, Kind] = {
     "parquet": Kind(rounds=800, few=30, make=specimens.parquet_files, damage=damage_table, open=open_data),
     **{form: picture_kind(form) for form in ("bmp", "jpg", "png", "ppm", "pgm", "pbm", "tif", "webp")},
     "images": Kind(rounds=400, few=25, make=specimens.image_folders, damage=damage_image_folder, open=open_data),
+    "classes": Kind(rounds=500, few=25, make=specimens.class_files, damage=damage_names, open=open_names),
     "victim": Kind(rounds=1600, few=40, make=specimens.victim_folders, damage=damage_victim, open=open_victim),
     "plan": Kind(rounds=1100, few=30, make=specimens.plan_files, damage=one_file(edit_toml), open=open_plan),
     "store": Kind(rounds=700, few=20, make=specimens.stores, damage=damage_store, open=open_store),
 }
+
+
+def misbehave(folder: Path, aside: Path, draw: Random) -> None:
+    """Do what the fuzz is there to see: which, a file says."""
+    match (folder / "act").read_text():
+        case "spin":
+            while True:
+                pass
+        case "wait":
+            os.mkfifo(aside / "pipe")
+            (aside / "pipe").read_bytes()
+        case "die":
+            signal.raise_signal(signal.SIGKILL)
+        case "raise":
+            raise KeyError("x")
+        case "take":
+            bytearray(1 << 32)
+        case "hide":
+            try:
+                bytearray(1 << 32)
+            except MemoryError as error:
+                raise ValueError("a refusal like any other") from error
+        case "run":
+            os.system("true")
+
+
+ACTS = ("fine", "raise", "take", "hide", "run", "spin", "wait", "die", "fine")
+PROBE = Kind(
+    rounds=0,
+    few=0,
+    make=lambda: [{"act": b"fine"}],
+    damage=lambda tree, draw: {"act": draw.choice(ACTS).encode()},
+    open=misbehave,
+)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fuzz.kinds import KINDS
-from fuzz.worker import MOST_SECONDS, MOST_WAITING
+from fuzz.worker import MOST_SECONDS, MOST_WAITING, Limits
 
 MOST_GROWTH = 2**30  # bytes of memory that a process may take for all files of a kind
 _TESTS = Path(__file__).resolve().parents[1]
@@ -70,14 +70,14 @@ class Hand:
             )
         return self.process
 
-    def work(self, kind: str, *, seed: int, files: range) -> Tally:
+    def work(self, kind: str, *, seed: int, files: range, limits: Limits = (MOST_SECONDS, MOST_WAITING)) -> Tally:
         """Open files of a kind by number; a worker that dies is followed by one that goes on behind the file."""
         tally, start = Tally(), files.start
         while start < files.stop:
             process = self._started()
             assert process.stdin is not None
             assert process.stdout is not None
-            job = {"kind": kind, "seed": seed, "start": start, "stop": files.stop, "step": files.step}
+            job = {"kind": kind, "seed": seed, "start": start, "stop": files.stop, "step": files.step, "limits": limits}
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
             start, ready = self._follow(process.stdout, tally, kind, seed, range(start, files.stop, files.step))
@@ -88,8 +88,8 @@ class Hand:
                 raise RuntimeError(f"a worker could not make the specimens of {kind}: exit code {code}; see above")
             outcome = "hung" if code in (-signal.SIGPROF, -signal.SIGALRM) else "crashed"
             how = {
-                -signal.SIGPROF: f"more than {MOST_SECONDS} s of processor time",
-                -signal.SIGALRM: f"waited for more than {MOST_WAITING} s",
+                -signal.SIGPROF: f"more than {limits[0]} s of processor time",
+                -signal.SIGALRM: f"waited for more than {limits[1]} s",
             }
             self._note(tally, kind, seed, start, outcome, how.get(code, f"the process ended with {code}"))
             start += files.step

@@ -246,6 +246,19 @@ def image_folders() -> list[Tree]:
     return [flat, {**{f"train/{name}": content for name, content in flat.items()}, "test/a/0.png": pictures[0]}]
 
 
+CLASSES = ("ant", "bee", "tabby cat", "ox")
+
+
+def class_files() -> list[Tree]:
+    """Names of classes: a line each, a list, and by number."""
+    numbered = {str(number): name for number, name in enumerate(CLASSES)}
+    return [
+        {"names.txt": "\n".join(reversed(CLASSES)).encode()},
+        {"names.json": json.dumps(CLASSES).encode()},
+        {"config.json": json.dumps({"id2label": numbered, "model_type": "vit"}).encode()},
+    ]
+
+
 # Victims, plans, stores
 
 

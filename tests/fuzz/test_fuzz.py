@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from fuzz.kinds import KINDS
+from fuzz.kinds import ACTS, KINDS
 from fuzz.pool import MOST_GROWTH, Hand, Tally, split
 
 SEED = 0
@@ -54,7 +56,24 @@ def test_there_are_ten_thousand() -> None:
 # What the fuzz would see, if something did what it must not
 
 
-ACTS = {
+@pytest.mark.slow
+def test_each_bad_act_is_counted_and_the_next_file_opened(tmp_path: Path) -> None:
+    files = range(373, 382)  # each act once or twice
+    draws = [Random(f"probe 0 {index}") for index in files]
+    for draw in draws:
+        draw.choice([0])  # of the only specimen
+    acts = [draw.choice(ACTS) for draw in draws]
+    assert set(acts) == set(ACTS)
+    outcomes = {"fine": "opened", "raise": "unexpected", "take": "unexpected", "hide": "unexpected", "run": "ran"}
+    outcomes |= {"spin": "hung", "wait": "hung", "die": "crashed"}
+    hand = Hand(tmp_path)
+    tally = hand.work("probe", seed=0, files=files, limits=(0.5, 1))
+    hand.close()
+    assert tally.outcomes == Counter(outcomes[act] for act in acts)
+    assert len(tally.faults) == sum(act != "fine" for act in acts)
+
+
+OUTSIDE = {
     "os.system('true')": "os.system",
     "__import__('subprocess').run(['true'])": "subprocess.Popen",
     "os.posix_spawn('/bin/true', ['true'], {})": "os.posix_spawn",
@@ -73,7 +92,7 @@ ACTS = {
 }
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", OUTSIDE)
 def test_what_runs_or_reaches_out_is_seen(act: str, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "lustral_canary.py").write_text("")
@@ -91,5 +110,5 @@ def test_what_runs_or_reaches_out_is_seen(act: str, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert ACTS[act] in done.stdout
-    assert bool(done.stdout.strip()) == bool(ACTS[act])
+    assert OUTSIDE[act] in done.stdout
+    assert bool(done.stdout.strip()) == bool(OUTSIDE[act])

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fuzz.kinds import KINDS, Kind
+from fuzz.kinds import KINDS, PROBE, Kind
 from fuzz.mutators import CANARY, MARK
 from fuzz.trees import Tree, write_tree
 from fuzz.watch import Watch
@@ -31,7 +31,10 @@ MOST_SECONDS = 10  # of processor time for one file
 MOST_WAITING = 120  # seconds by the clock: a process that waits for ever takes no processor time
 MOST_MEMORY = 3 << 29  # bytes that a process may ask for beyond what it has; touching 2**30 of them is a fault as well
 LONGEST_MESSAGE = 20_000  # characters
+Limits = tuple[float, int]  # MOST_SECONDS and MOST_WAITING, or less
 NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "an't allocate memory", "malloc of size")
+
+_KINDS = {**KINDS, "probe": PROBE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class Worker:
         """Make the specimens of a kind, and open each once: later growth of memory is then the damaged files' own."""
         if name in self.trees:
             return
-        kind = KINDS[name]
+        kind = _KINDS[name]
         self.trees[name] = kind.make()
         opened, refusals = 0, list[str]()
         for tree in self.trees[name]:
@@ -95,15 +98,17 @@ class Worker:
         if opened < len(self.trees[name]) / 2:
             raise AssertionError(f"{name}: {opened} of {len(self.trees[name])} specimens open: {refusals}")
 
-    def open(self, kind: Kind, tree: Tree, draw: Random, *, index: int) -> Report:
+    def open(
+        self, kind: Kind, tree: Tree, draw: Random, *, index: int, limits: Limits = (MOST_SECONDS, MOST_WAITING)
+    ) -> Report:
         """Open one file, under a limit of time by signals that end the process."""
         write_tree(self.case, tree)
         shutil.rmtree(self.aside, ignore_errors=True)
         self.aside.mkdir()
         outcome, said = "opened", ""
         start = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-        signal.alarm(MOST_WAITING)
+        signal.setitimer(signal.ITIMER_PROF, limits[0])
+        signal.alarm(limits[1])
         with self.watch.on() as seen:
             try:
                 kind.open(self.case, self.aside, draw)
@@ -123,7 +128,7 @@ class Worker:
     def work(self, job: Mapping[str, Any]) -> None:
         """Open the files of a job, and say of each what became of it."""
         name, seed = job["kind"], job["seed"]
-        kind = KINDS[name]
+        kind = _KINDS[name]
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         self.prepare(name)
         say({"ready": name})
@@ -131,7 +136,7 @@ class Worker:
         resource.setrlimit(resource.RLIMIT_AS, (reserved() + MOST_MEMORY, resource.RLIM_INFINITY))
         for index in range(job["start"], job["stop"], job["step"]):
             tree, draw = damaged(kind, name, self.trees[name], seed, index)
-            report = self.open(kind, tree, draw, index=index)
+            report = self.open(kind, tree, draw, index=index, limits=tuple(job["limits"]))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             say({**asdict(report), "growth": max(0, peak - begin)})
 
