@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lustral.files import map_regular
-from lustral.models.pickles import OddData, PickleError, WantsCode
+from lustral.models.pickle_values import OddData, PickleError, WantsCode
 from lustral.models.state_dicts import ModelFileError
 from lustral.models.torch_files import correct_checksums, read_torch, reads_pickles
 

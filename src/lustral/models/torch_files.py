@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from lustral.models.pickles import MOST_BYTES, OddData, PickleError, Storage, read_pickle
+from lustral.models.pickle_values import OddData, PickleError, Storage
+from lustral.models.pickles import MOST_BYTES, read_pickle
 
 Memory = mmap.mmap | bytearray
 FIRST_SAFE_TORCH = (2, 10)
