@@ -36,7 +36,7 @@ from fuzz.trees import SPECIALS, Entry, Link, Tree
 from lustral.bench.expansion import expand
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import checksum_of
+from lustral.bench.store import checksum_of, content_key
 from lustral.bench.trust import Trust
 from lustral.cli.entry import run
 from lustral.cli.opening import draw_clean, model_file
@@ -57,7 +57,7 @@ class Kind:
         make: returns the valid ones.
         damage: returns one that is damaged.
         open: opens what lies in a folder; may write in the folder beside it.
-        least_opened: share of damaged ones that open: none means that nothing past the first check was looked at.
+        ways: how often a valid one is opened first, so that all that ``open`` may draw was done once.
     """
 
     rounds: int
@@ -65,7 +65,7 @@ class Kind:
     make: Callable[[], list[Tree]]
     damage: Callable[[Tree, Random], Tree]
     open: Callable[[Path, Path, Random], None]
-    least_opened: float = 0.01
+    ways: int = 1
 
 
 Edit = Callable[[bytes, Random], bytes]
@@ -324,8 +324,17 @@ def damage_store(tree: Tree, draw: Random) -> Tree:
         assert isinstance(inner, bytes)
         changed[place] = edit_json(inner, draw) if part.endswith(".json") else edit_picture(inner, draw)
         record["files"][part] = {"sha256": hashlib.sha256(changed[place]).hexdigest(), "bytes": len(changed[place])}
-    else:
+    elif draw.random() < 0.6:
         record = edit_value(record, draw)
+    else:  # another cell, under its own name
+        spec = edit_value(record["spec"], draw)
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            key, folder = content_key(spec), f"files/{record['key'][:2]}/{record.get('folder')}/"
+            moved = {other: entry for other, entry in tree.items() if other.startswith(folder)}
+            changed = {other: entry for other, entry in tree.items() if other != name and other not in moved}
+            changed |= {f"files/{key[:2]}/{other.split('/', 2)[2]}": entry for other, entry in moved.items()}
+            record |= {"spec": spec, "key": key}
+            name = f"{name.split('/')[0]}/{key[:2]}/{key}.json"
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         record["checksum"] = checksum_of(record)
         return {**changed, name: canonical(record)}
@@ -336,6 +345,7 @@ COMMANDS = (
     ("table", "--old"),
     ("compare", "baeraser", "mask_area"),
     ("verify", "--sample", "0", "--device", "cpu"),
+    ("verify", "--sample", "9", "--device", "cpu"),
     ("gc", "--failures", "--old", "--grace", "0"),
 )
 
@@ -379,7 +389,7 @@ KINDS: dict[str, Kind] = {
     "classes": Kind(rounds=500, few=25, make=specimens.class_files, damage=damage_names, open=open_names),
     "victim": Kind(rounds=1600, few=40, make=specimens.victim_folders, damage=damage_victim, open=open_victim),
     "plan": Kind(rounds=1100, few=30, make=specimens.plan_files, damage=one_file(edit_toml), open=open_plan),
-    "store": Kind(rounds=700, few=20, make=specimens.stores, damage=damage_store, open=open_store),
+    "store": Kind(rounds=900, few=20, make=specimens.stores, damage=damage_store, open=open_store, ways=6),
 }
 
 

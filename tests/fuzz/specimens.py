@@ -19,11 +19,14 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from bench.plans import quick_grid
 from bench.synthetic import synthetic_store
 from fuzz.mutators import planted_picture
 from fuzz.trees import Tree, read_tree
 from lustral.attacks import InputAware, Ssba, WaNet
 from lustral.attacks.steganography import EncoderRecipe
+from lustral.bench.runner import run_local
+from lustral.bench.store import Store
 from lustral.models import Classifier, build_classifier, save_model
 from lustral.protocols import Attack
 from lustral.victims import implant, save_victim
@@ -327,8 +330,16 @@ def plan_files() -> list[Tree]:
 
 
 def stores() -> list[Tree]:
-    """A store of a few records, with their files."""
+    """A store of a few made-up records with their files, and one of a victim and a purified model that can be measured again."""
+    quick = {
+        "seeds": [0],
+        "data": [{"name": "digits", "arch": [ARCH], "trainer": {"epochs": 1}}],
+        "attacks": [{"method": "badnets"}],
+        "defences": [{"method": "bn_refresh"}],
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "store")
         synthetic_store(root, results=4, attacks=1, defences=2, seeds=1, data=("digits",), failures=1, details=True)
-        return [read_tree(root)]
+        real = Store(str(Path(folder, "real"))).open(create=True)
+        run_local(quick_grid(**quick), real, device=torch.device("cpu"))
+        return [read_tree(root), read_tree(Path(real.root))]

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -77,7 +78,7 @@ class Worker:
             )
         os.chdir(self.here)
         sys.path.insert(0, str(self.here))
-        os.environ["TMPDIR"] = str(scratch)
+        tempfile.tempdir = str(scratch)
         torch.set_num_threads(1)
         self.trees: dict[str, list[Tree]] = {}
         self.watch = Watch(scratch)
@@ -90,13 +91,14 @@ class Worker:
         self.trees[name] = kind.make()
         opened, refusals = 0, list[str]()
         for tree in self.trees[name]:
-            report = self.open(kind, tree, Random(0), index=-1)
-            opened += report.outcome == "opened"
-            refusals += [report.said] * (report.outcome == "refused")
-            if report.outcome not in ("opened", "refused"):
-                raise AssertionError(f"{name}: a specimen is no valid one: {report.said}")
-        if opened < len(self.trees[name]) / 2:
-            raise AssertionError(f"{name}: {opened} of {len(self.trees[name])} specimens open: {refusals}")
+            for number in range(kind.ways):
+                report = self.open(kind, tree, Random(number), index=-1)
+                if report.outcome not in ("opened", "refused"):
+                    raise AssertionError(f"{name}: a specimen is no valid one: {report.said}")
+                opened += report.outcome == "opened"
+                refusals += [report.said] * (report.outcome == "refused")
+        if opened < len(self.trees[name]) * kind.ways / 2:
+            raise AssertionError(f"{name}: too few specimens open: {refusals}")
 
     def open(
         self, kind: Kind, tree: Tree, draw: Random, *, index: int, limits: Limits = (MOST_SECONDS, MOST_WAITING)
@@ -133,8 +135,8 @@ class Worker:
         self.prepare(name)
         say({"ready": name})
         begin = resident()
-        resource.setrlimit(resource.RLIMIT_AS, (reserved() + MOST_MEMORY, resource.RLIM_INFINITY))
         for index in range(job["start"], job["stop"], job["step"]):
+            resource.setrlimit(resource.RLIMIT_AS, (reserved() + MOST_MEMORY, resource.RLIM_INFINITY))
             tree, draw = damaged(kind, name, self.trees[name], seed, index)
             report = self.open(kind, tree, draw, index=index, limits=tuple(job["limits"]))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
