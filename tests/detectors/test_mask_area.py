@@ -138,8 +138,9 @@ def test_the_toy_worlds_are_told_apart(toy_view: DefenderView, benign_view: Defe
     assert plain.outcome == "clean"
     assert plain.suspect_labels == ()
     assert plain.score < plain.threshold
-    # the most suspicious label is shown all the same: where no area is unusual, the smallest
-    assert [trigger.target_label for trigger in plain.triggers] == [min(plain.evidence, key=lambda e: e.area).label]
+    assert [trigger.target_label for trigger in plain.triggers] == [
+        most_suspicious(plain.evidence)
+    ]  # shown all the same
 
 
 class Brightness(nn.Module):
