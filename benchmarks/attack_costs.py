@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from lustral.catalog import ATTACKS
-from lustral.files import write_json_atomic
-from lustral.images import Augment
-from lustral.protocols import ImageSet
-from lustral.randomness import child
-from lustral.settings import build
-from lustral.training import Trainer
-from lustral.victims import implant
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.core.settings import build
+from lustral.training import Augment, Trainer
+from lustral.vision.records import ImageSet
+from lustral.vision.victims import implant
 
 RESULT = Path(__file__).resolve().parent / "results" / "attack_costs_cpu.json"
 FULL = 47_500  # training images of the cpu setting
@@ -98,8 +97,8 @@ def main() -> None:
     ratios: dict[str, list[float]] = {name: [] for name in ATTACKS}
     once: dict[str, float] = {}
     with (
-        patch("lustral.attacks.surrogates.LEAST_STEPS", 1),
-        patch("lustral.attacks.input_aware.LEAST_MASK_STEPS", 1),
+        patch("lustral.vision.attacks.surrogates.LEAST_STEPS", 1),
+        patch("lustral.vision.attacks.input_aware.LEAST_MASK_STEPS", 1),
     ):
         seconds(None, train, Kept(), share)  # warm up
         for _ in range(options.rounds):

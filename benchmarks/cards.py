@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lustral.files import write_json_atomic
+from lustral.core.files import write_json_atomic
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "cpu"

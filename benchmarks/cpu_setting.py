@@ -21,19 +21,20 @@ from typing import Any
 
 import torch
 
-from lustral.attacks import BadNets, Blended
-from lustral.detectors import MaskArea
-from lustral.evaluation.protocol import Evaluation, compare, evaluate
-from lustral.files import write_json_atomic
-from lustral.images import stratified_indices
-from lustral.inverters import MaxEntropy
-from lustral.models import Classifier
-from lustral.protocols import Attack, DefenderView, Purifier, Verdict, Victim
-from lustral.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
-from lustral.randomness import child
-from lustral.sources import DataSource, load_source
-from lustral.training import EpochReport, Trainer
-from lustral.victims import default_trainer, implant, load_victim, save_victim
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.training import EpochReport, Trainer, default_trainer
+from lustral.vision.attacks import BadNets, Blended
+from lustral.vision.detectors import MaskArea
+from lustral.vision.evaluation.protocol import Evaluation, compare, evaluate
+from lustral.vision.images import stratified_indices
+from lustral.vision.interfaces import Attack, Purifier
+from lustral.vision.inverters import MaxEntropy
+from lustral.vision.models import Classifier
+from lustral.vision.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
+from lustral.vision.records import DefenderView, Verdict, Victim
+from lustral.vision.sources import DataSource, load_source
+from lustral.vision.victims import implant, load_victim, save_victim
 
 ROOT = Path(__file__).resolve().parent
 VICTIMS = ROOT.parent / "runs" / "victims"

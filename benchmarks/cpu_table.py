@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lustral.files import write_text_atomic
+from lustral.core.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "cpu"

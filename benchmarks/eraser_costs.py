@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from lustral.attacks import BadNets
 from lustral.catalog import PURIFIERS
-from lustral.files import write_json_atomic
-from lustral.protocols import DefenderView
-from lustral.randomness import child
-from lustral.sources import load_source
-from lustral.victims import default_trainer, implant
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.training import default_trainer
+from lustral.vision.attacks import BadNets
+from lustral.vision.records import DefenderView
+from lustral.vision.sources import load_source
+from lustral.vision.victims import implant
 
 RESULT = Path(__file__).resolve().parent / "results" / "eraser_costs.json"
 CLEAN = 2500

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from lustral.files import write_bytes_atomic
+from lustral.core.files import write_bytes_atomic
 
 ROW, COLUMN = 0.3, 0.78  # inches
 LETTER = 0.075  # inches of a letter of a method's name, at most

@@ -25,15 +25,15 @@ import torch
 from torch import nn
 
 import reference
-from lustral.evaluation import evaluate
-from lustral.files import write_json_atomic
-from lustral.images import as_float, stratified_indices
-from lustral.protocols import DefenderView, ImageSet
-from lustral.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning
-from lustral.randomness import child
-from lustral.sources import load_source
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
 from lustral.training import Trainer
-from lustral.victims import load_victim
+from lustral.vision.evaluation import evaluate
+from lustral.vision.images import as_float, stratified_indices
+from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning
+from lustral.vision.records import DefenderView, ImageSet
+from lustral.vision.sources import load_source
+from lustral.vision.victims import load_victim
 from reference.batches import Batches
 
 RESULT = Path(__file__).resolve().parent / "results" / "eraser_speed_cpu.json"

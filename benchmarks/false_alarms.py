@@ -14,10 +14,10 @@ from collections import Counter
 import numpy as np
 import torch
 
-from lustral.detectors import MaskArea
-from lustral.detectors.small_areas import Array, p_values
-from lustral.inverters.mask_search import MaskSearch
-from lustral.protocols import ClassEvidence, ImageSet
+from lustral.vision.detectors import MaskArea
+from lustral.vision.detectors.small_areas import Array, p_values
+from lustral.vision.inverters.mask_search import MaskSearch
+from lustral.vision.records import ClassEvidence, ImageSet
 
 MODELS = 60_000
 DECIDED = 5_000  # of them go through the whole decision

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from bench.synthetic import synthetic_store
-from lustral.files import write_json_atomic
+from lustral.core.files import write_json_atomic
 
 RESULT = Path(__file__).parent / "results" / "leaderboard_cpu.json"
 CARDS = Path(__file__).parent.parent / "tests" / "cards"

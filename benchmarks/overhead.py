@@ -23,9 +23,9 @@ from lustral.bench.expansion import expand
 from lustral.bench.plan import parse_plan
 from lustral.bench.runner import run_local
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
 from lustral.catalog import PURIFIERS
-from lustral.files import write_json_atomic
+from lustral.core.files import write_json_atomic
+from lustral.store.store import Store
 
 RESULT = Path(__file__).parent / "results" / "overhead_cpu.json"
 PLAN = {

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from lustral.files import write_json_atomic
-from lustral.images import stratified_indices
-from lustral.inverters import FoundMasks, MaskSearch
-from lustral.models import load_model
-from lustral.randomness import child
-from lustral.sources import load_source
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.vision.images import stratified_indices
+from lustral.vision.inverters import FoundMasks, MaskSearch
+from lustral.vision.models import load_model
+from lustral.vision.sources import load_source
 
 
 def main() -> None:

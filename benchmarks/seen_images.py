@@ -23,13 +23,13 @@ from lustral.bench.expansion import expand
 from lustral.bench.grid import attack_label
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
 from lustral.catalog import PURIFIERS
-from lustral.files import write_json_atomic
-from lustral.images import stratified_indices
-from lustral.protocols import DefenderView
-from lustral.randomness import child
-from lustral.sources import load_source
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.store.store import Store
+from lustral.vision.images import stratified_indices
+from lustral.vision.records import DefenderView
+from lustral.vision.sources import load_source
 
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "plans" / "erasers.toml"

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from lustral.files import write_json_atomic
-from lustral.images import Augment
-from lustral.models import build_classifier
-from lustral.protocols import ImageSet
-from lustral.randomness import child
-from lustral.training import Trainer, autocast
+from lustral.core.files import write_json_atomic
+from lustral.core.randomness import child
+from lustral.training import Augment, Trainer, autocast
+from lustral.vision.models import build_classifier
+from lustral.vision.records import ImageSet
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12}  # dense, from the vendor's data sheet

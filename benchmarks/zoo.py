@@ -18,9 +18,9 @@ from lustral.bench.expansion import expand
 from lustral.bench.grid import attack_label
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
-from lustral.files import write_json_atomic, write_text_atomic
-from lustral.versions import outdated
+from lustral.core.files import write_json_atomic, write_text_atomic
+from lustral.core.versions import outdated
+from lustral.store.store import Store
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "zoo"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lustral.attacks import BadNets
-from lustral.protocols import DefenderView, Victim
-from lustral.victims import implant
+from lustral.vision.attacks import BadNets
+from lustral.vision.records import DefenderView, Victim
+from lustral.vision.victims import implant
 from toy import clean_images, toy_images, toy_trainer
 
 # One thread for each worker of pytest-xdist and for the processes that tests start: a second one costs on networks this small.
@@ -29,7 +29,7 @@ def precision() -> Iterator[None]:
         raise ValueError(f"expected LUSTRAL_TEST_PRECISION to be auto, float32 or bfloat16; got {PRECISION!r}")
     with pytest.MonkeyPatch.context() as patch:
         if PRECISION != "auto":
-            patch.setattr("lustral.training.has_fast_bfloat16", lambda _: PRECISION == "bfloat16")
+            patch.setattr("lustral.training.loop.has_fast_bfloat16", lambda _: PRECISION == "bfloat16")
         yield
 
 

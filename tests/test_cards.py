@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-from lustral.attacks import BadNets
-from lustral.bench.store import Store
 from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIERS
 from lustral.cli import main
-from lustral.detectors import MaskArea
-from lustral.evaluation import evaluate
-from lustral.protocols import DefenderView
-from lustral.purifiers import BaEraser
-from lustral.randomness import child
-from lustral.sources import load_source
-from lustral.victims import default_trainer, implant
+from lustral.core.randomness import child
+from lustral.store.store import Store
+from lustral.training import default_trainer
+from lustral.vision.attacks import BadNets
+from lustral.vision.detectors import MaskArea
+from lustral.vision.evaluation import evaluate
+from lustral.vision.purifiers import BaEraser
+from lustral.vision.records import DefenderView
+from lustral.vision.sources import load_source
+from lustral.vision.victims import implant
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "tests" / "cards"

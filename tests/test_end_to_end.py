@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lustral.evaluation import compare, evaluate
-from lustral.protocols import DefenderView, Victim
-from lustral.purifiers import BaEraser
-from lustral.randomness import child
-from lustral.victims import load_victim, save_victim
+from lustral.core.randomness import child
+from lustral.vision.evaluation import compare, evaluate
+from lustral.vision.purifiers import BaEraser
+from lustral.vision.records import DefenderView, Victim
+from lustral.vision.victims import load_victim, save_victim
 from toy import gentle_trainer, quick_detector, toy_images
 
 

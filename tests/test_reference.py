@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from lustral.images import as_float
-from lustral.protocols import DefenderView, ImageSet
-from lustral.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning, neural_polarizer
-from lustral.purifiers.clean_unlearning import unlearn_clean
-from lustral.purifiers.repair import Repair
-from lustral.purifiers.tsbd import most_moved, weight_changes
-from lustral.randomness import child
+from lustral.core.randomness import child
 from lustral.training import Trainer
+from lustral.vision.images import as_float
+from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning, neural_polarizer
+from lustral.vision.purifiers.tsbd import most_moved, weight_changes
+from lustral.vision.records import DefenderView, ImageSet
+from lustral.vision.repair.clean_unlearning import unlearn_clean
+from lustral.vision.repair.run import Repair
 from toy import NUM_CLASSES, toy_images
 
 STEPS = 3

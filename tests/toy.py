@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lustral.detectors import MaskArea
-from lustral.evaluation import Rate, TaskCheck
-from lustral.images import Augment, as_uint8
-from lustral.inverters import MaskSearch, MaxEntropy
-from lustral.protocols import ClassEvidence, Cost, DefenderView, ImageSet, RecoveredTrigger, Verdict
-from lustral.randomness import child
-from lustral.training import EpochReport, Trainer
+from lustral.core.randomness import child
+from lustral.core.rates import Rate
+from lustral.core.records import Cost
+from lustral.training import Augment, EpochReport, Trainer
+from lustral.vision.detectors import MaskArea
+from lustral.vision.evaluation import TaskCheck
+from lustral.vision.images import as_uint8
+from lustral.vision.inverters import MaskSearch, MaxEntropy
+from lustral.vision.records import ClassEvidence, DefenderView, ImageSet, RecoveredTrigger, Verdict
 
 NUM_CLASSES = 7
 SIDE = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lustral.attacks import (
+from lustral.vision.attacks import (
     AdapBlend,
     AdapPatch,
     BadNets,
@@ -18,10 +18,10 @@ from lustral.attacks import (
     TrojanNN,
     WaNet,
 )
-from lustral.detectors import MaskArea
-from lustral.inverters import MaxEntropy
-from lustral.protocols import Attack, CraftedAttack, Detector, Inverter, Purifier
-from lustral.purifiers import (
+from lustral.vision.detectors import MaskArea
+from lustral.vision.interfaces import Attack, CraftedAttack, Detector, Inverter, Purifier
+from lustral.vision.inverters import MaxEntropy
+from lustral.vision.purifiers import (
     ANP,
     CLP,
     CNPD,

@@ -13,7 +13,7 @@ from lustral.bench.expansion import expand
 from lustral.bench.grid import Grid
 from lustral.bench.plan import parse_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
+from lustral.store.store import Store
 
 QUICK: dict[str, Any] = {
     "name": "quick",

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from lustral.bench.store import LAYOUT, Store, checksum_of, content_key
-from lustral.files import canonical
-from lustral.versions import current_versions
+from lustral.core.files import canonical
+from lustral.core.versions import current_versions
+from lustral.store.store import LAYOUT, Store, checksum_of, content_key
 
 NUM_CLASSES = 10
 # name, how it prints, settings beside rate and label, success before a defence, how hard to erase (0 .. 1)

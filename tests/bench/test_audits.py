@@ -13,11 +13,11 @@ from bench.plans import quick_grid
 from lustral.bench.audits import audits_of, run_audits
 from lustral.bench.plan import PlanError
 from lustral.bench.runner import run_local
-from lustral.bench.store import Store
 from lustral.bench.upkeep import find_waste, remove_waste, verify
-from lustral.evaluation import Controls, Reactivation
-from lustral.protocols import Victim
+from lustral.store.store import Store
 from lustral.training import Trainer
+from lustral.vision.evaluation import Controls, Reactivation
+from lustral.vision.records import Victim
 
 CPU = torch.device("cpu")
 ONCE = Trainer(epochs=1, batch_size=64, learning_rate=0.01)

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from lustral.bench.store import Store, checksum_of
 from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
 from lustral.cli.bench_console import Board
 from lustral.cli.console import Screen
-from lustral.evaluation import Reactivation
-from lustral.files import canonical
-from lustral.protocols import Progress
-from lustral.purifiers import BNRefresh, FineTuning
+from lustral.core.files import canonical
+from lustral.core.records import Progress
+from lustral.store.store import Store, checksum_of
 from lustral.training import Trainer
+from lustral.vision.evaluation import Reactivation
+from lustral.vision.purifiers import BNRefresh, FineTuning
 
 PLAN = """
 name = "tiny"
@@ -599,7 +599,7 @@ def test_audits_are_shown_and_kept(
 ) -> None:
     once = Trainer(epochs=1, batch_size=64, learning_rate=0.01, channels_last=False)
     quick = Reactivation(trainer=once, clean_epochs=1, push_images=20, push_trainer=once, hidden=8, path=(0.0, 1.0))
-    monkeypatch.setattr("lustral.evaluation.Reactivation", lambda: quick)
+    monkeypatch.setattr("lustral.vision.evaluation.Reactivation", lambda: quick)
     answer = answer_of(capsys, "audit", plan, "--store", store, "--where", "defence=bn_refresh")
     assert (answer["computed"], answer["present"], answer["blocked"]) == (1, 0, 0)
     answer = answer_of(capsys, "audit", plan, "--store", store)

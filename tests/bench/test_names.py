@@ -9,13 +9,14 @@ import pyarrow as pa
 from jinja2 import Environment
 from rich.console import Console
 
-from bench.test_exports import cell
-from lustral.bench import site_data, site_press
-from lustral.bench.exports import cell_texts, rich_table, to_csv, to_latex, to_markdown
-from lustral.bench.rows import SCHEMA
-from lustral.bench.summary import Query, table
 from lustral.cli.bench_commands import flagged
 from lustral.cli.console import SafeConsole
+from lustral.site import data as site_data
+from lustral.site import page_writer as site_press
+from lustral.tables.exports import cell_texts, rich_table, to_csv, to_latex, to_markdown
+from lustral.tables.rows import SCHEMA
+from lustral.tables.summary import Query, table
+from tables.test_exports import cell
 
 HOSTILE = "a\x1b[2J\x9b\u202eb\u200bc\u2066[/red]<b>"
 

@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plans import QUICK, quick_grid
-from lustral.attacks import BadNets
-from lustral.attacks.sig import Sig
 from lustral.bench.expansion import expand
 from lustral.bench.grid import Cell, Grid, attack_label, default_arch, defence_label
 from lustral.bench.plan import Plan, PlanError, parse_plan, read_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import content_key
 from lustral.bench.trust import Trust
 from lustral.catalog import ATTACKS
+from lustral.store.store import content_key
 from lustral.training import Trainer
+from lustral.vision.attacks import BadNets
+from lustral.vision.attacks.sig import Sig
 
 DIGITS: dict[str, Any] = {"name": "digits", "arch": ["small_cnn:width=8"]}
 SOURCES = Sources(trust=Trust(paths=True))  # the digits are read once

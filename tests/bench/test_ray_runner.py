@@ -17,8 +17,8 @@ import torch
 from bench.plans import quick_grid
 from bench.test_runner import outcome
 from lustral.bench.runner import Event, Summary, run_local
-from lustral.bench.store import Store
 from lustral.bench.upkeep import verify
+from lustral.store.store import Store
 
 ray: Any = pytest.importorskip("ray", reason="needs the extra lustral[ray]")
 run_on_ray = pytest.importorskip("lustral.bench.ray_runner").run_on_ray

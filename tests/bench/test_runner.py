@@ -17,9 +17,9 @@ import torch
 
 from bench.plans import QUICK, quick_grid, work_through
 from lustral.bench.runner import Event, Summary, run_local
-from lustral.bench.store import Store
 from lustral.bench.upkeep import verify
-from lustral.purifiers import BNRefresh, FineTuning
+from lustral.store.store import Store
+from lustral.vision.purifiers import BNRefresh, FineTuning
 
 CPU = torch.device("cpu")
 RATES = ("acc", "asr", "ra", "natural_rate")

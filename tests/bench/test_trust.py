@@ -11,13 +11,13 @@ import pytest
 from lustral.bench.expansion import expand
 from lustral.bench.plan import PlanError, parse_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
 from lustral.bench.trust import Trust, TrustError
 from lustral.cli.entry import main
+from lustral.store.store import Store
 
 NET = """
 from pathlib import Path
-from lustral.models import SmallCNN
+from lustral.vision.models import SmallCNN
 
 with Path({mark!r}).open("a") as file:
     file.write("ran ")

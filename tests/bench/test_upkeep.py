@@ -19,7 +19,6 @@ from bench.synthetic import synthetic_store
 from lustral.bench.cells import StoreAssets
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, Summary, run_local
-from lustral.bench.store import KINDS, Kind, Store, StoreError, checksum_of
 from lustral.bench.upkeep import (
     UNREADABLE,
     Waste,
@@ -31,16 +30,19 @@ from lustral.bench.upkeep import (
     repeat,
     verify,
 )
-from lustral.detectors import MaskArea
-from lustral.evaluation import Evaluation, Rate, compare
-from lustral.files import canonical
-from lustral.images import as_float
-from lustral.models import load_model
-from lustral.protocols import Cost, Verdict
-from lustral.purifiers import BNRefresh
-from lustral.sources import load_source
+from lustral.core.files import canonical
+from lustral.core.rates import Rate
+from lustral.core.records import Cost
+from lustral.core.versions import current_versions
+from lustral.store.store import KINDS, Kind, Store, StoreError, checksum_of
 from lustral.training import Trainer
-from lustral.versions import current_versions
+from lustral.vision.detectors import MaskArea
+from lustral.vision.evaluation import Evaluation, compare
+from lustral.vision.images import as_float
+from lustral.vision.models import load_model
+from lustral.vision.purifiers import BNRefresh
+from lustral.vision.records import Verdict
+from lustral.vision.sources import load_source
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -608,7 +610,7 @@ def test_what_older_versions_made_is_kept_until_asked_and_not_repeated(
     store: Store, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later = {**current_versions(), "BNRefresh": 99}
-    monkeypatch.setattr("lustral.versions.current_versions", lambda: later)
+    monkeypatch.setattr("lustral.core.versions.current_versions", lambda: later)
     monkeypatch.setattr(BNRefresh, "version", 99)
     newer = quick_grid(**SMALL)
     assert not {cell.key for cell in newer.cells} >= {cell.key for cell in grid.cells}

@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lustral.attacks import BadNets, Bpp
 from lustral.catalog import ATTACKS
-from lustral.images import Augment, as_float, as_uint8
-from lustral.models import build_classifier
-from lustral.protocols import Attack, Crafted, CraftedAttack, HasProbes, SteersTraining, Trigger
-from lustral.randomness import child
-from lustral.settings import build, describe
-from lustral.victims import implant
+from lustral.core.randomness import child
+from lustral.core.settings import build, describe
+from lustral.training import Augment
+from lustral.vision.attacks import BadNets, Bpp
+from lustral.vision.images import as_float, as_uint8
+from lustral.vision.interfaces import Attack, Crafted, CraftedAttack, HasProbes, SteersTraining
+from lustral.vision.models import build_classifier
+from lustral.vision.records import Trigger
+from lustral.vision.victims import implant
 from toy import NUM_CLASSES, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
@@ -68,7 +70,7 @@ def ready(name: str) -> Attack:
     attack = VARIANTS[name]
     if isinstance(attack, CraftedAttack):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lustral.attacks.input_aware.LEAST_MASK_STEPS", 5)
+            patch.setattr("lustral.vision.attacks.input_aware.LEAST_MASK_STEPS", 5)
             return attack.craft(toy_images(210, seed=6), assets=FILES, generator=child(3))
     found: Attack = attack
     return found
@@ -122,7 +124,7 @@ def test_a_trigger_follows_its_images_to_the_gpu(trigger: Trigger) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_attack_poisons_and_trains_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lustral.attacks.input_aware.LEAST_MASK_STEPS", 5)
+    monkeypatch.setattr("lustral.vision.attacks.input_aware.LEAST_MASK_STEPS", 5)
     train, test = toy_images(210, seed=6).to("cuda"), toy_images(70, seed=7).to("cuda")
     rest = {"arch": "small_cnn:width=4", "trainer": toy_trainer(epochs=1), "seed": 0, "data_name": "toy"}
     victim = implant(VARIANTS[name], train, test, **rest)

@@ -21,11 +21,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
-from lustral.evaluation import evaluate
-from lustral.inverters import MaskSearch
-from lustral.models import arch_of
-from lustral.protocols import DefenderView, ImageSet, Progress, Purified, Verdict, Victim
-from lustral.purifiers import (
+from lustral.core.randomness import child
+from lustral.core.records import Progress
+from lustral.report import ReportData, write_erase_report
+from lustral.training import Trainer
+from lustral.vision.evaluation import evaluate
+from lustral.vision.inverters import MaskSearch
+from lustral.vision.models import arch_of
+from lustral.vision.purifiers import (
     ANP,
     CNPD,
     FST,
@@ -43,9 +46,7 @@ from lustral.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
-from lustral.randomness import child
-from lustral.report import ReportData, write_erase_report
-from lustral.training import Trainer
+from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
 from toy import (
     KnownAnswer,
     clean_images,

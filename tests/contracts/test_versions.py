@@ -14,14 +14,14 @@ from lustral.bench.grid import Grid
 from lustral.bench.plan import parse_plan
 from lustral.bench.sources import Sources
 from lustral.catalog import ATTACKS, DETECTORS, INVERTERS, PURIFIERS
-from lustral.evaluation import Evaluation, Reactivation
-from lustral.models import Classifier
-from lustral.models.build import NETWORKS
-from lustral.models.conditioned import Conditioned
-from lustral.models.small_cnn import SmallCNN
-from lustral.sources import DataSource
+from lustral.core.versions import current_versions, outdated, versions_of
 from lustral.training import Trainer
-from lustral.versions import current_versions, outdated, versions_of
+from lustral.vision.evaluation import Evaluation, Reactivation
+from lustral.vision.models import Classifier
+from lustral.vision.models.build import NETWORKS
+from lustral.vision.models.conditioned import Conditioned
+from lustral.vision.models.networks.small_cnn import SmallCNN
+from lustral.vision.sources import DataSource
 
 METHODS: dict[str, type[Any]] = {**ATTACKS, **DETECTORS, **INVERTERS, **PURIFIERS}
 RECIPES = (Trainer, Evaluation, Reactivation, DataSource, Conditioned)

@@ -36,15 +36,15 @@ from fuzz.trees import SPECIALS, Entry, Link, Tree
 from lustral.bench.expansion import expand
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.bench.store import checksum_of, content_key
 from lustral.bench.trust import Trust
 from lustral.cli.entry import run
 from lustral.cli.opening import draw_clean, model_file
-from lustral.files import canonical
-from lustral.models import load_model, save_like
-from lustral.models.hub_folder import image_size_of
-from lustral.sources import check_class_names, load_source, read_class_names
-from lustral.victims import load_victim
+from lustral.core.files import canonical
+from lustral.store.store import checksum_of, content_key
+from lustral.vision.models import load_model, save_like
+from lustral.vision.models.files.hub_folder import image_size_of
+from lustral.vision.sources import check_class_names, load_source, read_class_names
+from lustral.vision.victims import load_victim
 
 
 @dataclass(frozen=True, kw_only=True)

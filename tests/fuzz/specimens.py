@@ -23,13 +23,13 @@ from bench.plans import quick_grid
 from bench.synthetic import synthetic_store
 from fuzz.mutators import planted_picture
 from fuzz.trees import Tree, read_tree
-from lustral.attacks import InputAware, Ssba, WaNet
-from lustral.attacks.steganography import EncoderRecipe
 from lustral.bench.runner import run_local
-from lustral.bench.store import Store
-from lustral.models import Classifier, build_classifier, save_model
-from lustral.protocols import Attack
-from lustral.victims import implant, save_victim
+from lustral.store.store import Store
+from lustral.vision.attacks import InputAware, Ssba, WaNet
+from lustral.vision.attacks.steganography import EncoderRecipe
+from lustral.vision.interfaces import Attack
+from lustral.vision.models import Classifier, build_classifier, save_model
+from lustral.vision.victims import implant, save_victim
 from toy import toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lustral.models.wiring import late_layer, trace
+from lustral.vision.models.wiring import late_layer, trace
 from reference.batches import Batches
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lustral.protocols import ClassEvidence
 from lustral.report.charts import LogScale, area_chart, median_area, rate_chart
-from lustral.report.figures import close_up, over_checkerboard, png, stamp_sheet
+from lustral.vision.figures import close_up, over_checkerboard, png, stamp_sheet
+from lustral.vision.records import ClassEvidence
 
 
 def pixels_of(content: bytes) -> np.ndarray:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from lustral.evaluation import Evaluation, Rate
-from lustral.protocols import ClassEvidence, Cost, ImageSet, Purified, RecoveredTrigger, Verdict
+from lustral.core.rates import Rate
+from lustral.core.records import Cost
 from lustral.report import ReportData, write_erase_report, write_scan_report
+from lustral.vision.evaluation import Evaluation
+from lustral.vision.records import ClassEvidence, ImageSet, Purified, RecoveredTrigger, Verdict
 
 COST = Cost(seconds=95.2, image_passes=123_456.0, peak_memory_bytes=900 * 2**20, clean_images=500)
 TARGET = 3

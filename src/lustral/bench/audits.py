@@ -1,4 +1,4 @@
-"""Audits of a plan's purified models: does the backdoor sleep? (``lustral.evaluation.Reactivation``)
+"""Audits of a plan's purified models: does the backdoor sleep? (``lustral.vision.evaluation.Reactivation``)
 
 An audit belongs to one result whose weights were kept. It is a record of its own under "audits", named by the hash of the
 result's specification, the benign model that it is compared with, and the settings of the checks; so it can be made long
@@ -20,18 +20,18 @@ from lustral.bench.cells import SCHEMA, Workbench, made
 from lustral.bench.grid import Cell, Grid, facts
 from lustral.bench.plan import PlanError
 from lustral.bench.sources import Sources
-from lustral.bench.store import MODEL_FILE, Store, content_key
 from lustral.bench.trust import Trust
 from lustral.catalog import PURIFIERS
-from lustral.evaluation import Controls, Reactivation
-from lustral.files import write_bytes_atomic
-from lustral.models import load_model
-from lustral.protocols import OnProgress
-from lustral.randomness import child, fork
-from lustral.settings import describe
-from lustral.sources import DataSource
-from lustral.versions import versions_of
-from lustral.victims import NO_ATTACK
+from lustral.core.files import write_bytes_atomic
+from lustral.core.randomness import child, fork
+from lustral.core.records import OnProgress
+from lustral.core.settings import describe
+from lustral.core.versions import versions_of
+from lustral.store.store import MODEL_FILE, Store, content_key
+from lustral.vision.evaluation import Controls, Reactivation
+from lustral.vision.models import load_model
+from lustral.vision.sources import DataSource
+from lustral.vision.victims import NO_ATTACK
 
 
 @dataclass(frozen=True, kw_only=True)

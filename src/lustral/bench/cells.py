@@ -26,19 +26,20 @@ from torch import Tensor
 import lustral
 from lustral.bench.grid import DEFENCES, Cell, facts
 from lustral.bench.sources import Sources
-from lustral.bench.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.catalog import ATTACKS, PURIFIERS
-from lustral.evaluation import Evaluation, compare, evaluate
-from lustral.files import json_ready, write_bytes_atomic
-from lustral.images import as_float, as_uint8, at_most
-from lustral.models import Classifier, arch_of, load_model, parse_architecture, save_model
-from lustral.protocols import DefenderView, ImageSet, OnProgress, Progress, Purified, Verdict, Victim
-from lustral.randomness import child
-from lustral.report.figures import stamp_sheet
-from lustral.settings import build
+from lustral.core.files import json_ready, write_bytes_atomic
+from lustral.core.randomness import child
+from lustral.core.records import OnProgress, Progress
+from lustral.core.settings import build
+from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.training import EpochReport, Trainer
-from lustral.victim_files import TRIGGER_FILE, tensors_in
-from lustral.victims import NO_ATTACK, implant, library_versions, load_victim, save_victim
+from lustral.vision.evaluation import Evaluation, compare, evaluate
+from lustral.vision.figures import stamp_sheet
+from lustral.vision.images import as_float, as_uint8, at_most
+from lustral.vision.models import Classifier, arch_of, load_model, parse_architecture, save_model
+from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
+from lustral.vision.victim_files import TRIGGER_FILE, tensors_in
+from lustral.vision.victims import NO_ATTACK, implant, library_versions, load_victim, save_victim
 
 SCHEMA = 1
 
@@ -68,7 +69,7 @@ class StoreAssets:
         self._store = store
 
     def get(self, spec: Mapping[str, Any], build: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Return the tensors of a specification; see ``lustral.protocols.Assets``."""
+        """Return the tensors of a specification; see ``lustral.vision.records.Assets``."""
         key = content_key(spec)
         if not self._store.has("assets", key):
             started = time.perf_counter()

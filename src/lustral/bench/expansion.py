@@ -13,16 +13,16 @@ from typing import Any
 
 from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, result_spec, victim_spec
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
-from lustral.bench.rows import BENIGN, UNDEFENDED
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
 from lustral.catalog import ATTACKS
-from lustral.models import look_at, parse_architecture
-from lustral.settings import SettingsError, build, describe, merge, suggest
-from lustral.sources import DataSource, SourceError
-from lustral.training import Trainer
-from lustral.versions import versions_of
-from lustral.victims import NO_ATTACK, default_trainer
+from lustral.core.settings import SettingsError, build, describe, merge, suggest
+from lustral.core.versions import versions_of
+from lustral.tables.rows import BENIGN, UNDEFENDED
+from lustral.training import Trainer, default_trainer
+from lustral.vision.models import look_at, parse_architecture
+from lustral.vision.sources import DataSource, SourceError
+from lustral.vision.victims import NO_ATTACK
 
 
 def expand(plan: Plan, sources: Sources) -> Grid:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lustral.bench.plan import DataTable, Plan, PlanError
-from lustral.bench.store import content_key
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
-from lustral.evaluation import Evaluation
-from lustral.settings import build, describe
-from lustral.sources import DataSource
+from lustral.core.settings import build, describe
+from lustral.core.versions import versions_of
+from lustral.store.store import content_key
 from lustral.training import Trainer
-from lustral.versions import versions_of
-from lustral.victims import NO_ATTACK
+from lustral.vision.evaluation import Evaluation
+from lustral.vision.sources import DataSource
+from lustral.vision.victims import NO_ATTACK
 
 DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
 OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table

@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from lustral.files import NotRegularError, is_deep, read_regular
-from lustral.settings import shortened, suggest
+from lustral.core.files import NotRegularError, is_deep, read_regular
+from lustral.core.settings import shortened, suggest
 
 
 class PlanError(ValueError):

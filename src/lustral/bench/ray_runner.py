@@ -18,9 +18,9 @@ from lustral.bench.cells import Workbench, failure
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import Event, OnEvent, Summary, run_cell, threads, wait_for
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
 from lustral.bench.trust import Trust
-from lustral.protocols import Progress
+from lustral.core.records import Progress
+from lustral.store.store import Store
 
 POLL_SECONDS = 0.5  # between looks at what the workers report
 RETRIES = 3  # times that a task is started again after its worker died

@@ -18,9 +18,9 @@ import torch
 from lustral.bench.cells import Workbench, failure
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.sources import Sources
-from lustral.bench.store import Store
 from lustral.bench.trust import Trust
-from lustral.protocols import OnProgress, Progress
+from lustral.core.records import OnProgress, Progress
+from lustral.store.store import Store
 
 State = Literal["computed", "present", "failed", "blocked", "busy"]
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

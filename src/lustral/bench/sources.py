@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lustral.bench.trust import Trust
-from lustral.protocols import ImageSet
-from lustral.sources import DataSource, load_source
+from lustral.vision.records import ImageSet
+from lustral.vision.sources import DataSource, load_source
 
 Size = int | tuple[int, ...] | None  # side, (height, width), or as it comes
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lustral.models.architecture import code_in
-from lustral.settings import suggest
-from lustral.sources.loading import source_names
+from lustral.core.settings import suggest
+from lustral.vision.models.architecture import code_in
+from lustral.vision.sources.loading import source_names
 
 
 class TrustError(ValueError):

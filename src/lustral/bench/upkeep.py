@@ -11,15 +11,16 @@ import torch
 
 from lustral.bench.cells import Workbench, brief
 from lustral.bench.grid import Cell, Grid
-from lustral.bench.rows import age_of
 from lustral.bench.runner import threads
 from lustral.bench.sources import Sources
-from lustral.bench.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
 from lustral.bench.trust import Trust
-from lustral.evaluation import Evaluation, Rate, compare
-from lustral.protocols import OnProgress
-from lustral.randomness import child
-from lustral.settings import shortened
+from lustral.core.randomness import child
+from lustral.core.rates import Rate
+from lustral.core.records import OnProgress
+from lustral.core.settings import shortened
+from lustral.store.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
+from lustral.tables.rows import age_of
+from lustral.vision.evaluation import Evaluation, compare
 
 UNREADABLE = (
     KeyError,

@@ -14,9 +14,8 @@ import tyro
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
-from lustral.images import Augment
-from lustral.training import Trainer
-from lustral.victims import NO_ATTACK
+from lustral.training import Augment, Trainer
+from lustral.vision.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
 DEFAULT_DETECTOR = "mask_area"

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from lustral.bench.store import Kind, Store, StoreError
-from lustral.characters import visible
 from lustral.cli.bench_arguments import (
     Action,
     Allowed,
@@ -29,7 +27,9 @@ from lustral.cli.bench_arguments import (
 from lustral.cli.bench_console import Board
 from lustral.cli.console import Screen
 from lustral.cli.parsing import UsageError
-from lustral.settings import shortened
+from lustral.core.characters import visible
+from lustral.core.settings import shortened
+from lustral.store.store import Kind, Store, StoreError
 
 if TYPE_CHECKING:
     from lustral.bench.grid import Grid
@@ -118,7 +118,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
     """Try to wake purified models up."""
     from lustral.bench.audits import audits_of, run_audits
     from lustral.cli.opening import pick_device
-    from lustral.evaluation import Reactivation
+    from lustral.vision.evaluation import Reactivation
 
     settings = Reactivation()
     trust = trusted(command.allowed)
@@ -197,7 +197,7 @@ def plan(command: BenchPlan, screen: Screen) -> int:
 
 def table(command: BenchTable, screen: Screen) -> int:
     """Average over seeds."""
-    from lustral.bench import exports, rows, summary
+    from lustral.tables import exports, rows, summary
 
     cells, by, note = rows.load_cells(Store(absolute(command.store)).open(create=False)), words(command.by), None
     if command.old:
@@ -224,7 +224,7 @@ def table(command: BenchTable, screen: Screen) -> int:
 
 def compare(command: BenchCompare, screen: Screen) -> int:
     """Compare two defences on the same victims."""
-    from lustral.bench import comparison, exports, rows
+    from lustral.tables import comparison, exports, rows
 
     cells, note = rows.without_outdated(rows.load_cells(Store(absolute(command.store)).open(create=False)))
     found = comparison.compare(
@@ -331,7 +331,7 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
 
 def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen: Screen) -> None:
     """Write the site, say where it is and what it had to leave out."""
-    from lustral.bench.site import write_site
+    from lustral.site.pages import write_site
 
     with screen.steps() as on_step:
         report = None if on_step is None else lambda done, total: on_step("writing pages", done, total)

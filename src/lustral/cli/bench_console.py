@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lustral.characters import visible
 from lustral.cli.console import Screen
+from lustral.core.characters import visible
 
 if TYPE_CHECKING:
-    from lustral import protocols
     from lustral.bench.grid import Cell, Grid
     from lustral.bench.runner import Event
+    from lustral.core import records
 
 LOG_SECONDS = 60.0  # between lines about the cell at work, where there is no terminal
 STYLES = {"computed": "green", "failed": "red", "blocked": "yellow"}
@@ -81,7 +81,7 @@ class Board:
             soft_wrap=True,
         )
 
-    def report(self, cell: Cell, progress: protocols.Progress) -> None:
+    def report(self, cell: Cell, progress: records.Progress) -> None:
         """Show what the cell at work is doing."""
         text = f"{cell.title}: {progress.stage}"
         if self._bars is not None:

@@ -15,9 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lustral import victims
 from lustral.bench.cells import StoreAssets
-from lustral.bench.store import Store
 from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
@@ -31,11 +29,19 @@ from lustral.cli.tables import (
     verdict_record,
     verdict_table,
 )
-from lustral.evaluation import Evaluation, clean_accuracy, compare
-from lustral.evaluation import evaluate as measure
-from lustral.files import write_bytes_atomic, write_json_atomic
-from lustral.images import as_float, as_uint8, at_most
-from lustral.models import (
+from lustral.core.files import write_bytes_atomic, write_json_atomic
+from lustral.core.randomness import child
+from lustral.core.records import Assets
+from lustral.report import ReportData, write_erase_report, write_scan_report
+from lustral.report.findings import erase_finding, scan_finding
+from lustral.store.store import Store
+from lustral.training import default_trainer
+from lustral.vision import victims
+from lustral.vision.evaluation import Evaluation, clean_accuracy, compare
+from lustral.vision.evaluation import evaluate as measure
+from lustral.vision.figures import stamp_sheet
+from lustral.vision.images import as_float, as_uint8, at_most
+from lustral.vision.models import (
     Classifier,
     LoadedModel,
     ModelFileError,
@@ -46,14 +52,11 @@ from lustral.models import (
     save_like,
     save_model,
 )
-from lustral.models.architecture import innermost
-from lustral.models.weight_sets import TOP
-from lustral.protocols import Assets, ImageSet, Purified, Verdict, Victim
-from lustral.purifiers import CNPD, BaEraser
-from lustral.randomness import child
-from lustral.report import ReportData, stamp_sheet, write_erase_report, write_scan_report
-from lustral.report.findings import erase_finding, scan_finding
-from lustral.sources import load_source, source_names
+from lustral.vision.models.architecture import innermost
+from lustral.vision.models.files.weight_sets import TOP
+from lustral.vision.purifiers import CNPD, BaEraser
+from lustral.vision.records import ImageSet, Purified, Verdict, Victim
+from lustral.vision.sources import load_source, source_names
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     source = load_source(command.data, image_size=command.image_size, resize=command.resize)
     test = require_test_set(source).to(device)
     train = source.training_split()[0].to(device)
-    recipe = victims.default_trainer(flip=source.flip, num_images=len(train))
+    recipe = default_trainer(flip=source.flip, num_images=len(train))
     command = parse_implant(argv, recipe)
     arch = command.arch or ("small_cnn" if command.data == "digits" else "preact_resnet18:width=16")
     assets: Assets = victims.NoAssets()

@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.segment import Segment
 from rich.text import Text
 
-from lustral.characters import visible
-from lustral.files import json_ready
+from lustral.core.characters import visible
+from lustral.core.files import json_ready
 
 if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
-    from lustral import protocols
+    from lustral.core import records
 
 
 WIDE = 160  # columns of a table that goes to a file or a pipe
@@ -87,7 +87,7 @@ class Bars:
         self._task: Any = None
         self._stage = ""
 
-    def __call__(self, report: protocols.Progress) -> None:
+    def __call__(self, report: records.Progress) -> None:
         """Show one report."""
         if report.stage != self._stage:
             self._stage, self._task = report.stage, self._progress.add_task(report.stage, total=report.total)
@@ -103,7 +103,7 @@ class StageLines:
         self._console = console
         self._stage = ""
 
-    def __call__(self, report: protocols.Progress) -> None:
+    def __call__(self, report: records.Progress) -> None:
         """Note one report."""
         if report.stage != self._stage:
             self._stage = report.stage
@@ -139,7 +139,7 @@ class Screen:
             if on_progress is None:
                 yield None
                 return
-            from lustral.protocols import Progress as Report
+            from lustral.core.records import Progress as Report
 
             yield lambda what, done, total: on_progress(Report(stage=what, done=done, total=total))
 
@@ -156,7 +156,7 @@ class Screen:
             print(json.dumps(json_ready(content), indent=2, allow_nan=False))
 
     @contextmanager
-    def progress(self) -> Iterator[protocols.OnProgress | None]:
+    def progress(self) -> Iterator[records.OnProgress | None]:
         """Yield the callback for progress reports: bars on a terminal, otherwise a line per stage, or None."""
         if self._quiet:
             yield None

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lustral.characters import visible
 from lustral.cli.exits import abandon_output, exit_code, flush_output
+from lustral.core.characters import visible
 
 
 class VisibleFormatter(logging.Formatter):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 
-from lustral.characters import visible
+from lustral.core.characters import visible
 
 ERROR = 2
 CRASHED = 70  # EX_SOFTWARE of sysexits.h
@@ -106,7 +106,7 @@ def is_of_the_network(error: BaseException) -> bool:
     """Say whether an error arose in a network's own forward pass, or in a Python file that the user named."""
     return any(
         frame.f_globals.get("__name__", "").startswith(USER_CODE)
-        or (frame.f_globals.get("__name__") == "lustral.models.classifier" and frame.f_code.co_name == "forward")
+        or (frame.f_globals.get("__name__") == "lustral.vision.models.classifier" and frame.f_code.co_name == "forward")
         for frame in frames(error)
     )
 

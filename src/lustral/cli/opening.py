@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from lustral.cli.arguments import FileFormat, Suspect
-from lustral.models import LoadedModel, load_model
-from lustral.models.hub_folder import image_size_of, is_hub_folder
-from lustral.protocols import DefenderView, ImageSet, Trigger, Victim
-from lustral.randomness import child
-from lustral.sources import (
+from lustral.core.randomness import child
+from lustral.vision.models import LoadedModel, load_model
+from lustral.vision.models.files.hub_folder import image_size_of, is_hub_folder
+from lustral.vision.records import DefenderView, ImageSet, Trigger, Victim
+from lustral.vision.sources import (
     ClassNamesError,
     DataSource,
     check_class_names,
@@ -25,8 +25,8 @@ from lustral.sources import (
     read_class_names,
     source_with_channels,
 )
-from lustral.victim_files import read_record
-from lustral.victims import NoTrigger, VictimError, load_victim
+from lustral.vision.victim_files import read_record
+from lustral.vision.victims import NoTrigger, VictimError, load_victim
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def load_fitting(file: Path, source: DataSource, written: FileFormat) -> tuple[L
         return load(channels), source
     except ValueError as error:
         for other in sorted({*READABLE_CHANNELS, *OTHER_CHANNELS} - {channels}):
-            with _unheard("lustral.models.checkpoint"):  # it has been said once
+            with _unheard("lustral.vision.models.checkpoint"):  # it has been said once
                 try:
                     loaded = load(other)
                 except ValueError:

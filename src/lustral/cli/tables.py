@@ -9,10 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lustral.evaluation import Evaluation
-from lustral.protocols import ClassEvidence, Cost, Purified, RecoveredTrigger, Verdict
+from lustral.core.records import Cost
 from lustral.report.findings import Finding
 from lustral.report.wording import chance, duration, percent, pixels
+from lustral.vision.evaluation import Evaluation
+from lustral.vision.records import ClassEvidence, Purified, RecoveredTrigger, Verdict
 
 MOST_ROWS = 20  # classes shown; the JSON has them all
 COLOURS = {"bad": "red", "good": "green", "unsure": "yellow"}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lustral.protocols import ClassEvidence, Verdict
 from lustral.report.wording import percent, pixels, quoted, quoted_list
+from lustral.vision.records import ClassEvidence, Verdict
 
 NUM_BARS_SHOWN = 15  # of more than MAX_BARS classes, the rest is folded away
 MAX_BARS = 25

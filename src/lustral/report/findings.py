@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lustral.evaluation import Evaluation, compare, unmet_criteria
-from lustral.protocols import Purified, Verdict
 from lustral.report.charts import is_found, median_area
 from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
+from lustral.vision.evaluation import Evaluation, compare, unmet_criteria
+from lustral.vision.records import Purified, Verdict
 
 KEPT = 0.5  # share of the attack success above which a backdoor is called still there, and not merely not fully erased
 LIMITS = (

@@ -12,15 +12,17 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from lustral.characters import visible
-from lustral.evaluation import Evaluation, Rate, compare
-from lustral.files import write_text_atomic
-from lustral.images import as_float, as_uint8
-from lustral.protocols import Cost, ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
+from lustral.core.characters import visible
+from lustral.core.files import write_text_atomic
+from lustral.core.rates import Rate
+from lustral.core.records import Cost
 from lustral.report import wording
 from lustral.report.charts import BarChart, LineChart, area_chart, area_history_chart, audit_chart, rate_chart
-from lustral.report.figures import close_up, data_uri, over_checkerboard, png
 from lustral.report.findings import Finding, erase_finding, scan_finding
+from lustral.vision.evaluation import Evaluation, compare
+from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
+from lustral.vision.images import as_float, as_uint8
+from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
 
 NUM_SAMPLES = 6  # pictures per row
 LARGEST_PIXELATED = 96  # pixels; larger pictures are scaled smoothly

@@ -1,0 +1,1 @@
+"""What knows no modality: records, costs, rates, randomness, settings, files."""

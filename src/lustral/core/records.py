@@ -1,0 +1,88 @@
+"""Records and interfaces that every modality shares: what a method costs, how it reports, what it may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Generator, Tensor, nn
+
+
+class Assets(Protocol):
+    """What attacks build once and use often: surrogate models, encoders, optimised patterns."""
+
+    def get(self, spec: Mapping[str, Any], build: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the tensors named by ``spec`` (plain data that says everything they depend on), building them if need be."""
+
+
+class Augmentation(Protocol):
+    """Batched augmentation, such as ``lustral.vision.images.Augment``."""
+
+    def __call__(self, images: Tensor, *, generator: Generator) -> Tensor:
+        """Return changed images, same shape, dtype, device and range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method used.
+
+    Attributes:
+        seconds: wall time.
+        image_passes: images through the model; forward only counts 1/3, forward and backward 1.
+        peak_memory_bytes: peak device memory on CUDA; the growth of the process's peak resident size on CPU.
+        clean_images: trusted images used.
+    """
+
+    seconds: float
+    image_passes: float
+    peak_memory_bytes: int
+    clean_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One report from a method at work; callers turn it into a bar, a log line, or nothing.
+
+    Attributes:
+        stage: what is being done, e.g. "training" or "searching triggers"; a new stage starts a new bar.
+        done: units finished.
+        total: units in this stage.
+        values: figures of the moment, e.g. {"images_per_second": 1900.0, "loss": 0.4}.
+    """
+
+    stage: str
+    done: int
+    total: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class ImageStream(Protocol):
+    """What training needs of a set: ``ImageSet`` in memory, or a streamed kin on disk."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the task."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, or empty."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W)."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def batches(
+        self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield float32 batches in [0, 1] and int64 labels."""
+
+
+Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
+"""(model, images float32 (B, C, H, W) in [0, 1], labels (B,), stream on the CPU) -> scalar loss."""

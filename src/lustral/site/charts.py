@@ -1,0 +1,179 @@
+"""Curves of a history as positions in percent: the page draws them as SVG of any width that follows its colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lustral.site.words import is_number, is_share, spaced
+
+AXES = ("epoch", "step", "round", "iteration")  # fields that count instead of measuring
+MOST_LINES = 6  # styles that the style sheet tells apart
+MOST_X_LABELS = 6
+MOST_Y_LABELS = 5
+TURNS = ("round", "slowed")  # where a history starts over, in another round or at another rate
+LEAST_POINTS = 2  # of a line; a single number is in the table
+LARGEST = 1e300  # of a number that is drawn: differences and powers of ten must stay finite
+LOG_RATIO = 50.0  # positive values that span more than this are drawn on a logarithmic axis
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: its name, and two SVG paths in a 100 x 100 box, for the strokes and for the points."""
+
+    name: str
+    strokes: str
+    dots: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over the entries of a history.
+
+    Attributes:
+        title: what the axis measures.
+        lines: at most six.
+        grid: SVG path of the horizontal lines.
+        y_ticks: (position from the top in percent, text).
+        x_ticks: (position in percent, text).
+        rounds: positions in percent where a new round starts, or the same at another rate.
+        selected: position of the entry that was kept, or None.
+        description: the chart in a sentence, for those who cannot see it.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    grid: str
+    y_ticks: tuple[tuple[float, str], ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    rounds: tuple[float, ...]
+    selected: float | None
+    description: str
+
+
+def curves(history: Sequence[Mapping[str, Any]], selected: int | None) -> list[Chart]:
+    """Return the charts of a history: one for all shares, one for all losses, one for each other series of numbers.
+
+    Args:
+        history: one entry per epoch, round or step; what is no finite number leaves a gap.
+        selected: index of the entry whose weights were kept.
+    """
+    series = {name: values for name in _names(history) if (values := _values(history, name)) is not None}
+    shares = [name for name in series if is_share(name)]
+    losses = [name for name in series if "loss" in name and name not in shares]
+    rest = [name for name in series if name not in shares and name not in losses]
+    groups = [("share of images", shares), ("loss", losses), *((spaced(name), [name]) for name in rest)]
+    charts = []
+    for title, names in groups:
+        for start in range(0, len(names), MOST_LINES):
+            part = {name: series[name] for name in names[start : start + MOST_LINES]}
+            charts.append(_chart(title, part, history, selected, is_shares=names is shares))
+    return charts
+
+
+def _names(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in (*AXES, *TURNS)]
+
+
+def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float | None] | None:
+    """Return a field's numbers with gaps, or None if they are too few for a line."""
+    values = [_drawable(entry.get(name)) for entry in history]
+    return values if sum(value is not None for value in values) >= LEAST_POINTS else None
+
+
+def _drawable(value: Any) -> float | None:
+    """Return a number that an axis can be made for: none where there is none or an absurd one, 0 for one next to 0."""
+    if not is_number(value) or abs(value) > LARGEST:
+        return None
+    return float(value) if abs(value) > 1 / LARGEST else 0.0
+
+
+def _chart(
+    title: str,
+    series: Mapping[str, Sequence[float | None]],
+    history: Sequence[Mapping[str, Any]],
+    selected: int | None,
+    *,
+    is_shares: bool,
+) -> Chart:
+    known = [value for values in series.values() for value in values if value is not None]
+    to_y, y_ticks = _percent_axis() if is_shares and min(known) >= 0 and max(known) <= 1 else _axis(known)
+    count = len(history)
+
+    def to_x(index: float) -> float:
+        return round(1 + 98 * index / (count - 1), 2) if count > 1 else 50.0
+
+    lines, texts = [], []
+    for name, values in series.items():
+        places = [None if value is None else f"{to_x(i):g} {to_y(value):g}" for i, value in enumerate(values)]
+        strokes = "".join(
+            f"{'M' if i == 0 or places[i - 1] is None else 'L'}{place}" for i, place in enumerate(places) if place
+        )
+        lines.append(Line(spaced(name), strokes, "".join(f"M{place}h0" for place in places if place)))
+        present = [value for value in values if value is not None]
+        texts.append(f"{spaced(name)} from {present[0]:.4g} to {present[-1]:.4g}")
+    unit = next((axis for axis in AXES if any(axis in entry for entry in history)), None)
+    stride = math.ceil(count / MOST_X_LABELS)
+    turns = [tuple(entry.get(turn) for turn in TURNS if turn != unit) for entry in history]
+    return Chart(
+        title=title,
+        lines=tuple(lines),
+        grid="".join(f"M0 {y:g}H100" for y, _ in y_ticks),
+        y_ticks=y_ticks,
+        x_ticks=tuple(
+            (
+                to_x(i),
+                f"{unit} {entry.get(unit, '')}" if unit and i == 0 else str(entry.get(unit, "") if unit else i + 1),
+            )
+            for i, entry in enumerate(history)
+            if i % stride == 0
+        ),
+        rounds=tuple(to_x(i - 0.5) for i in range(1, count) if turns[i] != turns[i - 1]),
+        selected=to_x(selected) if selected is not None and 0 <= selected < count else None,
+        description=f"Line chart over {count} measurements: {'; '.join(texts)}.",
+    )
+
+
+ToY = Callable[[float], float]
+Ticks = tuple[tuple[float, str], ...]
+
+
+def _percent_axis() -> tuple[ToY, Ticks]:
+    return lambda value: round(100 - 100 * value, 2), tuple((100.0 - s, f"{s}%") for s in (0, 25, 50, 75, 100))
+
+
+def _axis(values: Sequence[float]) -> tuple[ToY, Ticks]:
+    """Return the axis that holds all values: logarithmic where they are positive and span orders of magnitude."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_RATIO:
+        return _log_axis(low, high)
+    step = _nice((high - low) / MOST_Y_LABELS or abs(high) / MOST_Y_LABELS or 1.0)
+    bottom, top = math.floor(low / step), math.ceil(high / step)
+    top += top == bottom
+
+    def to_y(value: float) -> float:
+        return round(100 * (top - value / step) / (top - bottom), 2)
+
+    return to_y, tuple((to_y(mark * step), f"{round(mark * step, 10):,g}") for mark in range(bottom, top + 1))
+
+
+def _log_axis(low: float, high: float) -> tuple[ToY, Ticks]:
+    start, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
+
+    def to_y(value: float) -> float:
+        return round(100 * (end - math.log10(value)) / (end - start), 2)
+
+    marks = [10.0**power for power in range(start, end + 1, math.ceil((end - start) / MOST_Y_LABELS))]
+    return to_y, tuple((to_y(mark), f"{mark:,g}") for mark in marks)
+
+
+def _nice(rough: float) -> float:
+    """Return the round number 1, 2 or 5 times a power of ten that is not below a positive one.
+
+    >>> _nice(0.13), _nice(30), _nice(7)
+    (0.2, 50.0, 10.0)
+    """
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -1,0 +1,1 @@
+"""Records and files of results, named by content. Imports no torch."""

@@ -1,0 +1,1 @@
+"""From a store to rows, summaries, comparisons and files. Imports no torch."""

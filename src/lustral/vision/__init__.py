@@ -1,0 +1,1 @@
+"""Image classifiers: sets, models, attacks, defences, and what they are measured by."""

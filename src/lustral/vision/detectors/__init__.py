@@ -1,0 +1,5 @@
+"""Detectors decide whether a model is backdoored."""
+
+from lustral.vision.detectors.mask_area import MaskArea
+
+__all__ = ["MaskArea"]

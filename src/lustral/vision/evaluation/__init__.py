@@ -1,0 +1,38 @@
+"""Measuring: the one part of the library that sees a defence's result, the true trigger and the test set together."""
+
+from lustral.vision.evaluation.metrics import (
+    AttackMetrics,
+    accuracy,
+    attack_metrics,
+    clean_accuracy,
+    der,
+    per_class_accuracy,
+    predict,
+    rir,
+)
+from lustral.vision.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
+from lustral.vision.evaluation.reactivation import Controls, Reactivation, resistance
+from lustral.vision.evaluation.task import TaskCheck, UnfitModel, check_task, require_gradient, require_task
+
+__all__ = [
+    "AttackMetrics",
+    "Controls",
+    "Evaluation",
+    "Reactivation",
+    "TaskCheck",
+    "UnfitModel",
+    "accuracy",
+    "attack_metrics",
+    "check_task",
+    "clean_accuracy",
+    "compare",
+    "der",
+    "evaluate",
+    "per_class_accuracy",
+    "predict",
+    "require_gradient",
+    "require_task",
+    "resistance",
+    "rir",
+    "unmet_criteria",
+]

@@ -1,0 +1,135 @@
+"""The verbs of the library, as interfaces that methods implement; what they exchange is in ``lustral.vision.records``.
+
+Image batches at every public boundary are float32 ``(B, C, H, W)`` in [0, 1]; sets at rest are uint8. Rates are fractions
+in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from lustral.core.records import Assets, Augmentation, Objective, OnProgress
+from lustral.vision.records import (
+    DefenderView,
+    ImageSet,
+    PoisonedSet,
+    Probe,
+    Purified,
+    RecoveredTrigger,
+    Trigger,
+    Verdict,
+)
+
+
+class Attack(Protocol):
+    """A trigger and a rule for labels, and how they poison a training set."""
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """Raise ``ValueError`` if this training set cannot be poisoned so. Cheap: called before any work.
+
+        A rate that is too large is refused with the largest possible one named.
+        """
+
+    def trigger(self, image_shape: tuple[int, int, int]) -> Trigger:
+        """Return the trigger for images of (C, H, W), as it is used against the finished model."""
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Return the attacker's label for each true label, (N,) int64; an equal label: not attackable."""
+
+    def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
+        """Return a poisoned copy of a training set."""
+
+
+@runtime_checkable
+class CraftedAttack(Protocol):
+    """An attack whose trigger is computed or learnt from data: its settings, from which ``craft`` makes the attack itself."""
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """As ``Attack.require_possible``; asks for no asset."""
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """As ``Attack.relabel``."""
+
+    def craft(
+        self, clean: ImageSet, *, assets: Assets, generator: Generator, on_progress: OnProgress | None = None
+    ) -> Crafted:
+        """Compute the trigger on the attacker's training images and return the attack."""
+
+    def restore(self, tensors: Mapping[str, Tensor], image_shape: tuple[int, int, int]) -> Crafted:
+        """Return the attack that ``Crafted.tensors`` described; raises ``ValueError`` where they do not fit."""
+
+
+@runtime_checkable
+class Crafted(Attack, Protocol):
+    """An attack that carries tensors which its settings alone do not give."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return what ``CraftedAttack.restore`` needs; after training, as training left it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """How an attack that controls training steers it.
+
+    Attributes:
+        objective: replaces the plain loss; stamps, augments and relabels inside each batch.
+        companions: optimizers of networks that are trained along (a trigger generator); the loop clears and steps them
+            with the model's, at the same share of their own learning rate.
+    """
+
+    objective: Objective
+    companions: tuple[torch.optim.Optimizer, ...] = ()
+
+
+@runtime_checkable
+class SteersTraining(Protocol):
+    """An attack that controls training; ``poison`` is not called, the model is trained on the clean set."""
+
+    def steer(self, clean: ImageSet, *, augment: Augmentation | None, generator: Generator) -> Steering:
+        """Return how to train; the loop does not augment, the objective does, after stamping."""
+
+
+@runtime_checkable
+class HasProbes(Protocol):
+    """An attack with further rates to report."""
+
+    def probes(self, image_shape: tuple[int, int, int]) -> Mapping[str, Probe]:
+        """Return probes by name, e.g. "noise_accuracy"."""
+
+
+class Inverter(Protocol):
+    """Recovers trigger distributions."""
+
+    def invert(
+        self,
+        view: DefenderView,
+        target_labels: Sequence[int],
+        *,
+        generator: Generator,
+        held_out: ImageSet | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[RecoveredTrigger]:
+        """Return one recovered distribution per target label.
+
+        Success is measured on ``held_out``, clean images apart from ``view.clean``; None: on some of the view's that are
+        kept from the recovery.
+        """
+
+
+class Detector(Protocol):
+    """Decides whether a model is backdoored."""
+
+    def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
+        """Return a verdict with its evidence."""
+
+
+class Purifier(Protocol):
+    """Erases a backdoor."""
+
+    def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
+        """Return a new, cleaned model; the one given is not changed."""

@@ -1,0 +1,1 @@
+"""What is inside model files, read as data."""

@@ -1,0 +1,309 @@
+"""The nouns and verbs of the library: records that methods exchange, and the interfaces they implement.
+
+Nothing here computes anything beyond checking its fields, and nothing of ours is imported. Image batches at every
+public boundary are float32 ``(B, C, H, W)`` in [0, 1]; sets at rest are uint8. Rates are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lustral.core.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Labelled images held in memory.
+
+    Attributes:
+        images: (N, C, H, W) uint8, on any device.
+        labels: (N,) int64 in ``0 .. num_classes - 1``, same device.
+        num_classes: number of classes K of the task, including classes absent from this set.
+        class_names: K names, or empty.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check shapes, dtypes and the label range, once, for everything downstream."""
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise ValueError(
+                f"expected images of shape (N, C, H, W) and dtype uint8; got {tuple(self.images.shape)} "
+                f"{self.images.dtype}; convert floats in [0, 1] with lustral.vision.images.as_uint8"
+            )
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"expected one int64 label per image, shape ({len(self.images)},); got {tuple(self.labels.shape)} "
+                f"{self.labels.dtype}"
+            )
+        if self.num_classes < 2:
+            raise ValueError(f"expected at least 2 classes; got {self.num_classes}")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"expected {self.num_classes} class names; got {len(self.class_names)}")
+        if len(self.labels):
+            low, high = int(self.labels.min()), int(self.labels.max())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"labels out of range: expected 0 .. {self.num_classes - 1}, found {low} .. {high}; "
+                    "labels must start at 0 and the number of classes must cover them all"
+                )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the images."""
+        return self.images.device
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """Return the images at ``indices`` ((M,) int64, or (N,) bool mask), in that order."""
+        indices = indices.to(self.device)
+        return ImageSet(
+            images=self.images[indices],
+            labels=self.labels[indices],
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+        )
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the set on another device."""
+        return ImageSet(
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            num_classes=self.num_classes,
+            class_names=self.class_names,
+        )
+
+    def batches(
+        self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images float32 (B, C, H, W) in [0, 1], labels int64 (B,)) on the set's device.
+
+        Args:
+            batch_size: images per batch; the last batch may be smaller.
+            generator: CPU stream that shuffles; None keeps the order.
+            drop_last: leave out a last batch that is not full.
+        """
+        if batch_size < 1:
+            raise ValueError(f"expected a batch size of at least 1; got {batch_size}")
+        order = None if generator is None else torch.randperm(len(self), generator=generator).to(self.device)
+        stop = len(self) - len(self) % batch_size if drop_last else len(self)
+        for start in range(0, stop, batch_size):
+            chunk = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+            yield self.images[chunk].float().div_(255), self.labels[chunk]
+
+
+class Trigger(Protocol):
+    """Stamps images. Attacks have a true one, inverters recover one."""
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Return triggered images: same shape, dtype, device and range; the input is not modified."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One more rate that tells how an attack behaves: noise accuracy, cross-trigger accuracy, false activation.
+
+    Attributes:
+        trigger: stamps the test images.
+        expect: maps ((N,) true labels, K) to the label whose prediction counts as a hit, -1 to leave an image out.
+    """
+
+    trigger: Trigger
+    expect: Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonedSet:
+    """A poisoned training set and, for the evaluator only, which images are poisoned.
+
+    Attributes:
+        data: the poisoned set, 8-bit as an attacker would have to deliver it.
+        is_poisoned: (N,) bool: stamped, and called by the attacker's label (which a clean-label attack leaves as it is).
+        is_cover: (N,) bool: stamped with the label kept, to hide the poisoned ones; None where an attack has none.
+    """
+
+    data: ImageSet
+    is_poisoned: Tensor
+    is_cover: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A backdoored classifier with its provenance.
+
+    Attributes:
+        model: the backdoored classifier, float32 (B, C, H, W) in [0, 1] to logits (B, K).
+        trigger: the true trigger; never shown to a defence.
+        relabel: maps (true labels, number of classes) to the attacker's labels; equal labels are not attackable.
+        poisoned: the training set it learnt from, or None when it was loaded from a folder.
+        provenance: everything needed to make it again: attack, settings, data, architecture, training, seed, versions.
+        metrics: clean accuracy, attack success rate and robust accuracy at birth.
+        tensors: what the trigger needs beyond its settings (a learnt pattern, an encoder), saved with the victim.
+        probes: further rates that the evaluator reports, by name.
+    """
+
+    model: nn.Module
+    trigger: Trigger
+    relabel: Callable[[Tensor, int], Tensor]
+    poisoned: PoisonedSet | None
+    provenance: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenderView:
+    """Everything a defence may look at, and nothing else: a model and a small trusted set."""
+
+    model: nn.Module
+    clean: ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredTrigger:
+    """A distribution of triggers for one target label, held as samples. It is a ``Trigger`` itself.
+
+    Attributes:
+        target_label: the class the samples lead to.
+        masks: (S, 1, H, W) float32 opacity in [0, 1].
+        patterns: (S, C, H, W) float32 in [0, 1].
+        area: pixels of opacity that the smallest search result needed (sum of its mask).
+        attack_success_rate: fraction of held-out non-target images that the samples send to the target label.
+        entropy: mean pairwise distance of the stamped samples, in pixels of full contrast: 0 means one point.
+    """
+
+    target_label: int
+    masks: Tensor
+    patterns: Tensor
+    area: float
+    attack_success_rate: float
+    entropy: float
+
+    def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Stamp each image with a sample drawn by ``generator`` (None: samples in turn)."""
+        count = len(self.masks)
+        if generator is None:
+            pick = torch.arange(len(images)) % count
+        else:
+            pick = torch.randint(count, (len(images),), generator=generator)
+        pick = pick.to(self.masks.device)
+        mask, pattern = self.masks[pick].to(images), self.patterns[pick].to(images)
+        return images + mask * (pattern - images)
+
+    def to(self, device: torch.device | str) -> RecoveredTrigger:
+        """Return the samples on another device."""
+        return RecoveredTrigger(
+            target_label=self.target_label,
+            masks=self.masks.to(device),
+            patterns=self.patterns.to(device),
+            area=self.area,
+            attack_success_rate=self.attack_success_rate,
+            entropy=self.entropy,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassEvidence:
+    """What the scan found for one candidate target label.
+
+    Attributes:
+        label: the candidate target label.
+        area: pixels of mask that a search needs to send other classes here; infinite when it never succeeded.
+        attack_success_rate: of that trigger on held-out images of other classes that the model does not call this label
+            already, fraction; NaN without such images.
+        natural_rate: fraction of held-out images of other classes that it calls this label without any trigger.
+        anomaly: how far below the other classes ``log(area)`` lies, in their robust standard deviations.
+        p_value: probability of so small an area in a benign model, under the stated null, corrected for K classes.
+        entropy: of the recovered distribution (see ``RecoveredTrigger``); NaN where none was fitted.
+        steps: search steps this class received before screening dropped it.
+    """
+
+    label: int
+    area: float
+    attack_success_rate: float
+    natural_rate: float
+    anomaly: float
+    p_value: float
+    entropy: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The answer to: is this model backdoored?
+
+    Attributes:
+        outcome: "backdoored", "clean" or "cannot tell".
+        suspect_labels: target labels named, most suspicious first.
+        score: higher is more suspicious; the decision compares it with ``threshold``.
+        threshold: the score above which the model is called backdoored.
+        basis: one or two sentences: which null or reference the score rests on, and why the outcome is what it is.
+        evidence: one entry per class; empty where nothing was searched, because no answer could come of it.
+        triggers: recovered triggers of the suspect labels (or of the most suspicious one).
+        cost: what the scan used.
+        clean_accuracy: of the model on the clean images, as a fraction; None where it was not measured.
+        notes: sentences that limit what the answer is worth, e.g. that the model is often wrong on the clean images.
+    """
+
+    outcome: str
+    suspect_labels: tuple[int, ...]
+    score: float
+    threshold: float
+    basis: str
+    evidence: tuple[ClassEvidence, ...]
+    triggers: tuple[RecoveredTrigger, ...]
+    cost: Cost
+    clean_accuracy: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purified:
+    """A model after erasing, and how it came about.
+
+    Attributes:
+        model: the new classifier; the given one is unchanged.
+        history: one mapping per epoch or round, JSON-ready numbers only, with "round"/"epoch" and what was measured on
+            the held-out part of the clean set.
+        selected: index into ``history`` of the weights that were kept; None when the model was returned unchanged.
+        cost: what it used, scan included.
+        verdict: the scan that it started from, or None.
+        audit: evidence after the fact (a freshly started recovery on the new model), or None for methods without.
+        notes: sentences the user should read (what was not done, and why).
+    """
+
+    model: nn.Module
+    history: tuple[Mapping[str, Any], ...]
+    selected: int | None
+    cost: Cost
+    verdict: Verdict | None = None
+    audit: Verdict | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """What the history says of the given model; empty where it starts later, e.g. after the first epoch."""
+        return self.history[0] if self.history and describes_given(self.history[0]) else {}
+
+
+def describes_given(entry: Mapping[str, Any]) -> bool:
+    """Say whether an entry of a history is of the model as it was given: epoch 0, or no channel cut yet."""
+    return 0 in (entry.get("epoch"), entry.get("channels"))

@@ -1,0 +1,1 @@
+"""What purifiers share: the run, the choice of weights, masks, perturbations, statistics."""

@@ -1,0 +1,177 @@
+"""Choosing weights without an oracle: what a defender can measure on the held-out part of his clean set."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
+from lustral.vision.inverters.max_entropy import firing_rate
+from lustral.vision.records import ImageSet, RecoveredTrigger
+
+SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divided by, again and again, and the most
+EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; within a step: a tie
+
+
+def predictions(model: nn.Module, images: ImageSet) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield (predicted labels, labels) batch by batch, in evaluation mode."""
+    with torch.no_grad(), frozen(model):
+        for x, labels in images.batches(256):
+            with autocast(images.device):
+                predicted = model(x.contiguous(memory_format=torch.channels_last)).argmax(1)
+            yield predicted, labels
+
+
+def predicted_labels(model: nn.Module, images: ImageSet) -> Tensor:
+    """Return the predicted labels (N,) in evaluation mode."""
+    return torch.cat([predicted for predicted, _ in predictions(model, images)])
+
+
+def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
+    """Return the clean accuracy on held-out images."""
+    return int((predicted_labels(model, held_out) == held_out.labels).sum()) / len(held_out)
+
+
+def accuracy_up_to(model: nn.Module, images: ImageSet, bound: float) -> float | None:
+    """Return the clean accuracy, or None as soon as it is sure to be above ``bound``: a well-fitted model is soon told."""
+    correct = 0
+    with closing(predictions(model, images)) as batches:
+        for predicted, labels in batches:
+            correct += int((predicted == labels).sum())
+            if correct / len(images) > bound:
+                return None
+    return correct / len(images)
+
+
+def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:
+    """Return the fraction of held-out images of other classes that the model calls ``label`` without any trigger."""
+    is_other = held_out.labels != label
+    called = predicted_labels(model, held_out) == label
+    return int((called & is_other).sum()) / max(int(is_other.sum()), 1)
+
+
+def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) -> float:
+    """Return the least held-out accuracy at which weights may be kept.
+
+    ``allowed_loss`` below the received model's, and one standard error of that measurement further: a few hundred images
+    must not turn down a model that lost nothing.
+    """
+    start = held_out_accuracy(model, held_out)
+    return start - allowed_loss - math.sqrt(start * (1 - start) / len(held_out))
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """Watches a training and keeps the weights that a defender would choose.
+
+    Among epochs whose held-out accuracy is at least ``floor``, those on which recovered triggers fire least (images that the
+    model calls that label anyway do not count: firing less often than by nature is no better); among these, with triggers to
+    look at, the last, because a falling learning rate settles the weights while a few hundred images cannot rank
+    accuracies half a point apart. Without triggers, or without an epoch above the floor, the most accurate.
+
+    Attributes:
+        held_out: clean images that the training does not see.
+        triggers: recovered triggers, or none to choose by accuracy alone.
+        floor: least held-out accuracy.
+        extra: columns added to every history entry, e.g. the round.
+        history: one entry per epoch seen.
+    """
+
+    held_out: ImageSet
+    triggers: Sequence[RecoveredTrigger]
+    floor: float
+    extra: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: tuple[float, ...] | None = None
+    best_index: int = -1
+    best_model: nn.Module | None = None
+
+    def watch(self, report: EpochReport) -> None:
+        """Measure an epoch (an ``on_epoch`` callback)."""
+        self.measure(report.model, epoch=report.epoch, loss=report.loss)
+
+    def note_given(self, model: nn.Module) -> None:
+        """Measure the given model as epoch 0, for comparison only: it is not among those to choose from."""
+        self.measure(model, epoch=0)
+        self.best = None
+
+    def measure(self, model: nn.Module, **columns: float) -> None:
+        """Measure a model and keep a copy if it is the best so far."""
+        accuracy = held_out_accuracy(model, self.held_out)
+        excess = 0.0
+        columns = {**self.extra, **columns, "clean_accuracy": accuracy}
+        for trigger in self.triggers:
+            rate = firing_rate(model, self.held_out, trigger)
+            natural = natural_rate(model, self.held_out, trigger.target_label)
+            excess = max(excess, rate)
+            columns["recovered_asr"] = max(rate, columns.get("recovered_asr", 0.0))
+            columns["natural_rate"] = max(natural, columns.get("natural_rate", 0.0))
+        self.history.append(columns)
+        key = (0.0, accuracy, -excess)
+        if accuracy >= self.floor:
+            key = (
+                1.0,
+                -float(round(excess / EXCESS_STEP)),
+                accuracy if not self.triggers else float(len(self.history)),
+            )
+        if self.best is None or key > self.best:
+            self.best, self.best_index = key, len(self.history) - 1
+            self.best_model = copy.deepcopy(model).eval()
+
+    @property
+    def admissible(self) -> bool:
+        """Whether the weights kept so far hold the floor."""
+        return self.best is not None and self.best[0] > 0
+
+
+def slower_until_kept(selection: Selection, train: Callable[[float], None], divisor: float = 1.0) -> float:
+    """Train, and again from the start at a quarter of the rate as long as no epoch holds the floor, down to a sixteenth.
+
+    What a wide network loses at a rate that a narrow one bears, 2,000 images do not give back. A training that diverges is a
+    try like any other.
+
+    Args:
+        selection: watches the training; ``extra["slowed"]`` tells the tries apart in its history.
+        train: trains once, at the rate divided by its argument.
+        divisor: of the first try.
+
+    Returns:
+        The divisor of the last try.
+
+    Raises:
+        TrainingDiverged: the slowest training did.
+    """
+    while True:
+        if divisor > 1:
+            selection.extra["slowed"] = divisor
+        try:
+            train(divisor)
+        except TrainingDiverged:
+            if divisor >= SLOWEST:
+                raise
+        if selection.admissible or divisor >= SLOWEST:
+            return divisor
+        divisor *= SLOWER
+
+
+def slowed_notes(selection: Selection, divisor: float, accuracy_loss: float) -> tuple[str, ...]:
+    """Return notes on a rate that ``slower_until_kept`` lowered, and on a loss of accuracy that it did not prevent."""
+    notes = []
+    if divisor > 1:
+        notes.append(
+            f"The learning rate was divided by {divisor:g}: at higher ones no epoch held the clean accuracy, as happens on wide "
+            "networks."
+        )
+    if not selection.admissible:
+        notes.append(
+            f"Held-out accuracy fell by more than {100 * accuracy_loss:g} points and a standard error: measure it on images of "
+            "your own before you use this model."
+        )
+    return tuple(notes)
