@@ -26,7 +26,7 @@ from lustral.core.randomness import child
 from lustral.training import EpochReport, Trainer, default_trainer
 from lustral.vision.attacks import BadNets, Blended
 from lustral.vision.detectors import MaskArea
-from lustral.vision.evaluation.protocol import Evaluation, compare, evaluate
+from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, evaluate
 from lustral.vision.images import stratified_indices
 from lustral.vision.interfaces import Attack, Purifier
 from lustral.vision.inverters import MaxEntropy
@@ -234,7 +234,7 @@ def erase(plan: Plan, source: DataSource, method: str) -> None:
         "settings": repr(purifier),
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "compare": compare(before, after),
+        "compare": compare_evaluations(before, after),
         "history": list(purified.history),
         "selected": purified.selected,
         "notes": purified.notes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lustral.core.randomness import child
-from lustral.vision.evaluation import compare, evaluate
+from lustral.vision.evaluation import compare_evaluations, evaluate
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.records import DefenderView, Victim
 from lustral.vision.victims import load_victim, save_victim
@@ -34,5 +34,5 @@ def test_a_backdoor_is_planted_found_erased_and_seen_to_be_gone(backdoored: Vict
     assert after.asr.value < 0.1
     assert after.acc.value >= before.acc.value - 0.03
     assert after.ra.value > 0.8
-    assert compare(before, after)["erased"] is True
+    assert compare_evaluations(before, after)["erased"] is True
     assert evaluate(victim, None, test, generator=child(0)) == before  # the victim is as it was

@@ -17,7 +17,7 @@ from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unl
 from lustral.vision.purifiers.tsbd import most_moved, weight_changes
 from lustral.vision.records import DefenderView, ImageSet
 from lustral.vision.repair.clean_unlearning import unlearn_clean
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from toy import NUM_CLASSES, toy_images
 
 STEPS = 3
@@ -28,7 +28,7 @@ FAR = 0.2  # least distance of another algorithm
 class WholeSet(Trainer):
     """A trainer whose every epoch is one step on the whole set, so that its order does not matter."""
 
-    def stretched(self, num_images: int, least_steps: int) -> Trainer:
+    def fitted_to_size(self, num_images: int, least_steps: int) -> Trainer:
         return dataclasses.replace(self, batch_size=num_images)
 
 
@@ -40,7 +40,7 @@ def whole_set(trainer: Trainer, **changes: Any) -> WholeSet:
 
 def fit_set(view: DefenderView, seed: int = 0) -> ImageSet:
     """Return the images that a purifier with this seed trains on."""
-    return Repair(view=view, holdout=0.2, generator=child(seed)).fit
+    return PurifyRun(view=view, holdout=0.2, generator=child(seed)).fit
 
 
 def batches_of(data: ImageSet) -> list[tuple[Tensor, Tensor]]:
@@ -160,7 +160,7 @@ def test_tsbd_fine_tunes(toy_view: DefenderView) -> None:
     trainer = whole_set(TSBD().trainer, optimizer="heavy_ball")
     changes = weight_changes(toy_view.model, toy_view.model, convolutions(toy_view.model))
     method = dataclasses.replace(TSBD(), trainer=trainer)
-    with Repair(view=toy_view, holdout=0.2, generator=child(0)) as repair:
+    with PurifyRun(view=toy_view, holdout=0.2, generator=child(0)) as repair:
         ours = method.repaired(repair, changes, 0.0)  # nothing is reset
     batches = batches_of(fit_set(toy_view))
     assert difference(ours, reference.fine_tuned(toy_view.model, batches, STEPS), toy_view.model) < CLOSE

@@ -16,7 +16,7 @@ import torch
 
 from bench.plans import quick_grid
 from bench.test_runner import outcome
-from lustral.bench.runner import Event, Summary, run_local
+from lustral.bench.runner import Event, RunSummary, run_local
 from lustral.bench.upkeep import verify
 from lustral.store.store import Store
 
@@ -48,12 +48,12 @@ def test_a_cluster_gives_the_table_of_one_process(tmp_path: Path) -> None:
     run_local(quick_grid(), alone, device=CPU)
     shared = Store(str(tmp_path / "shared")).open(create=True)
     events: list[Event] = []
-    assert run_on_ray(quick_grid(), shared, address="auto", device="cpu", on_event=events.append) == Summary(
+    assert run_on_ray(quick_grid(), shared, address="auto", device="cpu", on_event=events.append) == RunSummary(
         computed=12
     )
     assert len(events) == 12
     assert outcome(shared) == outcome(alone)
-    assert run_on_ray(quick_grid(), shared, address="auto", device="cpu") == Summary(present=12)
+    assert run_on_ray(quick_grid(), shared, address="auto", device="cpu") == RunSummary(present=12)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.plans import QUICK, quick_grid, work_through
-from lustral.bench.runner import Event, Summary, run_local
+from lustral.bench.runner import Event, RunSummary, run_local
 from lustral.bench.upkeep import verify
 from lustral.store.store import Store
 from lustral.vision.purifiers import BNRefresh, FineTuning
@@ -41,7 +41,7 @@ def outcome(store: Store) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(str(tmp_path_factory.mktemp("bench") / "undisturbed")).open(create=True)
-    assert run_local(quick_grid(), store, device=CPU) == Summary(computed=12)
+    assert run_local(quick_grid(), store, device=CPU) == RunSummary(computed=12)
     return store
 
 
@@ -63,7 +63,7 @@ def wait_for_lines(log: Path, count: int) -> None:
 
 def test_a_second_run_computes_nothing(undisturbed: Store) -> None:
     events: list[Event] = []
-    assert run_local(quick_grid(), undisturbed, device=CPU, on_event=events.append) == Summary(present=12)
+    assert run_local(quick_grid(), undisturbed, device=CPU, on_event=events.append) == RunSummary(present=12)
     assert {event.state for event in events} == {"present"}
 
 
@@ -88,7 +88,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     """
     seeds, alone = [0, 1, 2, 3], Store(str(tmp_path / "alone")).open(create=True)
     grid, began = quick_grid(seeds=seeds), time.perf_counter()
-    assert run_local(grid, alone, device=CPU) == Summary(computed=24)
+    assert run_local(grid, alone, device=CPU) == RunSummary(computed=24)
     cell_seconds = (time.perf_counter() - began) / 24
     folder, log = tmp_path / "store", tmp_path / "log"
     log.touch()
@@ -144,12 +144,12 @@ def test_a_failed_cell_is_a_record_and_not_the_end(tmp_path: Path, monkeypatch: 
     store = Store(str(tmp_path / "store")).open(create=True)
     with monkeypatch.context() as patch:
         patch.setattr(BNRefresh, "purify", fail)
-        assert run_local(quick_grid(seeds=[0]), store, device=CPU) == Summary(computed=4, failed=2)
+        assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(computed=4, failed=2)
     failures = list(store.records("failures"))
     assert {record["error"] for record in failures} == {"RuntimeError: no such luck"}
     assert all("in fail" in record["traceback"] for record in failures)
-    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == Summary(present=4, failed=2)  # not tried again
-    assert run_local(quick_grid(seeds=[0]), store, device=CPU, retry_failed=True) == Summary(computed=2, present=4)
+    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(present=4, failed=2)  # not tried again
+    assert run_local(quick_grid(seeds=[0]), store, device=CPU, retry_failed=True) == RunSummary(computed=2, present=4)
     assert not store.keys("failures")
 
 
@@ -160,9 +160,9 @@ def test_results_of_a_failed_victim_are_blocked(tmp_path: Path, monkeypatch: pyt
     store = Store(str(tmp_path / "store")).open(create=True)
     with monkeypatch.context() as patch:
         patch.setattr("lustral.bench.cells.implant", fail)
-        assert run_local(quick_grid(seeds=[0]), store, device=CPU) == Summary(failed=2, blocked=4)
-    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == Summary(failed=2, blocked=4)
-    assert run_local(quick_grid(seeds=[0]), store, device=CPU, retry_failed=True) == Summary(computed=6)
+        assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(failed=2, blocked=4)
+    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(failed=2, blocked=4)
+    assert run_local(quick_grid(seeds=[0]), store, device=CPU, retry_failed=True) == RunSummary(computed=6)
 
 
 def test_an_interruption_leaves_no_claim_and_the_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_an_interruption_leaves_no_claim_and_the_work_goes_on(tmp_path: Path, mo
     assert not list((tmp_path / "store").rglob("claims/*.json"))
     assert not store.keys("failures")
     monkeypatch.setattr(FineTuning, "purify", original)
-    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == Summary(computed=5, present=1)
+    assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(computed=5, present=1)
 
 
 def test_threads_are_the_plans_and_given_back(tmp_path: Path) -> None:

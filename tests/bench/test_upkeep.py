@@ -18,7 +18,7 @@ from bench.plans import QUICK, quick_grid
 from bench.synthetic import synthetic_store
 from lustral.bench.cells import StoreAssets
 from lustral.bench.grid import Cell, Grid
-from lustral.bench.runner import Event, Summary, run_local
+from lustral.bench.runner import Event, RunSummary, run_local
 from lustral.bench.upkeep import (
     UNREADABLE,
     Waste,
@@ -37,7 +37,7 @@ from lustral.core.versions import current_versions
 from lustral.store.store import KINDS, Kind, Store, StoreError, checksum_of
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
-from lustral.vision.evaluation import Evaluation, compare
+from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.images import as_float
 from lustral.vision.models import load_model
 from lustral.vision.purifiers import BNRefresh
@@ -61,7 +61,7 @@ def grid() -> Grid:
 def finished(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with all cells of the plan: two victims, four results."""
     folder = tmp_path_factory.mktemp("upkeep") / "store"
-    assert run_local(grid, Store(str(folder)).open(create=True), device=CPU) == Summary(computed=6)
+    assert run_local(grid, Store(str(folder)).open(create=True), device=CPU) == RunSummary(computed=6)
     return folder
 
 
@@ -229,7 +229,7 @@ def better(metrics: dict[str, Any], **hits: int) -> dict[str, Any]:
 
 def recompared(record: dict[str, Any]) -> dict[str, Any]:
     before, after = (Evaluation.from_dict({**record["metrics"][when], "per_class": []}) for when in ("before", "after"))
-    return {**record, "metrics": {**record["metrics"], "compare": compare(before, after)}}
+    return {**record, "metrics": {**record["metrics"], "compare": compare_evaluations(before, after)}}
 
 
 @pytest.mark.parametrize("name", ["acc", "asr", "ra", "natural_rate"])
@@ -395,7 +395,7 @@ def test_a_run_ends_though_its_victim_is_taken_away(store: Store, grid: Grid, mo
     monkeypatch.setattr("lustral.bench.runner.time.sleep", wait)
     for key in store.keys("results"):
         store.remove("results", key)
-    assert run_local(grid, store, device=CPU, on_event=take_away) == Summary(present=2, failed=4)
+    assert run_local(grid, store, device=CPU, on_event=take_away) == RunSummary(present=2, failed=4)
     assert all("is not in the store; run the plan" in record["error"] for record in store.records("failures"))
 
 
@@ -441,7 +441,7 @@ def test_what_no_plan_names_goes(store: Store, grid: Grid) -> None:
     assert find_waste(store, keep=[benign], grace_seconds=0) == Waste()
     assert set(whole(store)) < set(before)
     remove_waste(store, waste)  # again: somebody else was faster
-    assert run_local(grid, store, device=CPU) == Summary(computed=3, present=3)
+    assert run_local(grid, store, device=CPU) == RunSummary(computed=3, present=3)
 
 
 def test_assets_and_files_of_kept_cells_stay(store: Store, grid: Grid) -> None:
@@ -584,7 +584,7 @@ def test_a_verdict_that_does_not_repeat(store: Store, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(MaskArea, "inspect", inspect)
     detecting = quick_grid(**{**SMALL, "attacks": SMALL["attacks"][:1], "defences": [{"method": "mask_area"}]})
-    assert run_local(detecting, store, device=CPU) == Summary(computed=1, present=1)
+    assert run_local(detecting, store, device=CPU) == RunSummary(computed=1, present=1)
     cell = detecting.cells[1]
     assert store.read("results", cell.key)["metrics"]["detection"]["correct"] is True
     assert not verify(store, sample=99).faults  # there are no weights to measure

@@ -387,11 +387,13 @@ def success_left(name: str, victim: Victim, model: nn.Module, test: ImageSet) ->
 @pytest.mark.parametrize("name", ["i_bau", "sau"])
 def test_a_rate_too_high_for_the_network_is_lowered_and_said_so(name: str, toy_view: DefenderView) -> None:
     hasty = dataclasses.replace(small(name).trainer, learning_rate=0.3)
-    bounded = dataclasses.replace(small(name), trainer=hasty).purify(toy_view, generator=child(1))
-    assert "The learning rate was" in bounded.notes[0]
+    with_rate_cap = dataclasses.replace(small(name), trainer=hasty).purify(toy_view, generator=child(1))
+    assert "The learning rate was" in with_rate_cap.notes[0]
     free = dataclasses.replace(small(name), trainer=hasty, relative_rate=None).purify(toy_view, generator=child(1))
     assert not any("The learning rate was" in note for note in free.notes)
-    assert bounded.history[-1]["clean_accuracy"] > free.history[-1]["clean_accuracy"] + 0.2  # which 0.3 has ruined
+    assert (
+        with_rate_cap.history[-1]["clean_accuracy"] > free.history[-1]["clean_accuracy"] + 0.2
+    )  # which 0.3 has ruined
     with pytest.raises(ValueError, match="relative rate > 0"):
         dataclasses.replace(small(name), relative_rate=0.0)
 

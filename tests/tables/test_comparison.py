@@ -10,7 +10,7 @@ import pytest
 
 from bench.synthetic import synthetic_store
 from lustral.tables.comparison import Comparison, compare
-from lustral.tables.rows import SCHEMA, load_cells
+from lustral.tables.rows import ROW_SCHEMA, load_cells
 from lustral.tables.summary import QueryError
 
 
@@ -33,7 +33,7 @@ def cell(defence: str, seed: int = 0, *, attack: str = "badnets", **columns: Any
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=ROW_SCHEMA)
 
 
 def pairs(first: Iterable[float], second: Iterable[float], metric: str = "der") -> pa.Table:

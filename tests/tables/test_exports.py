@@ -24,7 +24,7 @@ from lustral.tables.exports import (
     to_parquet,
     write_summary,
 )
-from lustral.tables.rows import SCHEMA
+from lustral.tables.rows import ROW_SCHEMA
 from lustral.tables.summary import EXTREMES, METRICS, Query, Summary, table
 
 ODD = r"50%_of & #1 [red]|~^{x}\ $y$ <b> `c` *"
@@ -52,7 +52,7 @@ def cell(defence: str, seed: int, **columns: Any) -> dict[str, Any]:
 def made(**query: Any) -> Summary:
     cells = [cell("mesa", seed, acc=acc, asr=0.01, der=0.98) for seed, acc in enumerate((0.90, 0.92, 0.97))]
     cells.append(cell(ODD, 0, acc=0.9999, acc_low=0.99, acc_high=1.0, asr=0.5, poison_rate=None))
-    return table(pa.Table.from_pylist(cells, schema=SCHEMA), Query(**{"by": ("defence",), **query}))
+    return table(pa.Table.from_pylist(cells, schema=ROW_SCHEMA), Query(**{"by": ("defence",), **query}))
 
 
 def on_screen(summary: Summary, width: int = 200) -> str:
@@ -158,7 +158,7 @@ def test_latex_escapes_what_is_special() -> None:
 
 
 def test_names_with_line_breaks_stay_on_one_line() -> None:
-    cells = pa.Table.from_pylist([cell("two\nlines", 0, acc=0.5)], schema=SCHEMA)
+    cells = pa.Table.from_pylist([cell("two\nlines", 0, acc=0.5)], schema=ROW_SCHEMA)
     summary = table(cells, Query(by=("defence",), metrics=("acc",)))
     assert "| two lines | 50.0 |" in to_markdown(summary).decode()
     assert "two lines & 50.0 &" in to_latex(summary).decode()
@@ -167,7 +167,7 @@ def test_names_with_line_breaks_stay_on_one_line() -> None:
 
 @pytest.mark.parametrize("ending", sorted(EXPORTS))
 def test_tables_without_rows_can_be_written(ending: str, tmp_path: Path) -> None:
-    summary = table(pa.Table.from_pylist([], schema=SCHEMA), Query())
+    summary = table(pa.Table.from_pylist([], schema=ROW_SCHEMA), Query())
     write_summary(summary, tmp_path / f"table{ending}")
     assert (tmp_path / f"table{ending}").read_bytes() == EXPORTS[ending](summary)
     on_screen(summary)
@@ -184,7 +184,7 @@ def test_the_ending_of_a_file_names_its_format(tmp_path: Path) -> None:
 def compared(gaps: list[float], metric: str) -> list[str]:
     cells = [cell("a", seed, **{metric: 0.5 + gap}) for seed, gap in enumerate(gaps)]
     cells += [cell("b", seed, **{metric: 0.5}) for seed in range(len(gaps))]
-    return comparison_lines(compare(pa.Table.from_pylist(cells, schema=SCHEMA), "a", "b", metric))
+    return comparison_lines(compare(pa.Table.from_pylist(cells, schema=ROW_SCHEMA), "a", "b", metric))
 
 
 def test_a_comparison_in_sentences() -> None:

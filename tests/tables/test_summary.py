@@ -18,7 +18,7 @@ from bench.synthetic import synthetic_store
 from lustral.core.files import canonical
 from lustral.core.rates import wilson_interval
 from lustral.store.store import Store, StoreError, content_key
-from lustral.tables.rows import SCHEMA, load_cells, without_outdated
+from lustral.tables.rows import ROW_SCHEMA, load_cells, without_outdated
 from lustral.tables.summary import METRICS, Query, QueryError, table
 
 NUMBERS = itertools.count()
@@ -53,7 +53,7 @@ def cell(**columns: Any) -> dict[str, Any]:
 
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=ROW_SCHEMA)
 
 
 def benign(**columns: Any) -> dict[str, Any]:
@@ -406,7 +406,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def test_every_record_is_one_row(store: Store) -> None:
     cells = load_cells(store)
-    assert cells.schema == SCHEMA
+    assert cells.schema == ROW_SCHEMA
     keys = set().union(*(store.keys(kind) for kind in ("victims", "results", "failures")))
     assert sorted(cells.column("key").to_pylist()) == sorted(keys)
 
@@ -468,7 +468,7 @@ def test_a_failure_that_succeeded_later_is_no_failure(tmp_path: Path) -> None:
 
 def test_an_empty_store_is_an_empty_table(tmp_path: Path) -> None:
     cells = load_cells(Store(str(tmp_path / "bench")).open(create=True))
-    assert (cells.num_rows, cells.schema) == (0, SCHEMA)
+    assert (cells.num_rows, cells.schema) == (0, ROW_SCHEMA)
 
 
 def test_stores_behind_a_url_are_read_too(store: Store) -> None:

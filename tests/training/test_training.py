@@ -17,11 +17,11 @@ from lustral.training import (
     EpochReport,
     Trainer,
     TrainingDiverged,
+    adam_step_ratio,
     autocast,
     cross_entropy,
     frozen,
     learning_rate_factor,
-    reach,
     set_training_mode,
 )
 from lustral.vision.models import Classifier, SmallCNN, build_classifier
@@ -392,7 +392,7 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error(model: Classifi
     [(100, 40, 25, 10), (100, 1, 25, 6), (10_000, 40, 128, 6), (3, 9, 2, 9), (0, 5, 2, 6)],
 )
 def test_small_sets_stretch_the_recipe(num_images: int, least_steps: int, batch_size: int, epochs: int) -> None:
-    recipe = Trainer(epochs=6, batch_size=128, learning_rate=0.03).stretched(num_images, least_steps)
+    recipe = Trainer(epochs=6, batch_size=128, learning_rate=0.03).fitted_to_size(num_images, least_steps)
     assert (recipe.batch_size, recipe.epochs, recipe.learning_rate) == (batch_size, epochs, 0.03)
 
 
@@ -400,27 +400,27 @@ def test_the_reach_by_hand() -> None:
     two = nn.Sequential(nn.Linear(4, 3), nn.Conv2d(4, 6, 2, bias=False))
     nn.init.constant_(two[0].weight, -0.5)
     nn.init.constant_(two[1].weight, 0.25)
-    assert reach(two) == pytest.approx((12 * 2 / 0.5 + 96 * 4 / 0.25) / 108)
-    assert reach(nn.BatchNorm2d(3)) == 0
+    assert adam_step_ratio(two) == pytest.approx((12 * 2 / 0.5 + 96 * 4 / 0.25) / 108)
+    assert adam_step_ratio(nn.BatchNorm2d(3)) == 0
     nn.init.zeros_(two[0].weight)
-    assert reach(two) == pytest.approx(4 / 0.25)  # what is all zero tells no size
+    assert adam_step_ratio(two) == pytest.approx(4 / 0.25)  # what is all zero tells no size
     token = nn.Module()
     token.token = nn.Parameter(torch.full((1, 1, 9), 1e-6))
-    assert reach(token) == 0
+    assert adam_step_ratio(token) == 0
 
 
 def test_the_rate_is_bounded_by_the_reach(model: Classifier) -> None:
-    recipe, far = Trainer(learning_rate=0.01), reach(model)
-    assert recipe.bounded(model, 0.005 * far).learning_rate == pytest.approx(0.005)
-    assert recipe.bounded(model, 0.02 * far) == recipe
-    assert recipe.bounded(model, None) == recipe
+    recipe, far = Trainer(learning_rate=0.01), adam_step_ratio(model)
+    assert recipe.with_rate_cap(model, 0.005 * far).learning_rate == pytest.approx(0.005)
+    assert recipe.with_rate_cap(model, 0.02 * far) == recipe
+    assert recipe.with_rate_cap(model, None) == recipe
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.25)  # a quarter of the weights: a quarter of the rate
-    assert recipe.bounded(model, 0.005 * far).learning_rate == pytest.approx(0.005 / 4)
+    assert recipe.with_rate_cap(model, 0.005 * far).learning_rate == pytest.approx(0.005 / 4)
     nn.init.zeros_(next(p for p in model.parameters() if p.ndim > 1))
-    assert recipe.bounded(model, 0.005 * far).learning_rate < 0.005  # a pruned layer does not lift the bound
-    assert recipe.bounded(nn.BatchNorm2d(3), 0.005 * far) == recipe
+    assert recipe.with_rate_cap(model, 0.005 * far).learning_rate < 0.005  # a pruned layer does not lift the bound
+    assert recipe.with_rate_cap(nn.BatchNorm2d(3), 0.005 * far) == recipe
 
 
 def test_wider_networks_get_lower_rates_in_inverse_proportion() -> None:
@@ -434,7 +434,7 @@ def test_wider_networks_get_lower_rates_in_inverse_proportion() -> None:
             std=(0.25,) * 3,
             generator=child(0),
         )
-        rates.append(Trainer(learning_rate=1.0).bounded(network, 0.7).learning_rate)
+        rates.append(Trainer(learning_rate=1.0).with_rate_cap(network, 0.7).learning_rate)
     assert rates[0] / rates[1] == pytest.approx(2, rel=0.05)
     assert rates[1] / rates[2] == pytest.approx(2, rel=0.05)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lustral.bench.cells import SCHEMA, Workbench, made
-from lustral.bench.grid import Cell, Grid, facts
+from lustral.bench.cells import RECORD_SCHEMA, Workbench, build_info
+from lustral.bench.grid import Cell, Grid, table_columns
 from lustral.bench.plan import PlanError
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
@@ -198,14 +198,14 @@ def make(
         on_progress=on_progress,
     )
     return {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "kind": "audit",
         "status": "done",
         "title": f"audit of {audit.result.title}",
-        "facts": facts(audit.result),
+        "facts": table_columns(audit.result),
         "spec": audit.spec,
         "victim_key": result["victim_key"],
         "result_key": result["key"],
         "metrics": checks,
-        "made": made(time.perf_counter() - started, bench.device),
+        "made": build_info(time.perf_counter() - started, bench.device),
     }

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import lustral
-from lustral.bench.grid import DEFENCES, Cell, facts
+from lustral.bench.grid import DEFENCES, Cell, table_columns
 from lustral.bench.sources import Sources
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.core.files import json_ready, write_bytes_atomic
@@ -33,7 +33,7 @@ from lustral.core.records import OnProgress, Progress
 from lustral.core.settings import build
 from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.training import EpochReport, Trainer
-from lustral.vision.evaluation import Evaluation, compare, evaluate
+from lustral.vision.evaluation import Evaluation, compare_evaluations, evaluate
 from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, at_most
 from lustral.vision.models import Classifier, arch_of, load_model, parse_architecture, save_model
@@ -41,7 +41,7 @@ from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Vi
 from lustral.vision.victim_files import TRIGGER_FILE, tensors_in
 from lustral.vision.victims import NO_ATTACK, implant, library_versions, load_victim, save_victim
 
-SCHEMA = 1
+RECORD_SCHEMA = 1
 
 
 class CellError(ValueError):
@@ -74,7 +74,12 @@ class StoreAssets:
         if not self._store.has("assets", key):
             started = time.perf_counter()
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in build().items()}
-            record = {"schema": SCHEMA, "kind": "asset", "spec": spec, "made": made(time.perf_counter() - started)}
+            record = {
+                "schema": RECORD_SCHEMA,
+                "kind": "asset",
+                "spec": spec,
+                "made": build_info(time.perf_counter() - started),
+            }
             self._store.put("assets", key, record, {TRIGGER_FILE: save(tensors)})
         content = self._store.file(self._store.read("assets", key), TRIGGER_FILE)
         return tensors_in(content, where=f"the asset {key[:12]}")
@@ -112,15 +117,15 @@ class Workbench:
         else:
             record, files = self._defend(cell, on_progress)
         whole = {
-            "schema": SCHEMA,
+            "schema": RECORD_SCHEMA,
             "kind": cell.spec["kind"],
             "status": "done",
             "title": cell.title,
-            "facts": facts(cell),
+            "facts": table_columns(cell),
             "spec": cell.spec,
             "victim_key": cell.victim_key,
             **record,
-            "made": made(time.perf_counter() - started, self.device),
+            "made": build_info(time.perf_counter() - started, self.device),
         }
         return Outcome(record=whole, files=files)
 
@@ -173,7 +178,7 @@ class Workbench:
         with tempfile.TemporaryDirectory() as scratch:
             save_victim(Path(scratch), victim, self._test(spec))
             files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
-        metrics, per_class = brief(victim.metrics)
+        metrics, per_class = without_per_class(victim.metrics)
         files[DETAIL_FILE] = as_json({"history": epochs, "per_class": {"before": per_class}})
         cost = {
             "seconds": seconds,
@@ -197,7 +202,7 @@ class Workbench:
         defence: Any = build(DEFENCES[method], spec["defence"]["settings"])
         before = Evaluation.from_dict(victim.metrics)
         metrics: dict[str, Any] = {}
-        metrics["before"], per_class_before = brief(victim.metrics)
+        metrics["before"], per_class_before = without_per_class(victim.metrics)
         detail: dict[str, Any] = {"per_class": {"before": per_class_before}}
         files: dict[str, bytes] = {}
         if method in PURIFIERS:
@@ -206,8 +211,8 @@ class Workbench:
             )
             cost, verdict = purified.cost, purified.verdict
             after = self.evaluate(victim, purified.model, victim_spec)
-            metrics["after"], detail["per_class"]["after"] = brief(after.to_dict())
-            metrics["compare"] = compare(before, after)
+            metrics["after"], detail["per_class"]["after"] = without_per_class(after.to_dict())
+            metrics["compare"] = compare_evaluations(before, after)
             detail |= {
                 "history": list(purified.history),
                 "selected": purified.selected,
@@ -271,16 +276,16 @@ class Workbench:
 def failure(cell: Cell, error: BaseException, seconds: float, device: torch.device | None = None) -> dict[str, Any]:
     """Return the record of a cell that raised."""
     return {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "kind": cell.spec["kind"],
         "status": "failed",
         "title": cell.title,
-        "facts": facts(cell),
+        "facts": table_columns(cell),
         "spec": cell.spec,
         "victim_key": cell.victim_key,
         "error": writable(f"{type(error).__name__}: {error}"),
         "traceback": writable("".join(traceback.format_exception(error))),
-        "made": made(seconds, device),
+        "made": build_info(seconds, device),
     }
 
 
@@ -294,7 +299,7 @@ def seed_name(defence_seed: int) -> tuple[int, ...]:
     return (defence_seed,) if defence_seed else ()
 
 
-def brief(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def without_per_class(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return an evaluation without its longest part, and that part: the accuracy of each class."""
     return {name: value for name, value in metrics.items() if name != "per_class"}, metrics["per_class"]
 
@@ -350,7 +355,7 @@ def as_json(content: Any) -> bytes:
     return json.dumps(json_ready(content), allow_nan=False).encode()
 
 
-def made(seconds: float, device: torch.device | None = None) -> dict[str, Any]:
+def build_info(seconds: float, device: torch.device | None = None) -> dict[str, Any]:
     """Return by what and when something was made: recorded, but no part of its name."""
     name = "cpu" if device is None else str(device)
     if device is not None and device.type == "cuda":

@@ -133,7 +133,7 @@ class Grid:
         Raises:
             PlanError: no such column, or no cell with such values; says what there is.
         """
-        columns = [(cell, facts(cell)) for cell in self.cells]
+        columns = [(cell, table_columns(cell)) for cell in self.cells]
         known = dict.fromkeys(name for _, row in columns for name in row)
         for name, values in admitted.items():
             if name not in known:
@@ -153,7 +153,7 @@ class Grid:
         return replace(self, cells=tuple(cell for cell in self.cells if cell.key in fitting))
 
 
-def facts(cell: Cell) -> dict[str, Any]:
+def table_columns(cell: Cell) -> dict[str, Any]:
     """Return the columns that tables group by."""
     spec = cell.spec
     victim = spec["victim"] if spec["kind"] == "result" else spec

@@ -16,7 +16,7 @@ import torch
 
 from lustral.bench.cells import Workbench, failure
 from lustral.bench.grid import Cell, Grid
-from lustral.bench.runner import Event, OnEvent, Summary, run_cell, threads, wait_for
+from lustral.bench.runner import Event, OnEvent, RunSummary, run_cell, threads, wait_for
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
 from lustral.core.records import Progress
@@ -94,7 +94,7 @@ def run_on_ray(
     trust: Trust = Trust(),  # noqa: B008
     on_event: OnEvent | None = None,
     on_progress: Callable[[Cell, Progress], None] | None = None,
-) -> Summary:
+) -> RunSummary:
     """Work through a grid on a cluster.
 
     Args:
@@ -150,11 +150,11 @@ def _run(
     trust: Trust,
     on_event: OnEvent | None,
     on_progress: Callable[[Cell, Progress], None] | None,
-) -> Summary:
+) -> RunSummary:
     plan, by_key = grid.plan.run, {cell.key: cell for cell in grid.cells}
     states: dict[str, Any] = {}
 
-    def settle(event: Event) -> None:
+    def record_event(event: Event) -> None:
         states[event.cell.key] = event.state
         if on_event is not None:
             on_event(event)
@@ -166,7 +166,7 @@ def _run(
     of_victim: dict[str, Any] = {}
     for cell in grid.cells:
         if cell.key in finished:
-            settle(Event(cell=cell, state="present"))
+            record_event(Event(cell=cell, state="present"))
             continue
         fields = {"spec": cell.spec, "attack": cell.attack, "defence": cell.defence}
         before = of_victim.get(cell.victim_key or "")
@@ -179,7 +179,7 @@ def _run(
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
-                settle(_outcome(ray, reference, running.pop(reference), store))
+                record_event(_outcome(ray, reference, running.pop(reference), store))
             if on_progress is not None:
                 for key, (stage, count, total) in ray.get(board.read.remote()).items():
                     on_progress(by_key[key], Progress(stage=stage, done=count, total=total))
@@ -189,7 +189,7 @@ def _run(
         raise
     finally:
         ray.kill(board)
-    return Summary.of(list(states.values()))
+    return RunSummary.of(list(states.values()))
 
 
 def _after_victim(before: Any, *settings: Any) -> tuple[str, float, str | None]:

@@ -49,7 +49,7 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class RunSummary:
     """How a run ended: numbers of cells by state."""
 
     computed: int = 0
@@ -58,7 +58,7 @@ class Summary:
     blocked: int = 0
 
     @classmethod
-    def of(cls, states: Sequence[State]) -> Summary:
+    def of(cls, states: Sequence[State]) -> RunSummary:
         """Count."""
         return cls(**{name: states.count(name) for name in ("computed", "present", "failed", "blocked")})
 
@@ -115,7 +115,7 @@ def run_local(
     trust: Trust = Trust(),  # noqa: B008
     on_event: OnEvent | None = None,
     on_progress: Callable[[Cell, Progress], None] | None = None,
-) -> Summary:
+) -> RunSummary:
     """Work through a grid in this process.
 
     Cells that another runner is computing are left for later; the run ends when every cell is settled.
@@ -132,7 +132,7 @@ def run_local(
     bench = Workbench(store=store, device=device, keep_models=grid.plan.run.keep_models, sources=Sources(trust=trust))
     states: dict[str, State] = {}
 
-    def settle(event: Event) -> None:
+    def record_event(event: Event) -> None:
         states[event.cell.key] = event.state
         if on_event is not None:
             on_event(event)
@@ -141,7 +141,7 @@ def run_local(
     waiting = []
     for cell in grid.cells:
         if cell.key in finished:
-            settle(Event(cell=cell, state="present"))
+            record_event(Event(cell=cell, state="present"))
         else:
             waiting.append(cell)
     with threads(grid.plan.run.threads):
@@ -149,7 +149,7 @@ def run_local(
             left = []
             for cell in waiting:
                 if states.get(cell.victim_key or "") in ("failed", "blocked"):
-                    settle(Event(cell=cell, state="blocked", error="its victim failed"))
+                    record_event(Event(cell=cell, state="blocked", error="its victim failed"))
                     continue
                 victim = cell.victim_key
                 if victim is not None and victim not in states and not store.has("victims", victim):
@@ -160,11 +160,11 @@ def run_local(
                 if event.state == "busy":
                     left.append(cell)
                 else:
-                    settle(event)
+                    record_event(event)
             if len(left) == len(waiting):
                 time.sleep(WAIT_SECONDS)
             waiting = left
-    return Summary.of(list(states.values()))
+    return RunSummary.of(list(states.values()))
 
 
 def _reporter(cell: Cell, on_progress: Callable[[Cell, Progress], None]) -> OnProgress:

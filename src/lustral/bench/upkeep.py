@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lustral.bench.cells import Workbench, brief
+from lustral.bench.cells import Workbench, without_per_class
 from lustral.bench.grid import Cell, Grid
 from lustral.bench.runner import threads
 from lustral.bench.sources import Sources
@@ -20,7 +20,7 @@ from lustral.core.records import OnProgress
 from lustral.core.settings import shortened
 from lustral.store.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
 from lustral.tables.rows import age_of
-from lustral.vision.evaluation import Evaluation, compare
+from lustral.vision.evaluation import Evaluation, compare_evaluations
 
 UNREADABLE = (
     KeyError,
@@ -156,9 +156,9 @@ def inconsistencies(metrics: Mapping[str, Any]) -> list[str]:
     """Return which numbers of a record do not follow from its counts of images; raises one of ``UNREADABLE`` without any."""
     measured = ("before", "after") if "after" in metrics else ("before",)
     whole = {when: Evaluation.from_dict({**metrics[when], "per_class": []}) for when in measured}
-    again: dict[str, Any] = {when: brief(evaluation.to_dict())[0] for when, evaluation in whole.items()}
+    again: dict[str, Any] = {when: without_per_class(evaluation.to_dict())[0] for when, evaluation in whole.items()}
     if len(whole) == 2:
-        again["compare"] = compare(whole["before"], whole["after"])
+        again["compare"] = compare_evaluations(whole["before"], whole["after"])
     return [
         f"{part}.{name} is {metrics[part][name]!r}, from the counts it is {value!r}"
         for part, values in again.items()

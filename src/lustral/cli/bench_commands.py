@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lustral.bench.grid import Grid
     from lustral.bench.trust import Trust
 
-SCHEMA = 1
+OUTPUT_SCHEMA = 1
 FAULTS = 1  # exit code of ``verify`` and ``repeat``
 SOME_FAILED = 1  # exit code of ``run``
 
@@ -54,7 +54,7 @@ def run_bench(argv: Sequence[str]) -> int:
         case BenchTable():
             return table(action, screen)
         case BenchCompare():
-            return compare(action, screen)
+            return compare_evaluations(action, screen)
         case BenchSite():
             return site(action, screen)
         case BenchVerify():
@@ -83,7 +83,7 @@ def run(command: BenchRun, screen: Screen) -> int:
                 device=device,
                 retry_failed=command.retry_failed,
                 trust=trust,
-                on_event=board.settle,
+                on_event=board.record_event,
                 on_progress=board.report,
             )
         else:
@@ -96,7 +96,7 @@ def run(command: BenchRun, screen: Screen) -> int:
                 device=command.common.device,
                 retry_failed=command.retry_failed,
                 trust=trust,
-                on_event=board.settle,
+                on_event=board.record_event,
                 on_progress=board.report,
             )
     counts = dataclasses.asdict(summary)
@@ -110,7 +110,7 @@ def run(command: BenchRun, screen: Screen) -> int:
         )
     if command.site is not None:
         write_pages(store, command.site, command.cards, grid.plan.name, screen)
-    screen.record({"schema": SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
+    screen.record({"schema": OUTPUT_SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
     return SOME_FAILED if summary.failed else 0
 
 
@@ -162,7 +162,7 @@ def audit(command: BenchAudit, screen: Screen) -> int:
                 named = (str(each.result.defence), each.result.attack, str(each.result.spec["victim"]["seed"]))
                 shown.add_row(*named, *("n/a" if rate is None else f"{100 * rate:.1f}" for rate in rates))
     screen.show(shown, f"{', '.join(f'{number} {state}' for state, number in counts.items())}.")
-    screen.record({"schema": SCHEMA, **counts, "audits": rows})
+    screen.record({"schema": OUTPUT_SCHEMA, **counts, "audits": rows})
     return 0
 
 
@@ -191,7 +191,7 @@ def plan(command: BenchPlan, screen: Screen) -> int:
     screen.show(f"Remaining time: {remaining(whole.left, whole.seconds, whole.unknown)}.")
     cells_shown = [{"key": c.key, "kind": c.kind, "title": c.title, "state": states[c.key]} for c in grid.cells]
     excluded = dict(grid.excluded)
-    screen.record({"schema": SCHEMA, **dataclasses.asdict(whole), "excluded": excluded, "cells": cells_shown})
+    screen.record({"schema": OUTPUT_SCHEMA, **dataclasses.asdict(whole), "excluded": excluded, "cells": cells_shown})
     return 0
 
 
@@ -218,11 +218,11 @@ def table(command: BenchTable, screen: Screen) -> int:
         screen.show(f"Written to {command.out}")
     else:
         screen.show(exports.rich_table(found))
-    screen.record({"schema": SCHEMA, "notes": list(found.notes), "rows": found.rows.to_pylist()})
+    screen.record({"schema": OUTPUT_SCHEMA, "notes": list(found.notes), "rows": found.rows.to_pylist()})
     return 0
 
 
-def compare(command: BenchCompare, screen: Screen) -> int:
+def compare_evaluations(command: BenchCompare, screen: Screen) -> int:
     """Compare two defences on the same victims."""
     from lustral.tables import comparison, exports, rows
 
@@ -239,7 +239,7 @@ def compare(command: BenchCompare, screen: Screen) -> int:
     screen.show(*exports.comparison_lines(found))
     if note is not None:
         screen.show(note)
-    screen.record({"schema": SCHEMA, **dataclasses.asdict(found), "left_out": note})
+    screen.record({"schema": OUTPUT_SCHEMA, **dataclasses.asdict(found), "left_out": note})
     return 0
 
 
@@ -247,7 +247,7 @@ def site(command: BenchSite, screen: Screen) -> int:
     """Write the pages."""
     store = Store(absolute(command.store)).open(create=False)
     write_pages(store, command.out, command.cards, command.title, screen)
-    screen.record({"schema": SCHEMA, "out": str(command.out)})
+    screen.record({"schema": OUTPUT_SCHEMA, "out": str(command.out)})
     return 0
 
 
@@ -275,7 +275,7 @@ def verify(command: BenchVerify, screen: Screen) -> int:
     for fault in faults:
         screen.show(flagged("fault", "red", fault))
     screen.show(f"{len(faults)} faults." if faults else "No fault.")
-    screen.record({"schema": SCHEMA, **dataclasses.asdict(report)})
+    screen.record({"schema": OUTPUT_SCHEMA, **dataclasses.asdict(report)})
     return FAULTS if faults else 0
 
 
@@ -294,7 +294,7 @@ def gc(command: BenchGc, screen: Screen) -> int:
         upkeep.remove_waste(store, waste)
     verb = "would go" if command.dry_run else "removed"
     screen.show(f"{len(waste.records)} records and {len(waste.leftovers)} leftovers {verb}.")
-    screen.record({"schema": SCHEMA, "dry_run": command.dry_run, **dataclasses.asdict(waste)})
+    screen.record({"schema": OUTPUT_SCHEMA, "dry_run": command.dry_run, **dataclasses.asdict(waste)})
     return 0
 
 
@@ -325,7 +325,7 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
         screen.show(flagged("differs", "red", line))
     if not found:
         screen.show("The rates are the stored ones.")
-    screen.record({"schema": SCHEMA, "key": cell.key, "metrics": again["metrics"], "differences": found})
+    screen.record({"schema": OUTPUT_SCHEMA, "key": cell.key, "metrics": again["metrics"], "differences": found})
     return FAULTS if found else 0
 
 

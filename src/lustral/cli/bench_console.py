@@ -57,7 +57,7 @@ class Board:
         if isinstance(error, KeyboardInterrupt) and not self._quiet:
             self._console.print(f"{self._settled} of {self._total} cells are settled; the same command goes on.")
 
-    def settle(self, event: Event) -> None:
+    def record_event(self, event: Event) -> None:
         """Note what became of a cell."""
         self._settled += 1
         self._present += event.state == "present"

@@ -37,7 +37,7 @@ from lustral.report.findings import erase_finding, scan_finding
 from lustral.store.store import Store
 from lustral.training import default_trainer
 from lustral.vision import victims
-from lustral.vision.evaluation import Evaluation, clean_accuracy, compare
+from lustral.vision.evaluation import Evaluation, clean_accuracy, compare_evaluations
 from lustral.vision.evaluation import evaluate as measure
 from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, at_most
@@ -60,7 +60,7 @@ from lustral.vision.sources import load_source, source_names
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+OUTPUT_SCHEMA = 1
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 
 
@@ -97,7 +97,7 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     victims.save_victim(out, victim, test)
     attack = victim.provenance["attack"]
     screen.show(metrics_table({attack: victim.metrics}, f"{attack} on {source.name}"), f"Written to {out}")
-    screen.record({"schema": SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
+    screen.record({"schema": OUTPUT_SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
     return 0
 
 
@@ -118,7 +118,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     )
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
-    record = {"schema": SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
+    record = {"schema": OUTPUT_SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if verdict.evidence:
         shown.append(verdict_table(verdict, names))
@@ -161,7 +161,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         provenance=provenance(command, argv, opened),
     )
     accuracies = defender_accuracies(opened, model)
-    record: dict[str, Any] = {"schema": SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
+    record: dict[str, Any] = {"schema": OUTPUT_SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
     record["written"] = str(file)
     record["purified"] = purified_record(purified)
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
@@ -169,7 +169,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         shown.append(verdict_table(purified.verdict, page.class_names))
     shown.append(defender_table(accuracies, purified))
     if before is not None and after is not None:
-        record |= {"before": before.to_dict(), "after": after.to_dict(), "change": compare(before, after)}
+        record |= {"before": before.to_dict(), "after": after.to_dict(), "change": compare_evaluations(before, after)}
         shown.append(
             metrics_table({"before": before, "after": after}, "Measured with the true trigger", record["change"])
         )
@@ -210,7 +210,7 @@ def list_attacks(screen: Screen) -> int:
         table.add_row(name, line, THREAT_MODELS[name])
     screen.show(table)
     records = {name: {"does": line, "attacker": THREAT_MODELS[name]} for name, line in lines.items()}
-    screen.record({"schema": SCHEMA, "attacks": records})
+    screen.record({"schema": OUTPUT_SCHEMA, "attacks": records})
     return 0
 
 
@@ -236,7 +236,7 @@ def list_purifiers(screen: Screen) -> int:
         name: {"does": line, "needs": PURIFIER_NEEDS[name], "passes": PURIFIER_COSTS[name]}
         for name, line in lines.items()
     }
-    screen.record({"schema": SCHEMA, "methods": records})
+    screen.record({"schema": OUTPUT_SCHEMA, "methods": records})
     return 0
 
 
@@ -256,7 +256,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     columns = {"victim": before}
     shown: list[RenderableType] = []
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": OUTPUT_SCHEMA,
         "command": shown_command(argv),
         "data": data,
         "before": before.to_dict(),
@@ -274,7 +274,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
             "model": str(command.model),
             "weights": loaded.weights,
             "after": after.to_dict(),
-            "change": compare(before, after),
+            "change": compare_evaluations(before, after),
         }
     if command.out is not None:
         write_json_atomic(prepare_folder(command.out) / "result.json", record)

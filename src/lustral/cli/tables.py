@@ -78,7 +78,7 @@ def interval(rate: Mapping[str, Any]) -> str:
 def metrics_table(
     columns: Mapping[str, Evaluation | Mapping[str, Any]], title: str, change: Mapping[str, Any] | None = None
 ) -> Table:
-    """Return ACC, ASR, RA and the natural rate, one column per model, and what ``compare`` says of two of them."""
+    """Return ACC, ASR, RA and the natural rate, one column per model, and what ``compare_evaluations`` says of two of them."""
     table = Table("on the test set", title=title, caption="with Wilson 95 % intervals")
     records = [part.to_dict() if isinstance(part, Evaluation) else part for part in columns.values()]
     for heading in columns:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lustral.report.charts import is_found, median_area
 from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
-from lustral.vision.evaluation import Evaluation, compare, unmet_criteria
+from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
 from lustral.vision.records import Purified, Verdict
 
 KEPT = 0.5  # share of the attack success above which a backdoor is called still there, and not merely not fully erased
@@ -267,7 +267,7 @@ def _erase_figures(
     purified: Purified, verdict: Verdict | None, before: Evaluation | None, after: Evaluation | None
 ) -> tuple[tuple[str, str], ...]:
     if before and after:
-        rating = compare(before, after)["der"]
+        rating = compare_evaluations(before, after)["der"]
         return (
             ("attack success", f"{percent(before.asr.value)} → {percent(after.asr.value)}"),
             ("clean accuracy", f"{percent(before.acc.value)} → {percent(after.acc.value)}"),

@@ -19,7 +19,7 @@ from lustral.core.records import Cost
 from lustral.report import wording
 from lustral.report.charts import BarChart, LineChart, area_chart, area_history_chart, audit_chart, rate_chart
 from lustral.report.findings import Finding, erase_finding, scan_finding
-from lustral.vision.evaluation import Evaluation, compare
+from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
@@ -233,7 +233,7 @@ def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measu
             )
         )
     if before and after:
-        comparison = compare(before, after)
+        comparison = compare_evaluations(before, after)
         for key, name, meaning in (
             ("der", "Defence effectiveness (DER)", "0.5: nothing gained; 1: attack gone at no loss of accuracy"),
             ("rir", "Robust improvement (RIR)", "0.5: nothing gained; 1: triggered images fully recognised again"),

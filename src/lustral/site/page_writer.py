@@ -24,7 +24,7 @@ OnPages = Callable[[int, int], None]
 
 
 @dataclass
-class Press:
+class PageWriter:
     """Renders templates and writes files below a folder."""
 
     folder: Path

@@ -27,7 +27,7 @@ import lustral
 from lustral.site.data import cells_script, means_of, settings_of, settings_script
 from lustral.site.folder import LAYOUT, MARKER, PAGES, SiteError, recover, replacing, require_ours
 from lustral.site.methods import folded, method_page, read_cards
-from lustral.site.page_writer import OnPages, Press
+from lustral.site.page_writer import OnPages, PageWriter
 from lustral.site.records import PICTURES, Picture, Relatives, png_size, record_page
 from lustral.site.words import count, duration, file_name, page_of, table_link
 from lustral.store.store import DETAIL_FILE, MOST_RECORD_BYTES, Kind, Store, StoreError, read_json
@@ -100,7 +100,7 @@ def write_site(
     rows = sorted(cells.to_pylist(), key=_order)
     _require_keys(rows)
     with replacing(out) as folder:
-        press = Press(folder, title, on_progress)
+        press = PageWriter(folder, title, on_progress)
         site = _Site(press, store, store_name, rows, contents, left_out=note)
         site.write(settings_of(cells), means_of(cells))
     is_victim = [row["kind"] == "victim" for row in rows]
@@ -130,10 +130,10 @@ def _require_keys(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @dataclass
-class _Shelf:
+class _PictureStore:
     """Puts pictures of records into the site, each content once."""
 
-    press: Press
+    press: PageWriter
     store: Store
     made: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -157,7 +157,7 @@ class _Shelf:
 
 @dataclass
 class _Site:
-    press: Press
+    press: PageWriter
     store: Store
     store_name: str
     rows: list[dict[str, Any]]
@@ -167,7 +167,7 @@ class _Site:
     triggers: dict[str, Picture] = field(default_factory=dict)  # by victim
 
     def __post_init__(self) -> None:
-        self.shelf = _Shelf(self.press, self.store)
+        self.shelf = _PictureStore(self.press, self.store)
         self.press.total = len(self.rows) + len(self.methods) + len(PAGES)
 
     @cached_property

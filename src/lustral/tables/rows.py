@@ -19,7 +19,7 @@ BENIGN = "benign"  # what the records call the attack of a clean model
 UNDEFENDED = "none"  # the defence in the rows of victims as they are
 RATES = ("acc", "asr", "ra")  # the records hold Wilson intervals of these
 
-SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("key", "kind", "status", "title")),
         *((name, pa.string()) for name in ("data", "arch", "attack", "attack_method")),
@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("outdated", pa.string()),
     ]
 )
-EMPTY_ROW = dict.fromkeys(SCHEMA.names)
+EMPTY_ROW = dict.fromkeys(ROW_SCHEMA.names)
 ATTACK_COLUMNS = ("attack", "attack_method", "poison_rate", "target_label", "victim_key")
 DEFENCE_COLUMNS = ("defence", "defence_method", "defence_kind", "kind")
 DIMENSIONS = (
@@ -58,7 +58,7 @@ IDENTITY = ("data", "arch", "attack", "poison_rate")  # of an attack; target lab
 
 
 def load_cells(store: Store) -> pa.Table:
-    """Read every record of a store into one table with the columns of ``SCHEMA``.
+    """Read every record of a store into one table with the columns of ``ROW_SCHEMA``.
 
     A row is a result; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is attacked, no
     cost, "erased" null); or a cell of either kind that failed (status "failed", nothing measured). ``victim_key`` is the
@@ -75,14 +75,14 @@ def load_cells(store: Store) -> pa.Table:
     rows += [row for row in _rows(store, "failures", _common) if row["key"] not in done]
     for row in rows:
         row["victim_seconds"] = training.get(row["victim_key"])
-    columns = zip(*map(itemgetter(*SCHEMA.names), rows), strict=True) if rows else [()] * len(SCHEMA)
+    columns = zip(*map(itemgetter(*ROW_SCHEMA.names), rows), strict=True) if rows else [()] * len(ROW_SCHEMA)
     arrays = []
-    for column, values in zip(SCHEMA, columns, strict=True):
+    for column, values in zip(ROW_SCHEMA, columns, strict=True):
         try:
             arrays.append(pa.array(values, type=column.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, ValueError, TypeError) as error:
             raise StoreError(f"a record in {store.url} has an unexpected {column.name}: {shortened(error)}") from error
-    return pa.table(arrays, schema=SCHEMA)
+    return pa.table(arrays, schema=ROW_SCHEMA)
 
 
 def age_of(spec: Mapping[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ from lustral.tables.rows import (
     DIMENSIONS,
     IDENTITY,
     RATES,
-    SCHEMA,
+    ROW_SCHEMA,
     UNDEFENDED,
 )
 
@@ -143,7 +143,7 @@ class Query:
 
 def _typed(column: str, value: Any) -> Any:
     """Return a value as the column's type has it."""
-    kind = SCHEMA.field(column).type
+    kind = ROW_SCHEMA.field(column).type
     if value is None or kind == pa.string():
         return None if value is None else str(value)
     try:
@@ -374,7 +374,7 @@ def _fetch(base: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any] = ()
 
 
 def _schema(query: Query) -> pa.Schema:
-    fields = [SCHEMA.field(name) for name in query.by]
+    fields = [ROW_SCHEMA.field(name) for name in query.by]
     for name in query.metrics:
         fields.append(pa.field(name, pa.float64()))
         if name in METRICS:

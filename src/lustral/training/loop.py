@@ -47,7 +47,7 @@ class EpochReport:
     model: nn.Module
 
 
-def reach(model: nn.Module) -> float:
+def adam_step_ratio(model: nn.Module) -> float:
     """Return how far a step of Adam can move the units of a model: their change over what they compute, per learning rate.
 
     Adam moves every weight by up to the learning rate, however small its gradient, and the weights of a unit move together. Over
@@ -139,10 +139,10 @@ class Trainer:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"expected a warm-up share in [0, 1); got {self.warmup}")
 
-    def stretched(self, num_images: int, least_steps: int) -> Trainer:
+    def fitted_to_size(self, num_images: int, least_steps: int) -> Trainer:
         """Return this recipe for a small set: batches of at most a quarter of it, epochs for at least ``least_steps``.
 
-        >>> small = Trainer(epochs=6, batch_size=128).stretched(num_images=100, least_steps=40)
+        >>> small = Trainer(epochs=6, batch_size=128).fitted_to_size(num_images=100, least_steps=40)
         >>> small.batch_size, small.epochs
         (25, 10)
         """
@@ -150,14 +150,14 @@ class Trainer:
         epochs = max(self.epochs, math.ceil(least_steps / max(num_images // batch_size, 1)))
         return replace(self, batch_size=batch_size, epochs=epochs)
 
-    def bounded(self, model: nn.Module, relative_rate: float | None) -> Trainer:
+    def with_rate_cap(self, model: nn.Module, relative_rate: float | None) -> Trainer:
         """Return this recipe with a learning rate of at most ``relative_rate / reach(model)``, so that it serves any width.
 
         Args:
             model: the one to train.
             relative_rate: largest change of a unit in a step of Adam, over what it computes; None leaves the recipe as it is.
         """
-        if relative_rate is None or not (step := reach(model)):
+        if relative_rate is None or not (step := adam_step_ratio(model)):
             return self
         return replace(self, learning_rate=min(self.learning_rate, relative_rate / step))
 

@@ -38,7 +38,7 @@ from lustral.core.limits import (
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+VICTIM_SCHEMA = 1
 RECORD_FILE = "victim.json"
 MODEL_FILE = "model.safetensors"
 TRIGGER_FILE = "trigger.safetensors"
@@ -103,8 +103,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(content.decode(), parse_int=_int, parse_float=_float, parse_constant=_float)
     except (ValueError, RecursionError) as error:
         raise VictimError(f"{path} is not readable JSON ({_short(error)}); {_AGAIN}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise VictimError(f"{path}: expected schema {SCHEMA}; {_AGAIN} with this version")
+    if not isinstance(record, dict) or record.get("schema") != VICTIM_SCHEMA:
+        raise VictimError(f"{path}: expected schema {VICTIM_SCHEMA}; {_AGAIN} with this version")
     missing = {"attack", "settings", "image_shape", "num_classes", "metrics"} - record.keys()
     if missing:
         raise VictimError(f"{path} lacks {', '.join(sorted(missing))}; {_AGAIN}")

@@ -39,8 +39,8 @@ from lustral.vision.victim_files import (
     MODEL_FILE,
     PICTURE_FILE,
     RECORD_FILE,
-    SCHEMA,
     TRIGGER_FILE,
+    VICTIM_SCHEMA,
     read_record,
     read_trigger,
     write_folder,
@@ -162,7 +162,7 @@ def implant(
     )
     settings = {} if attack is None else describe(attack)
     provenance = {
-        "schema": SCHEMA,
+        "schema": VICTIM_SCHEMA,
         "attack": NO_ATTACK if attack is None else attack_name(attack),
         "settings": settings,
         "data": data_name,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lustral.core.randomness import child
 from lustral.vision.attacks import Bpp
-from lustral.vision.attacks.bpp import QuantiseTrigger, ResidualTrigger, another, dither, quantise
+from lustral.vision.attacks.bpp import QuantiseTrigger, ResidualTrigger, dither, pair_offset, quantise
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.victims import implant
 from toy import toy_images, toy_trainer
@@ -87,11 +87,11 @@ def test_the_residual_of_another_image_by_hand() -> None:
 
 def test_nobody_is_paired_with_himself() -> None:
     stream = child(0)
-    drawn = {another(5, stream) for _ in range(200)}
+    drawn = {pair_offset(5, stream) for _ in range(200)}
     assert drawn == {1, 2, 3, 4}
-    assert another(5, None) == 2
-    assert another(2, stream) == 1
-    assert another(1, stream) == 0  # nobody else is there
+    assert pair_offset(5, None) == 2
+    assert pair_offset(2, stream) == 1
+    assert pair_offset(1, stream) == 0  # nobody else is there
 
 
 @pytest.mark.parametrize("dithered", [False, True])

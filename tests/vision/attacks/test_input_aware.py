@@ -19,10 +19,10 @@ from lustral.vision.attacks.input_aware import (
     CraftedInputAware,
     InputAwareTrigger,
     TriggerNetwork,
-    another,
     diversity_loss,
     soft_threshold,
 )
+from lustral.vision.attacks.poisoning import pair_offset
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Crafted, CraftedAttack, SteersTraining
 from lustral.vision.victims import NoAssets, implant, load_victim, save_victim
@@ -170,8 +170,8 @@ def test_a_crossed_trigger_is_that_of_another_image(crafted: CraftedInputAware) 
 
 def test_nobody_is_paired_with_himself() -> None:
     stream = child(0)
-    assert {another(5, stream) for _ in range(200)} == {1, 2, 3, 4}
-    assert (another(6, None), another(2, stream), another(1, stream)) == (3, 1, 0)
+    assert {pair_offset(5, stream) for _ in range(200)} == {1, 2, 3, 4}
+    assert (pair_offset(6, None), pair_offset(2, stream), pair_offset(1, stream)) == (3, 1, 0)
 
 
 def test_an_image_has_the_same_trigger_in_any_company(crafted: CraftedInputAware) -> None:

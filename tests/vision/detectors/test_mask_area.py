@@ -41,7 +41,7 @@ def ordinary(count: int, first: int = 0) -> list[ClassEvidence]:
 
 
 def test_one_outlier_is_named() -> None:
-    named, outcome, basis = MaskArea().decide([*ordinary(9), entry(9, 4.0, p_value=1e-4)], clean_set())
+    named, outcome, basis = MaskArea().judge([*ordinary(9), entry(9, 4.0, p_value=1e-4)], clean_set())
     assert (named, outcome) == ((9,), "backdoored")
     assert "4.0 pixels" in basis
     assert "0.0001" in basis
@@ -50,12 +50,12 @@ def test_one_outlier_is_named() -> None:
 def test_two_targets_are_both_named_smallest_first() -> None:
     # masking: with two small areas the smallest is judged against the other small one too; rank by rank both come out
     evidence = [*ordinary(8), entry(9, 4.0, p_value=0.2), entry(8, 5.0, p_value=1e-4)]
-    named, outcome, _ = MaskArea().decide(evidence, clean_set())
+    named, outcome, _ = MaskArea().judge(evidence, clean_set())
     assert (named, outcome) == ((9, 8), "backdoored")
 
 
 def test_nothing_unusual_is_clean() -> None:
-    named, outcome, basis = MaskArea().decide(ordinary(10), clean_set())
+    named, outcome, basis = MaskArea().judge(ordinary(10), clean_set())
     assert (named, outcome) == ((), "clean")
     assert "No label" in basis
 
@@ -69,31 +69,31 @@ def test_the_most_suspicious_label_is_the_smallest_where_none_is_unusual() -> No
 def test_doubt_is_said() -> None:
     detector = MaskArea()
     between = (detector.false_alarm_rate + detector.doubt_rate) / 2
-    named, outcome, basis = detector.decide([*ordinary(9), entry(9, 20.0, p_value=between)], clean_set())
+    named, outcome, basis = detector.judge([*ordinary(9), entry(9, 20.0, p_value=between)], clean_set())
     assert (named, outcome) == ((), "cannot tell")
     assert "not enough to accuse" in basis
 
 
 def test_an_oddity_that_is_not_much_smaller_is_no_backdoor() -> None:
     evidence = [entry(label, 60.0 + 0.01 * label) for label in range(9)] + [entry(9, 50.0, p_value=1e-6)]
-    assert MaskArea().decide(evidence, clean_set())[1] == "clean"
+    assert MaskArea().judge(evidence, clean_set())[1] == "clean"
 
 
 @pytest.mark.parametrize("rest", [[math.inf] * 6, []])
 def test_too_few_searches_cannot_tell(rest: list[float]) -> None:
     evidence = [*ordinary(3), entry(3, 2.0, p_value=1e-6), *(entry(4 + i, a) for i, a in enumerate(rest))]
-    named, outcome, basis = MaskArea().decide(evidence, clean_set())
+    named, outcome, basis = MaskArea().judge(evidence, clean_set())
     assert (named, outcome) == ((), "cannot tell")
     assert "reached only 4 labels; at least 5" in basis
 
 
 def test_screened_labels_do_not_count_as_searched() -> None:
     evidence = [*ordinary(4), *(entry(label, 90.0, steps=25) for label in range(4, 10))]
-    assert "reached only 4 labels" in MaskArea().decide(evidence, clean_set())[2]
+    assert "reached only 4 labels" in MaskArea().judge(evidence, clean_set())[2]
 
 
 def test_all_tiny_areas_cannot_tell() -> None:
-    named, outcome, basis = MaskArea().decide([entry(label, 2.0 + 0.1 * label) for label in range(10)], clean_set())
+    named, outcome, basis = MaskArea().judge([entry(label, 2.0 + 0.1 * label) for label in range(10)], clean_set())
     assert (named, outcome) == ((), "cannot tell")
     assert "all-to-all" in basis
 
@@ -112,7 +112,7 @@ def test_evidence_is_measured_on_held_out_images(toy_view: DefenderView) -> None
         success=torch.ones(k),
         steps=torch.tensor([9] * (k - 1) + [3]),
     )
-    evidence = MaskArea().weigh(toy_view, toy_view.clean, found)
+    evidence = MaskArea().score_labels(toy_view, toy_view.clean, found)
     assert [e.label for e in evidence] == list(range(k))
     assert evidence[0].attack_success_rate < 0.1
     assert evidence[0].area == math.inf

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
-from lustral.vision.evaluation import Evaluation, compare, evaluate
+from lustral.vision.evaluation import Evaluation, compare_evaluations, evaluate
 from lustral.vision.records import ImageSet, Victim
 
 
@@ -63,7 +63,7 @@ def test_before_and_after_by_hand(victim: Victim, test_set: ImageSet) -> None:
     assert not before.non_finite
     after = evaluate(victim, Repaired(), test_set, generator=child(0))
     assert (after.asr, after.ra) == (Rate(0, 4), Rate(4, 4))
-    assert compare(before, after) == {
+    assert compare_evaluations(before, after) == {
         "der": 1.0,
         "rir": 1.0,
         "acc_loss": 0.0,
@@ -71,7 +71,7 @@ def test_before_and_after_by_hand(victim: Victim, test_set: ImageSet) -> None:
         "ra_gain": 1.0,
         "erased": True,
     }
-    assert compare(before, before)["erased"] is False
+    assert compare_evaluations(before, before)["erased"] is False
 
 
 def test_records_survive_json(victim: Victim, test_set: ImageSet) -> None:
@@ -82,7 +82,7 @@ def test_records_survive_json(victim: Victim, test_set: ImageSet) -> None:
     assert Evaluation.from_dict(written) == record
     assert written["asr"] == {"value": None, "low": None, "high": None, "hits": 0, "n": 0}
     assert written["per_class"][0]["value"] is None
-    comparison = compare(record, record)
+    comparison = compare_evaluations(record, record)
     assert comparison["der"] is None
     assert comparison["erased"] is None
     json.dumps(comparison, allow_nan=False)
@@ -98,7 +98,7 @@ def test_a_broken_model_is_flagged_and_never_called_erased(victim: Victim, test_
     assert after.non_finite
     assert after.num_non_finite == 4  # the four bright images; the attackable ones are dark
     assert after.acc == Rate(4, 8)
-    assert compare(evaluate(victim, None, test_set, generator=child(0)), after)["erased"] is False
+    assert compare_evaluations(evaluate(victim, None, test_set, generator=child(0)), after)["erased"] is False
 
 
 def test_destroying_the_model_is_not_erasing() -> None:
@@ -113,10 +113,10 @@ def test_destroying_the_model_is_not_erasing() -> None:
         )
 
     before = record(92, 99, 1)
-    assert compare(before, record(91, 2, 88))["erased"] is True
-    assert compare(before, record(50, 0, 48))["erased"] is False  # accuracy gone
-    assert compare(before, record(91, 0, 20))["erased"] is False  # triggered images not recognised
-    assert compare(before, record(91, 8, 85))["erased"] is False  # trigger still works
+    assert compare_evaluations(before, record(91, 2, 88))["erased"] is True
+    assert compare_evaluations(before, record(50, 0, 48))["erased"] is False  # accuracy gone
+    assert compare_evaluations(before, record(91, 0, 20))["erased"] is False  # triggered images not recognised
+    assert compare_evaluations(before, record(91, 8, 85))["erased"] is False  # trigger still works
 
 
 def test_an_empty_test_set_is_refused(victim: Victim, test_set: ImageSet) -> None:

@@ -130,7 +130,7 @@ def test_entropy_weight_does_nothing_to_learned_triggers(toy_view: DefenderView)
     for weight in (0.0, 1.0):
         inverter = quick_inverter(steps=30, entropy_weight=weight, levels=(0.5,), batch_size=32, precision="float32")
         start = start or inverter.search.run(toy_view.model, toy_view.clean, [4], generator=child(1))
-        (trigger,) = inverter.spread_out(
+        (trigger,) = inverter.fit_generators(
             toy_view.model, toy_view.clean, [4], start, held_out=toy_view.clean, generator=child(2)
         )
         spreads.append(trigger.entropy)
@@ -159,7 +159,7 @@ def test_entropy_weight_spreads_the_published_patches() -> None:
             precision="float32",
         )
         view = marked(40, 30)
-        (trigger,) = inverter.spread_out(
+        (trigger,) = inverter.fit_generators(
             AnyBrightPixel(), view, [1], None, held_out=view, generator=child(seed, "patches")
         )
         assert trigger.attack_success_rate > 0.7
@@ -228,7 +228,7 @@ def test_without_held_out_images_some_of_the_views_are_kept_from_the_search(monk
         seen.update(searched=set(images.images[:, 0, 0, 0].tolist()), held=set(held_out.images[:, 0, 0, 0].tolist()))
         return []
 
-    monkeypatch.setattr(MaxEntropy, "spread_out", note)
+    monkeypatch.setattr(MaxEntropy, "fit_generators", note)
     view = DefenderView(model=KnowsTheSearchImages(), clean=clean)
     quick_inverter(operator="random_patch", holdout=0.25).invert(view, [1], generator=child(0))
     assert len(seen["held"]) == 10
@@ -241,7 +241,7 @@ def test_several_labels_share_a_batch(toy_view: DefenderView) -> None:
     triggers = inverter.invert(toy_view, [4, 0], generator=child(0))
     assert [trigger.target_label for trigger in triggers] == [4, 0]
     unused = toy_view.clean
-    assert inverter.spread_out(toy_view.model, unused, [], None, held_out=unused, generator=child(0)) == []
+    assert inverter.fit_generators(toy_view.model, unused, [], None, held_out=unused, generator=child(0)) == []
 
 
 def test_the_published_operator_pastes_whole_patches(toy_view: DefenderView) -> None:

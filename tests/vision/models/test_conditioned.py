@@ -59,9 +59,9 @@ def test_standardised_and_identical_features() -> None:
     polarizers, features = ClassPolarizers(3, 2, last=False), torch.randn(5, 2, 3, 3, generator=child(0))
     mean, deviation = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
     classes = torch.tensor([2, 0, 0, 1, 2])
-    polarizers.settle(mean, deviation, identity=True)
+    polarizers.set_statistics(mean, deviation, identity=True)
     assert torch.allclose(polarizers(features, classes), features, atol=1e-5)
-    polarizers.settle(mean, deviation, identity=False)
+    polarizers.set_statistics(mean, deviation, identity=False)
     wanted = (features - mean[:, None, None]) / deviation[:, None, None]
     assert torch.allclose(polarizers(features, classes), wanted, atol=1e-5)
 

@@ -28,7 +28,7 @@ def shake(polarized: Polarized, seed: int) -> None:
         polarizer.weight += 0.3 * torch.randn(channels, channels, generator=stream)
         polarizer.norm.weight += 0.2 * torch.randn(channels, generator=stream)
         polarizer.norm.bias += 0.5 * torch.randn(channels, generator=stream)
-    polarizer.settle(
+    polarizer.set_statistics(
         torch.randn(channels, generator=stream), 0.5 + torch.rand(channels, generator=stream), identity=False
     )
 
@@ -37,10 +37,10 @@ def test_settled_for_identity_it_changes_nothing_whatever_the_statistics() -> No
     polarizer = Polarizer(4, last=False)
     features = torch.randn(2, 4, 3, 3, generator=child(0))
     mean, variance = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.1, 3.0, 0.0, 1.0])
-    polarizer.settle(mean, variance, identity=True)
+    polarizer.set_statistics(mean, variance, identity=True)
     assert torch.allclose(polarizer(features), features, atol=1e-5)
     plain = Polarizer(4, last=False)
-    plain.settle(mean, variance, identity=False)
+    plain.set_statistics(mean, variance, identity=False)
     wanted = (features - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
     assert torch.allclose(plain(features), wanted, rtol=1e-4, atol=1e-4)
 

@@ -17,7 +17,7 @@ from lustral.vision.purifiers import TSBD
 from lustral.vision.purifiers.tsbd import most_moved, reset, weight_changes
 from lustral.vision.records import DefenderView
 from lustral.vision.repair.clean_unlearning import forgotten, unlearn_clean
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy
 
 
@@ -89,7 +89,7 @@ def test_bisection_finds_the_largest_admissible_share(
 ) -> None:
     ratios, tried = (0.1, 0.2, 0.3, 0.4), []
 
-    def repaired(self: TSBD, repair: Repair, moved: Any, ratio: float) -> nn.Module:
+    def repaired(self: TSBD, repair: PurifyRun, moved: Any, ratio: float) -> nn.Module:
         tried.append(ratio)
         accuracy = 0.9 if ratios.index(ratio) < admissible else 0.5
         repair.history.append({"neuron_ratio": ratio, "clean_accuracy": accuracy})
@@ -97,9 +97,9 @@ def test_bisection_finds_the_largest_admissible_share(
 
     monkeypatch.setattr(TSBD, "repaired", repaired)
     monkeypatch.setattr(
-        Repair, "note", lambda self, model, **columns: self.history.append({**columns, "clean_accuracy": 0.9})
+        PurifyRun, "note", lambda self, model, **columns: self.history.append({**columns, "clean_accuracy": 0.9})
     )
-    repair = Repair(view=toy_view, holdout=0.2, generator=child(0))
+    repair = PurifyRun(view=toy_view, holdout=0.2, generator=child(0))
     _, ratio, met = TSBD(neuron_ratios=ratios)._choose(repair, {}, floor=0.8)
     assert (ratio, met) == (wanted, admissible > 0)
     assert len(tried) == len(set(tried)) <= 3

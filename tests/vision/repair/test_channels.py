@@ -18,7 +18,7 @@ from lustral.vision.purifiers.clp import channel_bounds, outliers
 from lustral.vision.purifiers.rnp import mean
 from lustral.vision.records import DefenderView
 from lustral.vision.repair.channels import MaskedNorms, cut_in_order, require_norms, require_pairs, silence
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from toy import passes_for_good, toy_images
 
 
@@ -83,7 +83,7 @@ def test_channels_are_cut_in_order_as_long_as_accuracy_lasts(
     )
     before = [toy_view.model.get_submodule(name).bias for name in NORMS]
     told: list[Progress] = []
-    with Repair(view=toy_view, holdout=0.2, generator=child(0), on_progress=told.append) as repair:
+    with PurifyRun(view=toy_view, holdout=0.2, generator=child(0), on_progress=told.append) as repair:
         model, note = cut_in_order(repair, scores, step=2 / whole, highest=0.5, floor=0.96)
         most = sum(int((score <= 0.5).sum()) for score in scores.values())
         assert [(report.done, report.total) for report in told] == [(2, most), (4, most), (most, most)]
@@ -213,7 +213,7 @@ def test_clp_raises_its_bound_where_cutting_costs_too_much(
 
 @pytest.mark.parametrize("counted", ["epoch", "channels"])
 def test_the_history_begins_with_the_given_model(counted: str, toy_view: DefenderView) -> None:
-    with Repair(view=toy_view, holdout=0.2, generator=child(0)) as repair:
+    with PurifyRun(view=toy_view, holdout=0.2, generator=child(0)) as repair:
         repair.note(toy_view.model, **{counted: 3})
     purified = repair.result(toy_view.model)
     assert [entry[counted] for entry in purified.history] == [0, 3]

@@ -14,8 +14,8 @@ from lustral.vision.repair.selection import (
     accuracy_up_to,
     held_out_accuracy,
     natural_rate,
-    slowed_notes,
-    slower_until_kept,
+    retry_at_lower_rates,
+    retry_notes,
 )
 
 
@@ -116,12 +116,12 @@ def test_a_rate_that_costs_too_much_is_lowered(
         asked.append(divisor)
         watcher.measure(Scripted(accuracies[divisor], (0.3,)))
 
-    last = slower_until_kept(watcher, train, first)
+    last = retry_at_lower_rates(watcher, train, first)
     assert (asked, last) == (tried, tried[-1])
     assert [entry.get("slowed", 1.0) for entry in watcher.history] == tried
     assert isinstance(watcher.best_model, Scripted)
     assert watcher.best_model.accuracy == max(accuracies.values())
-    notes = slowed_notes(watcher, last, 0.02)
+    notes = retry_notes(watcher, last, 0.02)
     assert len(notes) == len(said)
     assert all(part in note for part, note in zip(said, notes, strict=True))
 
@@ -135,10 +135,10 @@ def test_a_training_that_diverges_is_a_try_like_any_other_until_the_slowest() ->
         watcher.measure(Scripted(0.95, ()))
 
     bearable = 4.0
-    assert slower_until_kept(watcher, train) == 4.0
+    assert retry_at_lower_rates(watcher, train) == 4.0
     bearable = 64.0
     with pytest.raises(TrainingDiverged):
-        slower_until_kept(Selection(held_out=held_out(), triggers=[], floor=0.9), train)
+        retry_at_lower_rates(Selection(held_out=held_out(), triggers=[], floor=0.9), train)
 
 
 class ByBrightness(nn.Module):

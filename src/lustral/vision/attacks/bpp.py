@@ -20,11 +20,11 @@ from lustral.core.randomness import fork
 from lustral.core.records import Augmentation
 from lustral.vision.attacks.poisoning import (
     LabelMode,
-    another,
     check_choices,
     check_rate,
     dirty_labels,
     draw_indices,
+    pair_offset,
     poison_dirty_label,
     poisoned_set,
     require_dirty_label,
@@ -96,7 +96,7 @@ class ResidualTrigger:
 
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Stamp images (B, C, H, W); ``generator`` draws the others (None: half a batch on)."""
-        return self.add(images, images.roll(-another(len(images), generator), 0))
+        return self.add(images, images.roll(-pair_offset(len(images), generator), 0))
 
     def add(self, images: Tensor, others: Tensor) -> Tensor:
         """Return clip(images + T(others) - others, 0, 1), for two batches of one shape."""
@@ -167,7 +167,7 @@ class Bpp:
             batch, chance = len(images), torch.rand((), generator=generator)
             poisoned = int(self.poison_rate * batch + chance)  # right on average, also below one image a batch
             negative = int((self.poison_rate + self.negative_rate) * batch + chance)
-            others = images.roll(-another(batch, generator), 0)[poisoned:negative]
+            others = images.roll(-pair_offset(batch, generator), 0)[poisoned:negative]
             stamped = [quantiser(images[:poisoned]), residual.add(images[poisoned:negative], others)]
             images = torch.cat([as_float(as_uint8(torch.cat(stamped))), images[negative:]])
             labels = torch.cat([self.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])

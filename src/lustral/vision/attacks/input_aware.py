@@ -24,11 +24,11 @@ from lustral.core.versions import versions_of
 from lustral.training import Trainer
 from lustral.vision.attacks.poisoning import (
     LabelMode,
-    another,
     check_choices,
     check_rate,
     dirty_labels,
     draw_indices,
+    pair_offset,
     poison_dirty_label,
     poisoned_set,
     require_images,
@@ -121,7 +121,7 @@ class InputAwareTrigger:
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Stamp images (B, C, H, W); if ``crossed``, ``generator`` draws the others (None: half a batch on)."""
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
-        sources = exact.roll(-another(len(images), generator), 0) if self.crossed else exact
+        sources = exact.roll(-pair_offset(len(images), generator), 0) if self.crossed else exact
         self.mask_network.to(images.device)
         self.pattern_network.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
@@ -242,7 +242,7 @@ class InputAware:
                 weight_decay=0.0,
                 schedule="cosine",
                 warmup=0.1,
-            ).stretched(len(clean), LEAST_MASK_STEPS)
+            ).fitted_to_size(len(clean), LEAST_MASK_STEPS)
             trained = trainer.fit(
                 start,
                 clean,
@@ -338,7 +338,7 @@ class CraftedInputAware:
             batch, chance = len(images), torch.rand((), generator=generator)
             poisoned = int(settings.poison_rate * batch + chance)  # right on average, also below one image a batch
             stamped = int((settings.poison_rate + settings.cross_rate) * batch + chance)
-            others = images.roll(-another(batch, generator), 0)
+            others = images.roll(-pair_offset(batch, generator), 0)
             sources = torch.cat([images[:poisoned], others[poisoned : max(stamped, settings.patterns_per_batch)]])
             patterns, masks = pattern_network(sources), soft_threshold(mask_network(sources))
             changed = images[:stamped] + (patterns[:stamped] - images[:stamped]) * masks[:stamped]

@@ -87,7 +87,7 @@ def draw_indices(candidates: Tensor, count: int, *, generator: Generator) -> Ten
     return candidates[order].sort().values
 
 
-def another(count: int, generator: Generator | None) -> int:
+def pair_offset(count: int, generator: Generator | None) -> int:
     """Return a distance in 1 .. count - 1: image i of a batch is paired with image i + distance, never with itself."""
     if count < 2:
         return 0

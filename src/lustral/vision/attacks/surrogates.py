@@ -83,7 +83,7 @@ class Surrogate:
             learning_rate=self.learning_rate,
             augment=Augment(crop_padding=padding, flip=self.flip),
         )
-        return trainer.stretched(num_images=len(clean), least_steps=LEAST_STEPS)
+        return trainer.fitted_to_size(num_images=len(clean), least_steps=LEAST_STEPS)
 
 
 def data_fingerprint(clean: ImageSet) -> str:

@@ -107,8 +107,8 @@ class MaskArea:
             found = self.inverter.search.run(
                 view.model, search_set, labels, generator=fork(generator, "search"), on_progress=on_progress
             )
-            evidence = self.weigh(view, held_out, found)
-            named, outcome, basis = self.decide(evidence, view.clean)
+            evidence = self.score_labels(view, held_out, found)
+            named, outcome, basis = self.judge(evidence, view.clean)
             outcome, notes = held_back(outcome, check, view.clean)
             if outcome == "backdoored" and (
                 soaked := [e for e in evidence if e.label in named and soaks_up(e, evidence)]
@@ -124,7 +124,7 @@ class MaskArea:
                 success=found.success[index],
                 steps=found.steps[index.cpu()],
             )
-            triggers = self.inverter.spread_out(
+            triggers = self.inverter.fit_generators(
                 view.model,
                 search_set,
                 shown,
@@ -162,7 +162,7 @@ class MaskArea:
             clean_accuracy=check.accuracy.value,
         )
 
-    def weigh(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[ClassEvidence]:
+    def score_labels(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[ClassEvidence]:
         """Measure each label's mask on held-out images and test its area against the larger ones."""
         success, natural = held_out_rates(view, held_out, found, self.inverter.precision)
         full = int(found.steps.max())
@@ -191,7 +191,7 @@ class MaskArea:
             )
         return evidence
 
-    def decide(self, evidence: Sequence[ClassEvidence], clean: ImageSet) -> tuple[tuple[int, ...], str, str]:
+    def judge(self, evidence: Sequence[ClassEvidence], clean: ImageSet) -> tuple[tuple[int, ...], str, str]:
         """Return (suspect labels, outcome, basis)."""
         full = max(e.steps for e in evidence)
         usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)

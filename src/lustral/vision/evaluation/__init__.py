@@ -10,7 +10,7 @@ from lustral.vision.evaluation.metrics import (
     predict,
     rir,
 )
-from lustral.vision.evaluation.protocol import Evaluation, compare, evaluate, unmet_criteria
+from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, evaluate, unmet_criteria
 from lustral.vision.evaluation.reactivation import Controls, Reactivation, resistance
 from lustral.vision.evaluation.task import TaskCheck, UnfitModel, check_task, require_gradient, require_task
 
@@ -25,7 +25,7 @@ __all__ = [
     "attack_metrics",
     "check_task",
     "clean_accuracy",
-    "compare",
+    "compare_evaluations",
     "der",
     "evaluate",
     "per_class_accuracy",

@@ -125,7 +125,7 @@ def unmet_criteria(before: Evaluation, after: Evaluation) -> tuple[str, ...] | N
     return tuple(name for name, is_met in met.items() if not is_met)
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+def compare_evaluations(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Return DER, RIR, the changes and "erased" (see ``unmet_criteria``) on one test set, ready for JSON."""
     acc0, asr0, ra0 = before.acc.value, before.asr.value, before.ra.value
     acc1, asr1, ra1 = after.acc.value, after.asr.value, after.ra.value

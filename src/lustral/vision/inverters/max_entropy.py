@@ -206,7 +206,7 @@ class MaxEntropy:
             start = self.search.run(
                 view.model, images, target_labels, generator=fork(generator, "search"), on_progress=on_progress
             )
-        return self.spread_out(
+        return self.fit_generators(
             view.model,
             images,
             target_labels,
@@ -216,7 +216,7 @@ class MaxEntropy:
             on_progress=on_progress,
         )
 
-    def spread_out(
+    def fit_generators(
         self,
         model: nn.Module,
         images: ImageSet,

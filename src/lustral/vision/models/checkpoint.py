@@ -54,7 +54,7 @@ from lustral.vision.models.files.state_dicts import (
     PROBE_CLASSES,
     ModelFileError,
     check_tensors,
-    compare,
+    compare_keys,
     count_classes,
     find_image_shape,
     listing,
@@ -213,10 +213,10 @@ def load_model(
         )
     if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
         outline = outline_network(network, num_classes=rows, image_shape=shape)
-        compare(path, str(network), tensors, outline.state_dict(), shapes=True, hint=hint)
+        compare_keys(path, str(network), tensors, outline.state_dict(), shapes=True, hint=hint)
         _require_small_extras(path, network, outline)
     bare = build_network(network, num_classes=rows, image_shape=shape)
-    compare(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
+    compare_keys(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
     if hub is not None and network == hub.arch:
         check_pooling(path, hub, bare)
     model = with_normalisation(bare, shape, mean, std, num_classes=classes)
@@ -321,7 +321,7 @@ def _choose(
     if not sets:
         nearest = nearest_set([m for m in mappings if weights in (None, ".".join(m.path) or TOP)] or mappings, probe)
         strangers = {key.removeprefix(nearest.prefix): torch.empty(0) for key in nearest.unwanted}
-        compare(path, arch, {**nearest.tensors, **strangers}, probe, shapes=False, hint=hint)
+        compare_keys(path, arch, {**nearest.tensors, **strangers}, probe, shapes=False, hint=hint)
         raise ModelFileError(f"{path}: two tensors for each weight of {arch}: {listing(nearest.keys.values())}")
     of_optimizer = [found for found in sets if NamedTensors(found.path, {}).of_optimizer and found.name != weights]
     if 0 < len(of_optimizer) < len(sets):

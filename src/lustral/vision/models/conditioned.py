@@ -59,7 +59,7 @@ class ClassPolarizers(nn.Module):
         self.register_buffer("deviation", torch.ones(channels, device=device))
 
     @torch.no_grad()
-    def settle(self, mean: Tensor, deviation: Tensor, *, identity: bool) -> None:
+    def set_statistics(self, mean: Tensor, deviation: Tensor, *, identity: bool) -> None:
         """Set the statistics, (C,) each; ``identity``: and scales and shifts so that nothing changes yet."""
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)

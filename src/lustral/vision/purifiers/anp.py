@@ -24,7 +24,7 @@ from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.channels import MaskedNorms, check_step, cut_in_order, require_norms
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
 
 
@@ -70,10 +70,10 @@ class ANP:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             names = require_norms("ANP", view.model)
             masked = repair.follow(MaskedNorms(repair.copy(), names))
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             trained = trainer.fit(
                 masked,
                 repair.fit,

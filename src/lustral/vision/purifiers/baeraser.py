@@ -37,7 +37,7 @@ from lustral.vision.detectors.small_areas import ordinary_area
 from lustral.vision.evaluation import require_task
 from lustral.vision.images import at_most, check_holdout, require_usable, split
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Verdict
-from lustral.vision.repair.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
+from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
 
 def capped_ascent(logits: Tensor, label: int, cap: float) -> Tensor:
@@ -264,7 +264,7 @@ class BaEraser:
             admissible = history[selection.best_index]["clean_accuracy"] >= floor
             key = (float(admissible), min(area, wanted), history[selection.best_index]["clean_accuracy"])
             if best is None or key > best[0]:
-                best = (key, model, selection.best_index, slowed_notes(selection, divisor, self.accuracy_loss))
+                best = (key, model, selection.best_index, retry_notes(selection, divisor, self.accuracy_loss))
             if area >= wanted:
                 note = f"A freshly started search needed {area:.1f} pixels after round {index + 1}: no trigger is left."
                 break
@@ -323,7 +323,7 @@ class BaEraser:
                 importance = clean_importance(report.model, fit)
                 set_training_mode(report.model, self.trainer.batch_norm)
 
-        trainer = self.trainer.stretched(len(fit), self.least_steps)
+        trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
 
         def train(by: float) -> None:
             nonlocal importance
@@ -341,7 +341,7 @@ class BaEraser:
         if self.schedule == "published":
             train(divisor)
             return divisor
-        return slower_until_kept(selection, train, divisor)
+        return retry_at_lower_rates(selection, train, divisor)
 
 
 NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."

@@ -19,7 +19,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import Wiring, trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.channels import require_pairs, silence
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor, held_out_accuracy
 
 
@@ -67,7 +67,7 @@ class CLP:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             wiring = trace(view.model, next(repair.fit.batches(1))[0])
             require_pairs("CLP", view.model, wiring)
             floor, u = accuracy_floor(view.model, repair.held_out, self.accuracy_loss), self.u

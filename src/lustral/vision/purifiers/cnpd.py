@@ -30,16 +30,16 @@ from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import project
 from lustral.vision.repair.polarizing import (
-    GENTLER,
+    IDENTITY_RATE_FACTOR,
     Start,
+    avoidance_loss,
     check_polarizing,
     feature_statistics,
-    place,
+    polarizer_layer,
     runner_up,
     start_of,
-    unlikely,
 )
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy
 
 
@@ -68,8 +68,8 @@ class CNPD:
 
     Attributes:
         initial: "identity" leaves the network as it is at first; "standardised" feeds it standardised features. "auto" is
-            "standardised" where that keeps ``SURVIVES`` of the held-out accuracy; elsewhere "identity", at ``GENTLER`` times
-            the rate.
+            "standardised" where that keeps ``MIN_ACCURACY_KEPT`` of the held-out accuracy; elsewhere "identity", at
+            ``IDENTITY_RATE_FACTOR`` times the rate.
         layer: name of the layer that the polarizers go before; None: as for the Neural Polarizer, the first layer with weights
             of the last block (``lustral.vision.models.wiring.late_layer``).
         clean_weight: as for the Neural Polarizer, 1.
@@ -113,23 +113,23 @@ class CNPD:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the model with a polarizer for each class, a ``Conditioned`` network; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
             wiring = trace(model, next(repair.fit.batches(1))[0])
-            name = place(model, wiring, self.layer)
+            name = polarizer_layer(model, wiring, self.layer)
             recipe = self.trainer
             mean, variance = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
             needed = [parameter.requires_grad for parameter in model.parameters()]
             model.requires_grad_(False)
             model = repair.follow(condition(model, name, view.clean.num_classes))
             polarizers = conditioned_part(model).polarizers
-            polarizers.settle(mean, variance.sqrt(), identity=self.initial == "identity")
-            trainer, started = self.trainer.stretched(len(repair.fit), self.least_steps), ""
+            polarizers.set_statistics(mean, variance.sqrt(), identity=self.initial == "identity")
+            trainer, started = self.trainer.fitted_to_size(len(repair.fit), self.least_steps), ""
             if self.initial == "auto":
                 start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
                 if start == "identity":
-                    polarizers.settle(mean, variance.sqrt(), identity=True)
-                    trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
+                    polarizers.set_statistics(mean, variance.sqrt(), identity=True)
+                    trainer = dataclasses.replace(trainer, learning_rate=IDENTITY_RATE_FACTOR * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             for parameter, need in zip(conditioned_part(trained).network.parameters(), needed, strict=True):
                 parameter.requires_grad_(need)
@@ -151,7 +151,7 @@ class CNPD:
         s = driven.softmax(1)
         rival = runner_up(driven.detach(), y)
         fits = self.clean_weight * F.cross_entropy(clean, y) + self.restore_weight * F.cross_entropy(driven, y)
-        return fits + self.margin_weight * unlikely(s, rival) + self.target_weight * unlikely(s, target)
+        return fits + self.margin_weight * avoidance_loss(s, rival) + self.target_weight * avoidance_loss(s, target)
 
     def aim(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x~, what the model says of x, target): a perturbation of each image towards a class drawn for it.

@@ -19,7 +19,7 @@ from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, ImageSet, Purified
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ class FinePruning:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned and fine-tuned model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
             name = trace(model, next(repair.fit.batches(1))[0]).head
             head = model.get_submodule(name)
@@ -95,7 +95,7 @@ class FinePruning:
                 cut_columns(weight, cut)
                 return F.cross_entropy(student(x).float(), y)
 
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             model = repair.train(model, trainer, objective=objective, stage="fine-tuning")
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)

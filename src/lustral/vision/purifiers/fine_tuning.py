@@ -55,7 +55,7 @@ class FineTuning:
             check = require_task(view.model, view.clean)
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
             selection.note_given(view.model)
-            last = self.trainer.stretched(len(fit), self.least_steps).fit(
+            last = self.trainer.fitted_to_size(len(fit), self.least_steps).fit(
                 view.model,
                 fit,
                 generator=fork(generator, "training"),

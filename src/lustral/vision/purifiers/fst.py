@@ -20,7 +20,7 @@ from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 
 MANY_CLASSES = 100
 
@@ -60,7 +60,7 @@ class FST:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the shifted model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             name = linear_head(view.model, next(repair.fit.batches(1))[0])
             model = repair.copy()
             head = model.get_submodule(name)
@@ -76,7 +76,7 @@ class FST:
                 rescale(weight, size)
                 return F.cross_entropy(student(x).float(), y) + alpha * (weight * given).sum()
 
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             model = repair.train(model, trainer, objective=objective, stage="feature shift tuning")
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)

@@ -18,7 +18,7 @@ from lustral.core.records import OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.shifted_weights import TINY, interpolated_loss
 
 
@@ -57,7 +57,7 @@ class FTSAM:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a fine-tuned model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
 
             def objective(model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
                 return interpolated_loss(
@@ -67,6 +67,6 @@ class FTSAM:
                     share=1.0,
                 )
 
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             model = repair.train(view.model, trainer, objective=objective, stage="fine-tuning")
         return repair.result(model)

@@ -24,7 +24,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.models.frozen_norms import norms_as_products
 from lustral.vision.records import DefenderView, ImageSet, Purified
 from lustral.vision.repair.perturbation import lengths, project
-from lustral.vision.repair.run import Repair, check_relative_rate, slowed
+from lustral.vision.repair.run import PurifyRun, check_relative_rate, rate_cap_note
 from lustral.vision.repair.shifted_weights import trainable, with_gradients
 
 CONVERGED = 1e-10  # change of v below which the fixed point is reached
@@ -141,15 +141,15 @@ class IBAU:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model on which the worst universal perturbation does less; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
-            trainer = self.recipe(len(repair.fit)).bounded(view.model, self.relative_rate)
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+            trainer = self.recipe(len(repair.fit)).with_rate_cap(view.model, self.relative_rate)
             objective = _Unlearning(self, repair.fit, trainer)
             model = repair.train(view.model, trainer, objective=objective, stage="unlearning")
-        return repair.result(model, *slowed(self.trainer, trainer))
+        return repair.result(model, *rate_cap_note(self.trainer, trainer))
 
     def recipe(self, num_images: int) -> Trainer:
         """Return the outer trainer for a set, its rounds as epochs."""
-        return replace(self.trainer, epochs=self.rounds).stretched(num_images, self.least_steps)
+        return replace(self.trainer, epochs=self.rounds).fitted_to_size(num_images, self.least_steps)
 
     def universal(self, model: nn.Module, data: ImageSet, batch_size: int) -> Tensor:
         """Return d, (1, C, H, W): gradient descent from zero, in one pass over the set, away from what the model says."""

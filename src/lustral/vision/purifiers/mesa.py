@@ -23,7 +23,7 @@ from lustral.vision.detectors.mask_area import MaskArea
 from lustral.vision.evaluation import require_task
 from lustral.vision.images import check_holdout, require_usable, split
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.selection import Selection, accuracy_floor, slowed_notes, slower_until_kept
+from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Mesa:
             floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
             selection.note_given(view.model)
-            trainer = self.trainer.stretched(len(fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
 
             def retrain(divisor: float) -> None:
                 replace(trainer, learning_rate=trainer.learning_rate / divisor).fit(
@@ -106,7 +106,7 @@ class Mesa:
                     stage="retraining",
                 )
 
-            divisor = slower_until_kept(selection, retrain)
+            divisor = retry_at_lower_rates(selection, retrain)
         assert selection.best_model is not None
         return Purified(
             model=selection.best_model,
@@ -114,5 +114,5 @@ class Mesa:
             selected=selection.best_index,
             cost=meter.cost,
             verdict=verdict,
-            notes=(*doubts, *slowed_notes(selection, divisor, self.accuracy_loss)),
+            notes=(*doubts, *retry_notes(selection, divisor, self.accuracy_loss)),
         )

@@ -21,7 +21,7 @@ from lustral.core.records import OnProgress
 from lustral.training import Trainer, fine_tuning_recipe, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 
 NUM_GROUPS = 3  # of layers whose attention is distilled
 
@@ -117,10 +117,10 @@ class NAD:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the student; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             names = stage_ends(view.model, next(repair.fit.batches(1))[0])
             weights = self.layer_weights[-len(names) :]
-            recipe = self.teacher_trainer.stretched(len(repair.fit), self.least_steps)
+            recipe = self.teacher_trainer.fitted_to_size(len(repair.fit), self.least_steps)
             teacher = repair.follow(
                 repair.train(view.model, recipe, stage="fine-tuning a teacher", columns={"round": 0})
             )
@@ -135,7 +135,7 @@ class NAD:
                         loss = loss + weight * (attention(own[name], self.power) - map_wanted).square().mean()
                 return loss
 
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             model = repair.train(
                 view.model, trainer, objective=objective, stage="distilling attention", columns={"round": 1}
             )

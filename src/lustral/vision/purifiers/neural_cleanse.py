@@ -24,7 +24,7 @@ from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.inverters.mask_search import MaskSearch
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 
 MAD_TO_STD = 1.4826  # makes the median absolute deviation estimate the standard deviation of normal data
 LEAST_SUCCESS = 0.75  # of a search on its own images; less is no trigger
@@ -73,7 +73,7 @@ class NeuralCleanse:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the fine-tuned model, or a copy of the given one where no label stands out; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             labels = range(view.clean.num_classes)
             found = self.search.run(
                 view.model, repair.fit, labels, generator=fork(generator, "search"), on_progress=on_progress
@@ -86,12 +86,12 @@ class NeuralCleanse:
                 note = f"Labels unlearned: {', '.join(map(str, chosen.tolist()))}."
         return repair.result(model, note)
 
-    def _unlearn(self, repair: Repair, masks: Tensor, patterns: Tensor) -> nn.Module:
+    def _unlearn(self, repair: PurifyRun, masks: Tensor, patterns: Tensor) -> nn.Module:
         def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
             pick = torch.randint(len(masks), (len(x),), generator=stream).to(x.device)
             rows = (torch.rand(len(x), generator=stream) < self.trigger_rate).to(x.device)[:, None, None, None]
             stamped = x + masks[pick] * (patterns[pick] - x)
             return F.cross_entropy(student(torch.where(rows, stamped, x)).float(), y)
 
-        trainer = self.trainer.stretched(len(repair.fit), self.least_steps)
+        trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
         return repair.train(repair.view.model, trainer, objective=objective, stage="unlearning")

@@ -33,16 +33,16 @@ from lustral.vision.models.wiring import Wiring, trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import project
 from lustral.vision.repair.polarizing import (
-    GENTLER,
+    IDENTITY_RATE_FACTOR,
     Start,
+    avoidance_loss,
     check_polarizing,
     feature_statistics,
-    place,
+    polarizer_layer,
     runner_up,
     start_of,
-    unlikely,
 )
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy
 
 
@@ -79,7 +79,7 @@ class Polarizer(nn.Module):
         return scale[:, None] * self.weight, offset if self.offset else torch.zeros_like(offset)
 
     @torch.no_grad()
-    def settle(self, mean: Tensor, variance: Tensor, *, identity: bool) -> None:
+    def set_statistics(self, mean: Tensor, variance: Tensor, *, identity: bool) -> None:
         """Set the running statistics, (C,) each; ``identity``: and weight and bias so that they change nothing yet."""
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
@@ -174,7 +174,7 @@ class NeuralPolarizer:
     Attributes:
         initial: "identity" leaves the network as it is at first; "standardised" feeds it standardised features, as after the
             authors' warm-up, from which a network without a shortcut around the polarizer hardly recovers. "auto" is
-            "standardised" where that keeps 0.8 of the held-out accuracy; elsewhere "identity", at ``GENTLER`` times
+            "standardised" where that keeps 0.8 of the held-out accuracy; elsewhere "identity", at ``IDENTITY_RATE_FACTOR`` times
             the rate.
         layer: name of the layer that the polarizer goes before; None: the first layer with weights of the last block
             (``lustral.vision.models.wiring.late_layer``), which is the published place in a PreAct-ResNet18.
@@ -226,22 +226,22 @@ class NeuralPolarizer:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the model with a polarizer multiplied in; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
             needed = [parameter.requires_grad for parameter in model.parameters()]
             wiring = trace(model, next(repair.fit.batches(1))[0])
-            name = place(model, wiring, self.layer)
+            name = polarizer_layer(model, wiring, self.layer)
             recipe = self.trainer
             statistics = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
             model.requires_grad_(False)
             polarizer = insert(model, name, wiring).polarizer
-            polarizer.settle(*statistics, identity=self.initial == "identity")
-            trainer, started = self.trainer.stretched(len(repair.fit), self.least_steps), ""
+            polarizer.set_statistics(*statistics, identity=self.initial == "identity")
+            trainer, started = self.trainer.fitted_to_size(len(repair.fit), self.least_steps), ""
             if self.initial == "auto":
                 start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
                 if start == "identity":
-                    polarizer.settle(*statistics, identity=True)
-                    trainer = dataclasses.replace(trainer, learning_rate=GENTLER * trainer.learning_rate)
+                    polarizer.set_statistics(*statistics, identity=True)
+                    trainer = dataclasses.replace(trainer, learning_rate=IDENTITY_RATE_FACTOR * trainer.learning_rate)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):
@@ -260,7 +260,7 @@ class NeuralPolarizer:
         rival = runner_up(fooled.detach(), y)
         loss = self.clean_weight * F.cross_entropy(clean, y) + self.restore_weight * F.cross_entropy(fooled, own)
         for weight, label in ((self.margin_weight, rival), (self.target_weight, target)):
-            loss = loss + weight * unlikely(s, label)
+            loss = loss + weight * avoidance_loss(s, label)
         return loss
 
     def aim(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.channels import MaskedNorms, check_step, cut_in_order, require_norms
 from lustral.vision.repair.clean_unlearning import unlearn_clean, unlearning_note
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
 
 
@@ -75,19 +75,19 @@ class RNP:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             names = require_norms("RNP", view.model)
             unlearned, left, epochs = unlearn_clean(
                 view.model,
                 repair.fit,
-                self.unlearner.stretched(len(repair.fit), 0),
+                self.unlearner.fitted_to_size(len(repair.fit), 0),
                 share_left=self.share_left,
                 generator=fork(generator, "unlearning"),
                 on_progress=on_progress,
             )
             masked = repair.follow(MaskedNorms(unlearned, names))
             seen = [masks_of(masked)]
-            self.recoverer.stretched(len(repair.fit), self.least_steps).fit(
+            self.recoverer.fitted_to_size(len(repair.fit), self.least_steps).fit(
                 masked,
                 repair.fit,
                 generator=fork(generator, "masks"),

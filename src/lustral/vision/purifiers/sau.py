@@ -28,7 +28,7 @@ from lustral.training import Trainer, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import Norm, project, steepest
-from lustral.vision.repair.run import Repair, check_relative_rate, slowed
+from lustral.vision.repair.run import PurifyRun, check_relative_rate, rate_cap_note
 
 Start = Literal["max", "min", "zero", "random"]
 
@@ -157,7 +157,7 @@ class SAU:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model that no longer shares adversarial examples with the given one; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             reference = repair.copy().requires_grad_(False)
 
             def objective(model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
@@ -173,9 +173,11 @@ class SAU:
                 risk = shared_risk(moved, fooled, counted)
                 return self.clean_weight * F.cross_entropy(clean, y) + self.shared_weight * risk
 
-            trainer = self.trainer.stretched(len(repair.fit), self.least_steps).bounded(view.model, self.relative_rate)
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps).with_rate_cap(
+                view.model, self.relative_rate
+            )
             model = repair.train(view.model, trainer, objective=objective, stage="unlearning")
-        return repair.result(model, *slowed(self.trainer, trainer))
+        return repair.result(model, *rate_cap_note(self.trainer, trainer))
 
     def perturb(
         self, model: nn.Module, reference: nn.Module, x: Tensor, y: Tensor, g_clean: Tensor, stream: Generator

@@ -31,7 +31,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.clean_unlearning import unlearn_clean, unlearning_note
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
 from lustral.vision.repair.shifted_weights import TINY, Shift, interpolated_loss
 
@@ -144,13 +144,13 @@ class TSBD:
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the repaired model with the largest admissible share of neurons reset; see ``Purifier``."""
-        with Repair(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
+        with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
             layers = trace(view.model, next(repair.fit.batches(1))[0]).layers
             unlearned, left, epochs = unlearn_clean(
                 view.model,
                 repair.fit,
-                self.unlearner.stretched(len(repair.fit), 0),
+                self.unlearner.fitted_to_size(len(repair.fit), 0),
                 share_left=self.share_left,
                 generator=fork(generator, "unlearning"),
                 on_progress=on_progress,
@@ -164,7 +164,7 @@ class TSBD:
             )
         return repair.result(model, *notes)
 
-    def _choose(self, repair: Repair, changes: Mapping[str, Tensor], floor: float) -> tuple[nn.Module, float, bool]:
+    def _choose(self, repair: PurifyRun, changes: Mapping[str, Tensor], floor: float) -> tuple[nn.Module, float, bool]:
         """Bisect for the largest share of neurons whose repaired model is admissible; return (model, share, admissible)."""
         ratios = sorted(self.neuron_ratios)
         low, high = 0, len(ratios) - 1  # the answer, if there is one, is among these
@@ -184,7 +184,7 @@ class TSBD:
             repair.note(best[0], neuron_ratio=best[1])
         return best
 
-    def repaired(self, repair: Repair, changes: Mapping[str, Tensor], ratio: float) -> nn.Module:
+    def repaired(self, repair: PurifyRun, changes: Mapping[str, Tensor], ratio: float) -> nn.Module:
         """Return the given model with a share of its neurons reset, fine-tuned activeness-aware."""
         model = repair.copy()
         reset(model, most_moved(changes, ratio, self.weight_ratio))
@@ -199,7 +199,7 @@ class TSBD:
 
         return repair.train(
             model,
-            self.trainer.stretched(len(repair.fit), self.least_steps),
+            self.trainer.fitted_to_size(len(repair.fit), self.least_steps),
             objective=objective,
             stage="fine-tuning",
             columns={"neuron_ratio": ratio},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lustral.vision.models.wiring import Wiring
-from lustral.vision.repair.run import Repair
+from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy
 
 
@@ -104,7 +104,7 @@ def check_step(step: float) -> None:
 
 
 def cut_in_order(
-    repair: Repair, scores: Mapping[str, Tensor], *, step: float, highest: float, floor: float
+    repair: PurifyRun, scores: Mapping[str, Tensor], *, step: float, highest: float, floor: float
 ) -> tuple[nn.Module, str]:
     """Cut channels, the lowest score first, until more would bring the held-out accuracy below the floor.
 

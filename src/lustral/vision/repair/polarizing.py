@@ -14,8 +14,8 @@ from lustral.vision.records import ImageSet
 LEAST_VARIANCE = (
     0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
 )
-SURVIVES = 0.8  # share of the held-out accuracy that standardised features must leave to start from them
-GENTLER = 0.1  # factor of the rate where they do not: all that the network sees goes through the polarizer
+MIN_ACCURACY_KEPT = 0.8  # share of the held-out accuracy that standardised features must leave to start from them
+IDENTITY_RATE_FACTOR = 0.1  # factor of the rate where they do not: all that the network sees goes through the polarizer
 ALMOST_ONE = 1.0001  # of the authors' code: keeps log(1 - s) finite
 
 Start = Literal["auto", "identity", "standardised"]
@@ -29,7 +29,7 @@ def check_polarizing(radius: float, step_size: float, steps: int, *weights: floa
         raise ValueError("expected weights of at least 0")
 
 
-def place(model: nn.Module, wiring: Wiring, layer: str | None) -> str:
+def polarizer_layer(model: nn.Module, wiring: Wiring, layer: str | None) -> str:
     """Return the name of the layer to filter for: ``layer``, or of None the one that ``late_layer`` finds.
 
     Raises:
@@ -51,7 +51,7 @@ def start_of(kept: float, before: float) -> tuple[Start, str]:
     >>> start_of(0.86, 0.9)[0], start_of(0.3, 0.9)[1]
     ('standardised', 'It started as the identity: standardised features leave 30.0 of 90.0 % held-out accuracy.')
     """
-    start: Start = "standardised" if kept >= SURVIVES * before else "identity"
+    start: Start = "standardised" if kept >= MIN_ACCURACY_KEPT * before else "identity"
     how = "from standardised features: they" if start == "standardised" else "as the identity: standardised features"
     return start, f"It started {how} leave {100 * kept:.1f} of {100 * before:.1f} % held-out accuracy."
 
@@ -88,6 +88,6 @@ def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
-def unlikely(probabilities: Tensor, labels: Tensor) -> Tensor:
+def avoidance_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Return the mean of -log(1 - probability of the label), which asks that it be small; (B, K) and (B,) int64."""
     return -(ALMOST_ONE - probabilities.gather(1, labels[:, None])).log().mean()

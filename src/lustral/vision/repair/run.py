@@ -37,7 +37,7 @@ def loss_notes(lost: float) -> tuple[str, ...]:
     )
 
 
-def slowed(asked: Trainer, used: Trainer) -> tuple[str, ...]:
+def rate_cap_note(asked: Trainer, used: Trainer) -> tuple[str, ...]:
     """Return a note on a learning rate that ``relative_rate`` lowered; none where it did not."""
     if used.learning_rate >= asked.learning_rate:
         return ()
@@ -46,7 +46,7 @@ def slowed(asked: Trainer, used: Trainer) -> tuple[str, ...]:
 
 
 @dataclass(kw_only=True)
-class Repair:
+class PurifyRun:
     """One run of a purifier: splits the clean images, counts the cost, keeps the history. Use it in a ``with`` block.
 
     Attributes:

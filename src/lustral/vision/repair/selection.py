@@ -131,7 +131,7 @@ class Selection:
         return self.best is not None and self.best[0] > 0
 
 
-def slower_until_kept(selection: Selection, train: Callable[[float], None], divisor: float = 1.0) -> float:
+def retry_at_lower_rates(selection: Selection, train: Callable[[float], None], divisor: float = 1.0) -> float:
     """Train, and again from the start at a quarter of the rate as long as no epoch holds the floor, down to a sixteenth.
 
     What a wide network loses at a rate that a narrow one bears, 2,000 images do not give back. A training that diverges is a
@@ -161,8 +161,8 @@ def slower_until_kept(selection: Selection, train: Callable[[float], None], divi
         divisor *= SLOWER
 
 
-def slowed_notes(selection: Selection, divisor: float, accuracy_loss: float) -> tuple[str, ...]:
-    """Return notes on a rate that ``slower_until_kept`` lowered, and on a loss of accuracy that it did not prevent."""
+def retry_notes(selection: Selection, divisor: float, accuracy_loss: float) -> tuple[str, ...]:
+    """Return notes on a rate that ``retry_at_lower_rates`` lowered, and on a loss of accuracy that it did not prevent."""
     notes = []
     if divisor > 1:
         notes.append(

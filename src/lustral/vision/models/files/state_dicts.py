@@ -54,7 +54,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def compare(
+def compare_keys(
     path: Path,
     arch: str,
     tensors: Mapping[str, Tensor],
