@@ -6,11 +6,22 @@ import math
 from typing import TypeGuard
 
 LARGEST_IMAGE = 2**24  # numbers in one image, C x H x W: 64 MiB as float32; 3 x 2,364 x 2,364
-MOST_CLASSES = 100_000  # ImageNet-21k has 21,841
+MOST_CLASSES = 100_000  # counts, masks and tables are made for each; ImageNet-21k has 21,841
 LARGEST_NETWORK = 2**29  # parameters of a network that is built before any file holds them: 2 GiB as float32
 LARGEST_EXTRA = 2**28  # bytes of a network's tensors that no file holds: constants that are computed at birth
 LARGEST_RECORD = 2**22  # bytes of a victim's record
 LARGEST_TRIGGER = 2**28  # bytes of a learnt trigger's tensors
+
+# of a data set
+GIB = 2**30
+MEMORY_VARIABLE = "LUSTRAL_MEMORY"  # environment variable with the GiB that the images of a data set may take
+DEFAULT_MEMORY = 4.0  # GiB; 27,000 pictures of 224 x 224 pixels
+MOST_IMAGES = 2_000_000  # of a data set; ImageNet has 1.3 million
+MOST_PIXELS = 64_000_000  # of one picture, as stored or resized; cameras reach 60 million
+MOST_EXPANSION = 200  # packed arrays and tables may hold this many times their size; zeros reach 230 to 1,030 (deflate)
+MOST_PICTURE_EXPANSION = 500  # the same for pictures, as RGB: photographs reach 30, drawings of one bit per pixel 200
+FREE_EXPANSION = 2**28  # bytes that need no such proof
+MOST_NAME_LENGTH = 1000  # characters of a class name
 
 
 def is_image_shape(shape: object) -> TypeGuard[tuple[int, int, int]]:

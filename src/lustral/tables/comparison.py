@@ -108,27 +108,7 @@ def compare(
     query = _checked(cells, first, second, metric, where or {}, least_asr, resamples)
     with duckdb.connect(":memory:", config={"threads": 1}) as base:
         base.register("cells", cells)
-        condition, values = selection(query.where, ("defence",))
-        base.execute(
-            f"""CREATE TEMP TABLE measured AS
-            SELECT defence, victim_key, clean_images, defence_seed, {", ".join(IDENTITY)}, count(*) AS cells,
-                avg({value_sql(metric, least_asr)}) AS value
-            FROM cells WHERE status = 'done' AND {condition} GROUP BY ALL""",
-            values,
-        )
-        same = (
-            ""
-            if UNDEFENDED in (first, second)
-            else " AND a.clean_images = b.clean_images AND a.defence_seed = b.defence_seed"
-        )
-        base.execute(
-            f"""CREATE TEMP TABLE pairs AS
-            SELECT a.rowid AS first_row, b.rowid AS second_row, a.victim_key AS victim,
-                ({", ".join(f"a.{name}" for name in IDENTITY)}) AS attack, a.value AS first_value, b.value AS second_value
-            FROM measured a JOIN measured b ON a.victim_key = b.victim_key{same}
-            WHERE a.defence = ? AND b.defence = ? AND a.value IS NOT NULL AND b.value IS NOT NULL""",
-            [first, second],
-        )
+        _make_pairs(base, query, first, second, metric, least_asr)
         rows = base.execute(
             "SELECT avg(first_value), avg(second_value) FROM pairs GROUP BY victim ORDER BY victim"
         ).fetchall()
@@ -164,6 +144,33 @@ def compare(
         losses=int((gain < -EXACT).sum()),
         resamples=resamples,
         verdict=_verdict(low, high, METRICS[metric].better),
+    )
+
+
+def _make_pairs(
+    base: duckdb.DuckDBPyConnection, query: Query, first: str, second: str, metric: str, least_asr: float
+) -> None:
+    """Make the tables "measured", a value for each defence and victim, and "pairs", two values on the same victim."""
+    condition, values = selection(query.where, ("defence",))
+    base.execute(
+        f"""CREATE TEMP TABLE measured AS
+        SELECT defence, victim_key, clean_images, defence_seed, {", ".join(IDENTITY)}, count(*) AS cells,
+            avg({value_sql(metric, least_asr)}) AS value
+        FROM cells WHERE status = 'done' AND {condition} GROUP BY ALL""",
+        values,
+    )
+    same = (
+        ""
+        if UNDEFENDED in (first, second)
+        else " AND a.clean_images = b.clean_images AND a.defence_seed = b.defence_seed"
+    )
+    base.execute(
+        f"""CREATE TEMP TABLE pairs AS
+        SELECT a.rowid AS first_row, b.rowid AS second_row, a.victim_key AS victim,
+            ({", ".join(f"a.{name}" for name in IDENTITY)}) AS attack, a.value AS first_value, b.value AS second_value
+        FROM measured a JOIN measured b ON a.victim_key = b.victim_key{same}
+        WHERE a.defence = ? AND b.defence = ? AND a.value IS NOT NULL AND b.value IS NOT NULL""",
+        [first, second],
     )
 
 

@@ -34,7 +34,7 @@ from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, channel_statistics
 from lustral.vision.interfaces import Attack, Crafted, CraftedAttack, HasProbes, SteersTraining
 from lustral.vision.models import Architecture, Classifier, build_classifier, load_model, save_model
-from lustral.vision.records import ImageSet, Probe, Trigger, Victim
+from lustral.vision.records import ImageSet, PoisonedSet, Probe, Trigger, Victim
 from lustral.vision.victim_files import (
     MODEL_FILE,
     PICTURE_FILE,
@@ -139,18 +139,7 @@ def implant(
     elif ready is not None:
         poisoned = ready.poison(train, generator=child(seed, "poison"))
     data = train if poisoned is None else poisoned.data
-    if start is None:
-        mean, std = channel_statistics(train)
-        model = build_classifier(
-            arch,
-            num_classes=train.num_classes,
-            image_shape=train.image_shape,
-            mean=mean,
-            std=std,
-            generator=child(seed, "weights"),
-        ).to(train.device)
-    else:
-        model = start.to(train.device)
+    model = new_classifier(arch, train, seed) if start is None else start.to(train.device)
     trained = trainer.fit(
         model,
         data,
@@ -160,24 +149,16 @@ def implant(
         on_epoch=on_epoch,
         on_progress=on_progress,
     )
-    settings = {} if attack is None else describe(attack)
-    provenance = {
-        "schema": VICTIM_SCHEMA,
-        "attack": NO_ATTACK if attack is None else attack_name(attack),
-        "settings": settings,
-        "data": data_name,
-        "arch": str(arch),
-        "trainer": describe(recipe),
-        "fine_tuned_from_clean": start is not None,
-        "seed": seed,
-        "num_training_images": len(train),
-        "num_poisoned": 0 if poisoned is None else int(poisoned.is_poisoned.sum()),
-        "num_cover": 0 if poisoned is None or poisoned.is_cover is None else int(poisoned.is_cover.sum()),
-        "image_shape": list(train.image_shape),
-        "num_classes": train.num_classes,
-        "class_names": list(train.class_names),
-        "versions": library_versions(),
-    }
+    provenance = _provenance(
+        attack,
+        train,
+        poisoned,
+        arch=arch,
+        trainer=recipe,
+        seed=seed,
+        data_name=data_name,
+        fine_tuned=start is not None,
+    )
     victim = Victim(
         model=trained,
         trigger=NoTrigger() if ready is None else ready.trigger(train.image_shape),
@@ -190,6 +171,50 @@ def implant(
     )
     metrics = evaluate(victim, None, test, generator=child(seed, "evaluation")).to_dict()
     return dataclasses.replace(victim, metrics=metrics)
+
+
+def _provenance(
+    attack: Attack | CraftedAttack | None,
+    train: ImageSet,
+    poisoned: PoisonedSet | None,
+    *,
+    arch: str | Architecture,
+    trainer: Trainer,
+    seed: int,
+    data_name: str,
+    fine_tuned: bool,
+) -> dict[str, Any]:
+    """Return everything needed to make a victim again."""
+    return {
+        "schema": VICTIM_SCHEMA,
+        "attack": NO_ATTACK if attack is None else attack_name(attack),
+        "settings": {} if attack is None else describe(attack),
+        "data": data_name,
+        "arch": str(arch),
+        "trainer": describe(trainer),
+        "fine_tuned_from_clean": fine_tuned,
+        "seed": seed,
+        "num_training_images": len(train),
+        "num_poisoned": 0 if poisoned is None else int(poisoned.is_poisoned.sum()),
+        "num_cover": 0 if poisoned is None or poisoned.is_cover is None else int(poisoned.is_cover.sum()),
+        "image_shape": list(train.image_shape),
+        "num_classes": train.num_classes,
+        "class_names": list(train.class_names),
+        "versions": library_versions(),
+    }
+
+
+def new_classifier(arch: str | Architecture, train: ImageSet, seed: int) -> Classifier:
+    """Return an untrained classifier for a training set, on its device."""
+    mean, std = channel_statistics(train)
+    return build_classifier(
+        arch,
+        num_classes=train.num_classes,
+        image_shape=train.image_shape,
+        mean=mean,
+        std=std,
+        generator=child(seed, "weights"),
+    ).to(train.device)
 
 
 def attack_name(attack: Attack | CraftedAttack) -> str:

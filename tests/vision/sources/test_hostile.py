@@ -24,7 +24,7 @@ from PIL import Image
 
 import lustral
 from lustral.vision.records import ImageSet
-from lustral.vision.sources import SourceError, folder, limits, load_source
+from lustral.vision.sources import SourceError, checks, folder, load_source
 from lustral.vision.sources.parquet import declared_pages
 from lustral.vision.sources.pixels import FORMATS
 
@@ -277,7 +277,7 @@ def test_small_files_that_unpack_to_too_much_are_refused(tmp_path: Path) -> None
 
 
 def test_drawings_of_one_bit_a_pixel_are_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "FREE_EXPANSION", 1)
+    monkeypatch.setattr(checks, "FREE_EXPANSION", 1)
     two_classes(tmp_path)
     drawing = Image.new("1", (105, 105))
     for step in range(5, 100):  # as Omniglot has them
@@ -362,7 +362,7 @@ def test_an_array_must_be_as_large_as_it_says(tmp_path: Path, shape: tuple[int, 
 
 
 def test_a_deflated_bomb_is_refused_before_it_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "FREE_EXPANSION", 1_000_000)
+    monkeypatch.setattr(checks, "FREE_EXPANSION", 1_000_000)
     spec = archive(tmp_path / "x.npz", images=array_file((2, 2000, 1000), bytes(4_000_000)), labels=LABELS)
     with pytest.raises(SourceError, match=r"images: .* bytes that unpack to 4,000,128"):
         load_source(spec)
@@ -422,7 +422,7 @@ def test_one_picture_a_million_times_is_refused_before_it_is_decoded(tmp_path: P
 def test_pages_that_unpack_to_much_are_refused_by_their_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "FREE_EXPANSION", 1_000_000)
+    monkeypatch.setattr(checks, "FREE_EXPANSION", 1_000_000)
     table = pa.table({"png": [PNG, bytes(8_000_000)], "label": [0, 1]})
     pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(SourceError, match=r"png: [\d,]+ bytes that unpack to 8,"):

@@ -121,7 +121,6 @@ class MaskSearch:
         success = torch.zeros(count, device=device)
         taken = torch.zeros(count, dtype=torch.int64)
         alive = torch.arange(count, device=device)
-        rungs = {max(self.steps // 2, 1), max(3 * self.steps // 4, 1)} if self.screening else set()
         work = count * self.steps
         with frozen(model):
             for step in range(1, self.steps + 1):
@@ -146,7 +145,7 @@ class MaskSearch:
                     steer = torch.where(success[rows] > self.target_success, 1.1, 1 / 1.15)
                     weight[rows] = (weight[rows] * steer).clamp(1e-5, 1.0)
                     taken[rows.cpu()] += 1
-                if step in rungs and len(alive) > self.finalists:
+                if step in self._rungs and len(alive) > self.finalists:
                     alive = self._screen(mask_logits, success, alive)
                     work = int(taken.sum()) + len(alive) * (self.steps - step)
                 if on_progress is not None:
@@ -160,6 +159,11 @@ class MaskSearch:
             success=success,
             steps=taken,
         )
+
+    @property
+    def _rungs(self) -> set[int]:
+        """The steps after which labels are screened."""
+        return {max(self.steps // 2, 1), max(3 * self.steps // 4, 1)} if self.screening else set()
 
     def _screen(self, mask_logits: Tensor, success: Tensor, alive: Tensor) -> Tensor:
         """Keep the two thirds that need the smallest masks; a search that does not succeed yet counts as a larger mask."""

@@ -139,6 +139,13 @@ def sample_spread(masks: Tensor, patterns: Tensor) -> float:
     return float(torch.pdist(flat).mean()) / math.sqrt(patterns.shape[1])
 
 
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step down a scalar loss; gradients from before do not count."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaxEntropy:
     """Recover the distribution of triggers that lead to a label.
@@ -246,11 +253,7 @@ class MaxEntropy:
         groups = len(targets)
         base = self._base_logits(start, images)  # (G, D)
         places = self._places(model, images, targets, levels, base, fork(generator, "places"))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            seen = self._seen_size(images)
-            maker = TriggerGenerator(groups, self.hidden, base.shape[1]).to(device)
-            judge = StatisticsNetwork(groups, self.hidden, seen).to(device)
+        maker, judge = self._networks(groups, base.shape[1], images, generator)
         area0 = self._triggers(base[:, None], images)[0].flatten(1).sum(1)  # (G,)
         make_step = torch.optim.Adam(maker.parameters(), self.learning_rate, betas=(0.5, 0.999))
         judge_step = torch.optim.Adam(judge.parameters(), self.learning_rate, betas=(0.5, 0.999))
@@ -277,11 +280,7 @@ class MaxEntropy:
                 area = mask.flatten(1).sum(1).view(groups, -1).mean(1)
                 excess = (area / (self.area_slack * area0) - 1).clamp_min(0)
                 loss = hinge(fires, levels).mean(1) - self.entropy_weight * information.clamp_max(5)
-                total = (loss + self.area_weight * excess).sum()
-                make_step.zero_grad(set_to_none=True)
-                total.backward()  # type: ignore[no-untyped-call]
-                make_step.step()
-                judge_step.zero_grad(set_to_none=True)
+                _descend(make_step, (loss + self.area_weight * excess).sum())
                 with torch.no_grad():
                     z = noise()
                     triggers = self._visible(*self._triggers(base[:, None] + maker(z), images))
@@ -289,11 +288,21 @@ class MaxEntropy:
                 joint, marginal = judge(z, triggers), judge(noise(), triggers)
                 level = marginal.exp().mean(1)
                 average = level.detach() if average is None else average.lerp(level.detach(), EMA_RATE)
-                (level / average - joint.mean(1)).sum().backward()  # the bias-corrected gradient of -I
-                judge_step.step()
+                _descend(judge_step, (level / average - joint.mean(1)).sum())  # the bias-corrected gradient of -I
                 if on_progress is not None:
                     on_progress(Progress(stage="spreading triggers", done=step, total=self.steps))
             return self._collect(model, held_out, target_labels, targets, maker, base, places, start, stream)
+
+    def _networks(
+        self, groups: int, outputs: int, images: ImageSet, generator: Generator
+    ) -> tuple[TriggerGenerator, StatisticsNetwork]:
+        """Return a new generator and statistics network of every group, on the images' device."""
+        device = images.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            maker = TriggerGenerator(groups, self.hidden, outputs).to(device)
+            judge = StatisticsNetwork(groups, self.hidden, self._seen_size(images)).to(device)
+        return maker, judge
 
     def _seen_size(self, images: ImageSet) -> int:
         channels, height, width = images.image_shape

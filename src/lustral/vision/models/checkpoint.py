@@ -188,9 +188,7 @@ def load_model(
         parse_architecture(arch, allow_code=True) if arch else _recorded_arch(path, recorded, allow_code=allow_code)
     )
     network = by_keys(network, known_keys(mappings))
-    if image_shape and recorded.image_shape and image_shape != recorded.image_shape:
-        raise ModelFileError(f"{path}: made for images of shape {recorded.image_shape}; expected {image_shape}")
-    shape = image_shape or recorded.image_shape
+    shape = _agreed_shape(path, image_shape, recorded.image_shape)
     probed = outline_network(network, num_classes=PROBE_CLASSES, image_shape=shape or _PROBE_SHAPE)
     probe = probed.state_dict()
     mappings, file_keys = _with_own_keys(network, probed, mappings)
@@ -206,24 +204,14 @@ def load_model(
     mean, std = mean or recorded.mean, std or recorded.std
     if mean is None and std is None:
         logger.warning("%s: no mean and std are known; pixels in [0, 1] go to the network as they are", path)
-    if not is_class_count(classes) or not is_image_shape(shape):
-        raise ModelFileError(
-            f"{path}: expected 2 to {MOST_CLASSES:,} classes and images of {LARGEST_IMAGE:,} numbers at most; got "
-            f"{classes:,} classes of images {shape}"
-        )
-    if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
-        outline = outline_network(network, num_classes=rows, image_shape=shape)
-        compare_keys(path, str(network), tensors, outline.state_dict(), shapes=True, hint=hint)
-        _require_small_extras(path, network, outline)
-    bare = build_network(network, num_classes=rows, image_shape=shape)
-    compare_keys(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
+    bare = _build_fitting(path, network, tensors, rows=rows, image_shape=shape, hint=hint)
     if hub is not None and network == hub.arch:
         check_pooling(path, hub, bare)
     model = with_normalisation(bare, shape, mean, std, num_classes=classes)
     require_logits(model, network, rows=rows, image_shape=shape)
     check_tensors(path, tensors)
     model.network.load_state_dict(tensors)
-    digests = {file: sha256_of(file) for file in (hub.files if hub else (path,))}
+    origin = _origin_of(path, hub, (chosen, *same), file_keys)
     return LoadedModel(
         model=model.eval(),
         arch=str(network),
@@ -235,17 +223,54 @@ def load_model(
         metadata=metadata,
         weights=chosen.name,
         other_weights=others,
-        sha256=" ".join(digests.values()),
+        sha256=" ".join(origin.files.values()),
         class_names=hub.class_names if hub else None,
-        origin=Origin(
-            files=digests,
-            others=hub.others if hub else (),
-            sets=tuple(
-                (found.path, {name: file_keys.get(key, key) for name, key in found.keys.items()})
-                for found in (chosen, *same)
-            ),
+        origin=origin,
+    )
+
+
+def _agreed_shape(
+    path: Path, asked: tuple[int, int, int] | None, recorded: tuple[int, int, int] | None
+) -> tuple[int, int, int] | None:
+    """Return the shape of the images as asked for or recorded, which may not differ."""
+    if asked and recorded and asked != recorded:
+        raise ModelFileError(f"{path}: made for images of shape {recorded}; expected {asked}")
+    return asked or recorded
+
+
+def _origin_of(path: Path, hub: HubFolder | None, equal: Sequence[WeightSet], file_keys: Mapping[str, str]) -> Origin:
+    """Return where equal sets of weights lie; ``file_keys`` maps the network's own keys to those of the file."""
+    return Origin(
+        files={file: sha256_of(file) for file in (hub.files if hub else (path,))},
+        others=hub.others if hub else (),
+        sets=tuple(
+            (found.path, {name: file_keys.get(key, key) for name, key in found.keys.items()}) for found in equal
         ),
     )
+
+
+def _build_fitting(
+    path: Path,
+    network: Architecture,
+    tensors: Mapping[str, Tensor],
+    *,
+    rows: int,
+    image_shape: tuple[int, int, int],
+    hint: Callable[[], str],
+) -> nn.Module:
+    """Build the network, once its sizes are sure to be plausible and to be those of the tensors."""
+    if not is_class_count(max(rows, 2)) or not is_image_shape(image_shape):
+        raise ModelFileError(
+            f"{path}: expected 2 to {MOST_CLASSES:,} classes and images of {LARGEST_IMAGE:,} numbers at most; got "
+            f"{max(rows, 2):,} classes of images {image_shape}"
+        )
+    if not runs_user_code(network):  # a user's code may compute with what it builds, so it has no outline
+        outline = outline_network(network, num_classes=rows, image_shape=image_shape)
+        compare_keys(path, str(network), tensors, outline.state_dict(), shapes=True, hint=hint)
+        _require_small_extras(path, network, outline)
+    bare = build_network(network, num_classes=rows, image_shape=image_shape)
+    compare_keys(path, str(network), tensors, bare.state_dict(), shapes=True, hint=hint)
+    return bare
 
 
 def _read_content(path: Path, hub: HubFolder | None) -> tuple[Any, Mapping[str, str]]:

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lustral.core.limits import MOST_CLASSES
 from lustral.vision.records import ImageSet
-from lustral.vision.sources.limits import MOST_CLASSES, Expansion, check_expansion, check_memory, open_regular
+from lustral.vision.sources.checks import Expansion, check_expansion, check_memory, open_regular
 from lustral.vision.sources.parquet import open_table
 from lustral.vision.sources.pixels import RGB, TEST_SPLITS, Framing, build_set, stack_pictures
 from lustral.vision.sources.record import DataSource, SourceError

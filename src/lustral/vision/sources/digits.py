@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lustral.core.randomness import child
 from lustral.vision.images import as_uint8, stratified_indices
 from lustral.vision.records import ImageSet
-from lustral.vision.sources.limits import check_memory
+from lustral.vision.sources.checks import check_memory
 from lustral.vision.sources.pixels import RGB, Framing, frame_tensor
 from lustral.vision.sources.record import DataSource
 

@@ -14,15 +14,10 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lustral.core.limits import MOST_CLASSES, MOST_IMAGES
 from lustral.vision.images import as_float
 from lustral.vision.records import ImageSet
-from lustral.vision.sources.limits import (
-    MOST_CLASSES,
-    MOST_IMAGES,
-    Expansion,
-    check_memory,
-    check_names,
-)
+from lustral.vision.sources.checks import Expansion, check_memory, check_names
 from lustral.vision.sources.pixels import (
     RGB,
     SUFFIXES,

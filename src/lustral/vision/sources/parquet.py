@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lustral.vision.sources.limits import check_count, check_expansion, open_regular
+from lustral.vision.sources.checks import check_count, check_expansion, open_regular
 from lustral.vision.sources.record import SourceError
 
 _BATCH_BYTES = 2**26  # of decoded cells held at a time; each is at most as large as the largest page

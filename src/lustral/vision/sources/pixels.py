@@ -22,16 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lustral.core.limits import MOST_CLASSES, MOST_PIXELS
 from lustral.vision.records import ImageSet
-from lustral.vision.sources.limits import (
-    MOST_CLASSES,
-    MOST_PIXELS,
-    Expansion,
-    check_count,
-    check_memory,
-    check_names,
-    open_regular,
-)
+from lustral.vision.sources.checks import Expansion, check_count, check_memory, check_names, open_regular
 from lustral.vision.sources.record import SourceError
 
 TEST_SPLITS = ("test", "val", "validation", "valid")  # names that a test split goes by, the preferred one first

@@ -1,4 +1,4 @@
-"""What a data set may cost: declared sizes are checked against these limits before anything is allocated.
+"""What a data set may cost: declared sizes are checked against ``core.limits`` before anything is allocated.
 
 Files and folders come from outside, so they may be made to exhaust memory, disk or patience. Nothing but regular files is
 opened: a pipe or a device would hang.
@@ -7,23 +7,22 @@ opened: a pipe or a device would hang.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from lustral.core import files
+from lustral.core.limits import (
+    DEFAULT_MEMORY,
+    FREE_EXPANSION,
+    GIB,
+    MEMORY_VARIABLE,
+    MOST_EXPANSION,
+    MOST_IMAGES,
+    MOST_NAME_LENGTH,
+    MOST_PICTURE_EXPANSION,
+)
 from lustral.vision.sources.record import SourceError
-
-MEMORY_VARIABLE = "LUSTRAL_MEMORY"  # environment variable with the GiB that the images of a data set may take
-GIB = 2**30
-DEFAULT_MEMORY = 4.0  # GiB; 27,000 pictures of 224 x 224 pixels
-MOST_IMAGES = 2_000_000  # of a data set; ImageNet has 1.3 million
-MOST_CLASSES = 100_000  # counts, masks and tables are made for each class
-MOST_PIXELS = 64_000_000  # of one picture, as stored or resized; cameras reach 60 million
-MOST_EXPANSION = 200  # packed arrays and tables may hold this many times their size; zeros reach 230 to 1,030 (deflate)
-MOST_PICTURE_EXPANSION = 500  # the same for pictures, as RGB: photographs reach 30, drawings of one bit per pixel 200
-FREE_EXPANSION = 2**28  # bytes that need no such proof
-MOST_NAME_LENGTH = 1000  # characters of a class name
 
 
 def memory_limit() -> int:
@@ -98,16 +97,7 @@ def open_regular(path: Path) -> BinaryIO:
         SourceError: it is a pipe, device, socket or folder.
         OSError: it cannot be opened.
     """
-    _require_regular(path, os.stat(path).st_mode)  # before opening: that alone can act on a device
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _require_regular(path, os.fstat(descriptor).st_mode)  # it may have been exchanged
-        return os.fdopen(descriptor, "rb")
-    except SourceError:
-        os.close(descriptor)
-        raise
-
-
-def _require_regular(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise SourceError(f"{path}: expected a regular file; this is a folder, pipe, device or socket")
+        return files.open_regular(path)
+    except ValueError as error:
+        raise SourceError(f"{path}: expected a regular file; this is a folder, pipe, device or socket") from error
