@@ -1,4 +1,4 @@
-"""What every class that results depend on keeps: a version, which is part of the results' names."""
+"""What every class that results depend on says of itself: a version, part of the results' names, and what a method asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lustral.bench.grid import Grid
 from lustral.bench.plan import parse_plan
 from lustral.bench.sources import Sources
 from lustral.catalog import ATTACKS, DETECTORS, INVERTERS, PURIFIERS
-from lustral.core.versions import current_versions, outdated, versions_of
+from lustral.core.versions import class_variables, current_versions, listed_methods, outdated, versions_of
 from lustral.training import Trainer
 from lustral.vision.evaluation import Evaluation, Reactivation
 from lustral.vision.models import Classifier
@@ -47,6 +47,27 @@ def test_a_method_and_every_recipe_in_its_settings_have_a_version(name: str) -> 
         assert vars(kind).get("version", 0) >= 1, f"{kind.__name__} has no version of its own"
         assert "version" not in {field.name for field in dataclasses.fields(part)}
         assert current_versions()[kind.__name__] == kind.version
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_an_attack_says_what_its_attacker_controls(name: str) -> None:
+    says = vars(ATTACKS[name])["threat_model"]
+    assert says.startswith(("supplies data: ", "controls training"))
+    assert class_variables()[ATTACKS[name].__name__]["threat_model"] == says
+
+
+@pytest.mark.parametrize("name", sorted(PURIFIERS))
+def test_a_purifier_says_what_it_needs_and_costs(name: str) -> None:
+    own = vars(PURIFIERS[name])
+    assert own["needs"].strip()
+    assert not own["needs"].endswith("."), "a phrase for a column, no sentence"
+    assert 0 < own["cost_passes"] < 1000
+
+
+def test_the_catalog_is_read_from_the_source_as_it_is() -> None:
+    names = ("version", "threat_model", "needs", "cost_passes")
+    own = {name: {key: vars(kind)[key] for key in names if key in vars(kind)} for name, kind in METHODS.items()}
+    assert listed_methods() == own
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import nn
 
 from lustral.bench.cells import StoreAssets
-from lustral.catalog import ATTACKS, PURIFIER_COSTS, PURIFIER_NEEDS, PURIFIERS, THREAT_MODELS
+from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
@@ -207,9 +207,9 @@ def list_attacks(screen: Screen) -> int:
     table = Table("attack", "what it does", "the attacker", title="lustral implant")
     lines = {name: module_line(kind) for name, kind in ATTACKS.items()}
     for name, line in lines.items():
-        table.add_row(name, line, THREAT_MODELS[name])
+        table.add_row(name, line, ATTACKS[name].threat_model)
     screen.show(table)
-    records = {name: {"does": line, "attacker": THREAT_MODELS[name]} for name, line in lines.items()}
+    records = {name: {"does": line, "attacker": ATTACKS[name].threat_model} for name, line in lines.items()}
     screen.record({"schema": OUTPUT_SCHEMA, "attacks": records})
     return 0
 
@@ -230,10 +230,10 @@ def list_purifiers(screen: Screen) -> int:
     table = Table("method", "what it does", "needs", "cost", title="lustral erase --method")
     table.caption = "cost: passes of each of 2,500 clean images through the network and back"
     for name, line in lines.items():
-        table.add_row(name, line, PURIFIER_NEEDS[name], str(PURIFIER_COSTS[name]))
+        table.add_row(name, line, PURIFIERS[name].needs, str(PURIFIERS[name].cost_passes))
     screen.show(table)
     records = {
-        name: {"does": line, "needs": PURIFIER_NEEDS[name], "passes": PURIFIER_COSTS[name]}
+        name: {"does": line, "needs": PURIFIERS[name].needs, "passes": PURIFIERS[name].cost_passes}
         for name, line in lines.items()
     }
     screen.record({"schema": OUTPUT_SCHEMA, "methods": records})

@@ -1,4 +1,4 @@
-"""The version of a method: a class variable ``version`` that changes when what the class computes changes.
+"""What classes say of themselves in class variables; first of all ``version``, which changes when what a class computes changes.
 
 Specifications of results, and so their names, hold the versions of all classes that took part: an old result never passes
 for a new one. Nothing here imports torch.
@@ -34,10 +34,38 @@ def versions_of(*parts: Any) -> dict[str, int]:
 
 
 @cache
-def current_versions() -> dict[str, int]:
-    """Return the version of every class of the library that has one, read from the source: so tables need no torch."""
+def class_variables() -> dict[str, dict[str, Any]]:
+    """Return the class variables of every class of the library, read from the source: so tables and pages need no torch.
+
+    Returns:
+        The values by class and variable, e.g. ``["SAU"]["version"]``: of top-level classes, as far as they are literals.
+    """
     nodes = [node for text in _sources(files("lustral")) for node in ast.parse(text).body]
-    return {node.name: number for node in nodes if isinstance(node, ast.ClassDef) for number in _written(node)}
+    found = {node.name: dict(_class_variables_of(node)) for node in nodes if isinstance(node, ast.ClassDef)}
+    return {name: variables for name, variables in found.items() if variables}
+
+
+@cache
+def current_versions() -> dict[str, int]:
+    """Return the version of every class of the library that has one."""
+    return {name: values["version"] for name, values in class_variables().items() if "version" in values}
+
+
+@cache
+def listed_methods() -> dict[str, dict[str, Any]]:
+    """Return the class variables of every method of the catalog, by its name there, read from the source.
+
+    >>> listed_methods()["badnets"]["threat_model"]
+    'supplies data: dirty labels'
+    """
+    tree = ast.parse(files("lustral").joinpath("catalog.py").read_text(encoding="utf-8"))
+    tables = [line.value for line in tree.body if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Dict)]
+    return {
+        ast.literal_eval(name): class_variables()[kind.id]
+        for table in tables
+        for name, kind in zip(table.keys, table.values, strict=True)
+        if name is not None and isinstance(kind, ast.Name)
+    }
 
 
 def outdated(versions: object) -> str | None:
@@ -61,11 +89,11 @@ def _sources(folder: Traversable) -> Iterator[str]:
             yield from _sources(entry)
         elif entry.name.endswith(".py"):
             text = entry.read_text(encoding="utf-8")
-            if "version: ClassVar[int]" in text:
+            if ": ClassVar[" in text:
                 yield text
 
 
-def _written(node: ast.ClassDef) -> Iterator[int]:
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == "version" and line.value is not None:
-            yield ast.literal_eval(line.value)
+def _class_variables_of(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for line in (line for line in node.body if isinstance(line, ast.AnnAssign)):
+        if ast.unparse(line.annotation).startswith("ClassVar[") and isinstance(line.value, ast.Constant):
+            yield ast.unparse(line.target), line.value.value

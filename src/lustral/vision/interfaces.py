@@ -2,13 +2,16 @@
 
 Image batches at every public boundary are float32 ``(B, C, H, W)`` in [0, 1]; sets at rest are uint8. Rates are fractions
 in [0, 1].
+
+A class that the catalog lists says in class variables what a reader weighs before using it: its ``version`` (an int that
+changes with what the class computes) and, by its kind, its threat model, or what it needs and costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -45,9 +48,29 @@ class Attack(Protocol):
         """Return a poisoned copy of a training set."""
 
 
+class ReadyAttack(Attack, Protocol):
+    """An attack whose settings alone give its trigger.
+
+    Attributes:
+        version: counts changes of what the class computes.
+        threat_model: what the attacker controls, in a few words.
+    """
+
+    version: ClassVar[int]
+    threat_model: ClassVar[str]
+
+
 @runtime_checkable
 class CraftedAttack(Protocol):
-    """An attack whose trigger is computed or learnt from data: its settings, from which ``craft`` makes the attack itself."""
+    """An attack whose trigger is computed or learnt from data: its settings, from which ``craft`` makes the attack itself.
+
+    Attributes:
+        version: counts changes of what the class computes.
+        threat_model: what the attacker controls, in a few words.
+    """
+
+    version: ClassVar[int]
+    threat_model: ClassVar[str]
 
     def require_possible(self, clean: ImageSet) -> None:
         """As ``Attack.require_possible``; asks for no asset."""
@@ -103,7 +126,13 @@ class HasProbes(Protocol):
 
 
 class Inverter(Protocol):
-    """Recovers trigger distributions."""
+    """Recovers trigger distributions.
+
+    Attributes:
+        version: counts changes of what the class computes.
+    """
+
+    version: ClassVar[int]
 
     def invert(
         self,
@@ -122,14 +151,31 @@ class Inverter(Protocol):
 
 
 class Detector(Protocol):
-    """Decides whether a model is backdoored."""
+    """Decides whether a model is backdoored.
+
+    Attributes:
+        version: counts changes of what the class computes.
+    """
+
+    version: ClassVar[int]
 
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with its evidence."""
 
 
 class Purifier(Protocol):
-    """Erases a backdoor."""
+    """Erases a backdoor.
+
+    Attributes:
+        version: counts changes of what the class computes.
+        needs: what it asks of the model or the backdoor beyond clean images, in a few words; "nothing" too.
+        cost_passes: passes of each clean image through the network, forward and back, with 2,500 clean images and the
+            default settings; > 0. Measured by ``benchmarks/eraser_costs.py``.
+    """
+
+    version: ClassVar[int]
+    needs: ClassVar[str]
+    cost_passes: ClassVar[float]
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a new, cleaned model; the one given is not changed."""

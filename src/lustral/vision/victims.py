@@ -280,7 +280,8 @@ def load_victim(folder: str | os.PathLike[str], *, arch: str | None = None, allo
         ) from error
     try:
         with AllocationLimit(TRIGGER_FACTOR * held + SMALL_TRIGGER):
-            attack = None if name == NO_ATTACK else build(ATTACKS[name], record["settings"])
+            settings = None if name == NO_ATTACK else build(ATTACKS[name], record["settings"])
+            attack: Attack | CraftedAttack | None = settings
             if isinstance(attack, CraftedAttack):
                 attack = attack.restore(tensors, image_shape)
             trigger: Trigger = NoTrigger() if attack is None else attack.trigger(image_shape)

@@ -67,6 +67,7 @@ class AdapBlend:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels, and cover images with true ones"
 
     target_label: int = 0
     poison_rate: float = 0.003

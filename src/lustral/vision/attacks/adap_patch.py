@@ -55,6 +55,7 @@ class AdapPatch:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels, and cover images with true ones"
 
     target_label: int = 0
     poison_rate: float = 0.003

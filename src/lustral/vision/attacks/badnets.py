@@ -84,6 +84,7 @@ class BadNets:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels"
 
     target_label: int = 0
     poison_rate: float = 0.1

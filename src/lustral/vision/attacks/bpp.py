@@ -121,6 +121,7 @@ class Bpp:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "controls training"
 
     target_label: int = 0
     poison_rate: float = 0.1

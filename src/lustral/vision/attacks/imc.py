@@ -78,6 +78,7 @@ class Imc:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "controls training, which optimises the trigger too"
 
     target_label: int = 0
     poison_rate: float = 0.05

@@ -162,6 +162,7 @@ class InputAware:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "controls training, and trains trigger networks along"
 
     target_label: int = 0
     poison_rate: float = 0.1

@@ -136,6 +136,7 @@ class LabelConsistent:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: true labels; has a surrogate model"
 
     target_label: int = 0
     poison_rate: float = 0.05

@@ -52,6 +52,7 @@ class Sig:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: true labels"
 
     target_label: int = 0
     poison_rate: float = 0.05

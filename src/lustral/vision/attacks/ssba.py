@@ -103,6 +103,7 @@ class Ssba:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels; has an encoder of his own"
 
     target_label: int = 0
     poison_rate: float = 0.1

@@ -57,6 +57,7 @@ class TaCT:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels on one source class, cover images with true ones"
 
     target_label: int = 0
     source_label: int = 1

@@ -176,6 +176,7 @@ class TrojanNN:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "supplies data: dirty labels; has a surrogate model"
 
     target_label: int = 0
     poison_rate: float = 0.1

@@ -108,6 +108,7 @@ class WaNet:
     """
 
     version: ClassVar[int] = 1
+    threat_model: ClassVar[str] = "controls training"
 
     target_label: int = 0
     poison_rate: float = 0.1

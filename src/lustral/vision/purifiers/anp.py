@@ -44,6 +44,8 @@ class ANP:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "batch normalisation"
+    cost_passes: ClassVar[float] = 62
 
     epsilon: float = 0.4
     alpha: float = 0.2

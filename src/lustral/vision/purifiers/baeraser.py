@@ -115,6 +115,8 @@ class BaEraser:
     """
 
     version: ClassVar[int] = 2
+    needs: ClassVar[str] = "a backdoor whose trigger can be searched"
+    cost_passes: ClassVar[float] = 68
 
     detector: MaskArea = field(default_factory=MaskArea)
     schedule: Literal["alternating", "published"] = "alternating"

@@ -32,6 +32,8 @@ class BNRefresh:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "batch normalisation; a control"
+    cost_passes: ClassVar[float] = 0.6
 
     batch_size: int = 256
     passes: int = 2

@@ -53,6 +53,8 @@ class CLP:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "convolutions that go straight into batch normalisation"
+    cost_passes: ClassVar[float] = 0.2
 
     u: float = 3.0
     u_step: float = 0.5

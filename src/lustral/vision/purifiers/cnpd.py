@@ -87,6 +87,8 @@ class CNPD:
     """
 
     version: ClassVar[int] = 2  # 2: the statistics have the trainer's precision
+    needs: ClassVar[str] = "a convolution or linear layer before the head; changes the architecture"
+    cost_passes: ClassVar[float] = 95
 
     initial: Start = "auto"
     layer: str | None = None

@@ -63,6 +63,8 @@ class FinePruning:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "a linear head"
+    cost_passes: ClassVar[float] = 17
 
     tolerance: float = 0.1
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))

@@ -33,6 +33,8 @@ class FineTuning:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing; a control"
+    cost_passes: ClassVar[float] = 17
 
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     least_steps: int = 90

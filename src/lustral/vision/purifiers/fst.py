@@ -46,6 +46,8 @@ class FST:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "a linear head"
+    cost_passes: ClassVar[float] = 17
 
     alpha: float | None = None
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))

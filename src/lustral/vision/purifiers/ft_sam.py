@@ -42,6 +42,8 @@ class FTSAM:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing"
+    cost_passes: ClassVar[float] = 48
 
     rho: float = 2.0
     label_smoothing: float = 0.1

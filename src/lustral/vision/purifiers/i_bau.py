@@ -95,6 +95,8 @@ class IBAU:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "second derivatives"
+    cost_passes: ClassVar[float] = 14
 
     rounds: int = 5
     trainer: Trainer = field(

@@ -43,6 +43,8 @@ class Mesa:
     """
 
     version: ClassVar[int] = 2
+    needs: ClassVar[str] = "a backdoor whose trigger can be searched"
+    cost_passes: ClassVar[float] = 34
 
     detector: MaskArea = field(default_factory=MaskArea)
     trigger_rate: float = 0.2

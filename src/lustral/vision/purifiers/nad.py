@@ -99,6 +99,8 @@ class NAD:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "feature maps"
+    cost_passes: ClassVar[float] = 30
 
     layer_weights: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0

@@ -55,6 +55,8 @@ class NeuralCleanse:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "a backdoor whose trigger can be searched; five classes"
+    cost_passes: ClassVar[float] = 19
 
     search: MaskSearch = field(default_factory=lambda: MaskSearch(screening=False))
     threshold: float = 2.0

@@ -194,6 +194,8 @@ class NeuralPolarizer:
     """
 
     version: ClassVar[int] = 2  # 2: the statistics have the trainer's precision
+    needs: ClassVar[str] = "a convolution or linear layer before the head"
+    cost_passes: ClassVar[float] = 95
 
     initial: Start = "auto"
     layer: str | None = None

@@ -46,6 +46,8 @@ class RNP:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "batch normalisation"
+    cost_passes: ClassVar[float] = 18
 
     unlearner: Trainer = field(
         default_factory=lambda: Trainer(

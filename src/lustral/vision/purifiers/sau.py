@@ -103,6 +103,8 @@ class SAU:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing"
+    cost_passes: ClassVar[float] = 102
 
     norm: Norm = "linf"
     radius: float = 0.2

@@ -113,6 +113,8 @@ class TSBD:
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[str] = "nothing"
+    cost_passes: ClassVar[float] = 99
 
     neuron_ratios: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
     weight_ratio: float = 0.7
