@@ -120,15 +120,7 @@ class AdapBlend:
 
     def poison(self, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
         """Return a poisoned copy of the training set, 8-bit, with its cover images."""
-        self.require_possible(clean)
-        return poison_with_covers(
-            clean,
-            self.training_trigger(clean.image_shape),
-            self.relabel(clean.labels, clean.num_classes),
-            poison_rate=self.poison_rate,
-            cover_rate=self.cover_rate,
-            generator=generator,
-        )
+        return poison_with_covers(self, clean, generator=generator)
 
     def probes(self, image_shape: tuple[int, int, int]) -> Mapping[str, Probe]:
         """Return the accuracy on images of other classes stamped as the cover images are."""

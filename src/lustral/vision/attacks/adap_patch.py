@@ -116,15 +116,7 @@ class AdapPatch:
         Each patch gets an equal share of the poisoned images, and of the cover images, to within one image a
         batch of 1,024.
         """
-        self.require_possible(clean)
-        return poison_with_covers(
-            clean,
-            self.training_trigger(clean.image_shape),
-            self.relabel(clean.labels, clean.num_classes),
-            poison_rate=self.poison_rate,
-            cover_rate=self.cover_rate,
-            generator=generator,
-        )
+        return poison_with_covers(self, clean, generator=generator)
 
     def probes(self, image_shape: tuple[int, int, int]) -> Mapping[str, Probe]:
         """Return the accuracy on images of other classes stamped as the cover images are."""

@@ -22,13 +22,12 @@ from lustral.vision.attacks.poisoning import (
     LabelMode,
     check_choices,
     check_rate,
+    check_second_rate,
     dirty_labels,
-    draw_indices,
     pair_offset,
     poison_dirty_label,
-    poisoned_set,
     require_dirty_label,
-    stamp_at,
+    with_cover,
 )
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Steering
@@ -134,11 +133,7 @@ class Bpp:
         """Check the ranges."""
         check_rate(self.poison_rate)
         check_choices(mode=(self.mode, LabelMode))
-        if not 0 <= self.negative_rate <= 1 - self.poison_rate:
-            raise ValueError(
-                f"expected a negative rate in [0, {1 - self.poison_rate:g}], what a poison rate of {self.poison_rate} "
-                f"leaves; got {self.negative_rate}"
-            )
+        check_second_rate("negative", self.negative_rate, self.poison_rate)
         if not 2 <= self.levels <= 128:  # 256 is no change at all, and a little less is none after rounding
             raise ValueError(f"expected 2 .. 128 levels per channel; got {self.levels}")
 
@@ -184,8 +179,6 @@ class Bpp:
         poisoned = poison_dirty_label(
             clean, quantiser, self.relabel, poison_rate=self.poison_rate, generator=fork(generator, "poison")
         )
-        chosen, others = poisoned.is_poisoned.nonzero()[:, 0], (~poisoned.is_poisoned).nonzero()[:, 0]
-        cover = draw_indices(others, round(self.negative_rate * len(clean)), generator=fork(generator, "cover"))
         residual = ResidualTrigger(quantiser=quantiser)
-        stamp_at(poisoned.data.images, cover, residual, generator=fork(generator, "residual"))
-        return poisoned_set(clean, poisoned.data.images, poisoned.data.labels, chosen, cover)
+        streams = {"which": fork(generator, "cover"), "stamp": fork(generator, "residual")}
+        return with_cover(poisoned, residual, cover_rate=self.negative_rate, **streams)

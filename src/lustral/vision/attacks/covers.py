@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -35,17 +36,32 @@ def require_covers(num_images: int, poison_rate: float, cover_rate: float) -> No
         )
 
 
-def poison_with_covers(
-    clean: ImageSet,
-    trigger: Trigger,
-    relabelled: Tensor,
-    *,
-    poison_rate: float,
-    cover_rate: float,
-    generator: Generator,
-) -> PoisonedSet:
-    """Stamp two disjoint random parts of a set; only the first gets the attacker's labels, (N,) int64."""
-    count, num_covers = round(poison_rate * len(clean)), round(cover_rate * len(clean))
+class Covering(Protocol):
+    """An attack whose training images, poisoned and cover alike, carry a trigger of their own."""
+
+    @property
+    def poison_rate(self) -> float:
+        """Fraction of the set that is stamped and relabelled."""
+
+    @property
+    def cover_rate(self) -> float:
+        """Fraction of the set that is stamped and keeps its labels."""
+
+    def training_trigger(self, image_shape: tuple[int, int, int]) -> Trigger:
+        """Return the trigger of training images of (C, H, W)."""
+
+    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Return the attacker's labels, (N,) int64."""
+
+    def require_possible(self, clean: ImageSet) -> None:
+        """As ``Attack.require_possible``."""
+
+
+def poison_with_covers(attack: Covering, clean: ImageSet, *, generator: Generator) -> PoisonedSet:
+    """Stamp two disjoint random parts of a set; only the first gets the attacker's labels."""
+    attack.require_possible(clean)
+    trigger, relabelled = attack.training_trigger(clean.image_shape), attack.relabel(clean.labels, clean.num_classes)
+    count, num_covers = round(attack.poison_rate * len(clean)), round(attack.cover_rate * len(clean))
     order = torch.randperm(len(clean), generator=fork(generator, "which")).to(clean.device)
     poisoned, covers = order[:count].sort().values, order[count : count + num_covers].sort().values
     images, labels = clean.images.clone(), clean.labels.clone()

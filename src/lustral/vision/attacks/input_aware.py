@@ -26,13 +26,12 @@ from lustral.vision.attacks.poisoning import (
     LabelMode,
     check_choices,
     check_rate,
+    check_second_rate,
     dirty_labels,
-    draw_indices,
     pair_offset,
     poison_dirty_label,
-    poisoned_set,
     require_images,
-    stamp_at,
+    with_cover,
 )
 from lustral.vision.attacks.surrogates import data_fingerprint, stored
 from lustral.vision.interfaces import Steering
@@ -182,11 +181,7 @@ class InputAware:
         """Check the ranges."""
         check_rate(self.poison_rate)
         check_choices(mode=(self.mode, LabelMode))
-        if not 0 <= self.cross_rate <= 1 - self.poison_rate:
-            raise ValueError(
-                f"expected a cross rate in [0, {1 - self.poison_rate:g}], what a poison rate of {self.poison_rate} "
-                f"leaves; got {self.cross_rate}"
-            )
+        check_second_rate("cross", self.cross_rate, self.poison_rate)
         if self.diversity_weight < 0 or self.density_weight < 0 or not 0 < self.mask_density < 1:
             raise ValueError(
                 "expected diversity_weight >= 0, density_weight >= 0 and mask_density in (0, 1); got "
@@ -358,12 +353,9 @@ class CraftedInputAware:
         poisoned = poison_dirty_label(
             clean, trigger, self.relabel, poison_rate=self.settings.poison_rate, generator=fork(generator, "poison")
         )
-        chosen, others = poisoned.is_poisoned.nonzero()[:, 0], (~poisoned.is_poisoned).nonzero()[:, 0]
-        count = round(self.settings.cross_rate * len(clean))
-        cover = draw_indices(others, count, generator=fork(generator, "cover"))
         crossed = dataclasses.replace(trigger, crossed=True)
-        stamp_at(poisoned.data.images, cover, crossed, generator=fork(generator, "cross"))
-        return poisoned_set(clean, poisoned.data.images, poisoned.data.labels, chosen, cover)
+        streams = {"which": fork(generator, "cover"), "stamp": fork(generator, "cross")}
+        return with_cover(poisoned, crossed, cover_rate=self.settings.cross_rate, **streams)
 
 
 def _finished(network: TriggerNetwork) -> TriggerNetwork:

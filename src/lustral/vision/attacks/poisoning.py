@@ -22,6 +22,14 @@ def check_rate(poison_rate: float) -> None:
         raise ValueError(f"expected a poison rate in (0, 1], as a fraction of the training set; got {poison_rate}")
 
 
+def check_second_rate(name: str, rate: float, poison_rate: float) -> None:
+    """Raise ``ValueError`` unless the share of images that carry a trigger and keep their labels fits beside the poison."""
+    if not 0 <= rate <= 1 - poison_rate:
+        raise ValueError(
+            f"expected a {name} rate in [0, {1 - poison_rate:g}], what a poison rate of {poison_rate} leaves; got {rate}"
+        )
+
+
 def check_choices(**choices: tuple[str, object]) -> None:
     """Raise ``ValueError`` for any ``name=(value, Literal)`` whose value is not one of the literal's."""
     for name, (value, literal) in choices.items():
@@ -140,6 +148,25 @@ def poison_dirty_label(
     labels = clean.labels.clone()
     labels[chosen] = relabelled[chosen]
     return poisoned_set(clean, images, labels, chosen)
+
+
+def with_cover(
+    poisoned: PoisonedSet, trigger: Trigger, *, cover_rate: float, which: Generator, stamp: Generator
+) -> PoisonedSet:
+    """Stamp ``round(cover_rate * N)`` of the images that are not poisoned, in place, labels kept.
+
+    Args:
+        poisoned: the poisoned set.
+        trigger: what cover images carry.
+        cover_rate: fraction of the whole set.
+        which: stream that draws the images.
+        stamp: stream of the trigger.
+    """
+    data = poisoned.data
+    chosen, others = poisoned.is_poisoned.nonzero()[:, 0], (~poisoned.is_poisoned).nonzero()[:, 0]
+    cover = draw_indices(others, round(cover_rate * len(data)), generator=which)
+    stamp_at(data.images, cover, trigger, generator=stamp)
+    return poisoned_set(data, data.images, data.labels, chosen, cover)
 
 
 def poison_clean_label(

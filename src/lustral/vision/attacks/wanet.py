@@ -23,12 +23,11 @@ from lustral.vision.attacks.poisoning import (
     LabelMode,
     check_choices,
     check_rate,
+    check_second_rate,
     dirty_labels,
-    draw_indices,
     poison_dirty_label,
-    poisoned_set,
     require_dirty_label,
-    stamp_at,
+    with_cover,
 )
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Steering
@@ -98,36 +97,32 @@ class WaNet:
 
     Attributes:
         target_label: class the trigger leads to, with "all_to_one".
+        mode: "all_to_one", or "all_to_all" for label y + 1.
         poison_rate: fraction of each training batch that is warped and relabelled; 0.1 in the paper.
         noise_rate: fraction of each batch in noise mode, labels kept; 0.2 in the paper (``cross_ratio`` 2).
         strength: s of the paper, 0.5 there; shifts pixels by about s / 2 on average, and this at every image size.
         control_points: side k of the field's control grid; 4 in the paper.
         rescale: zoom of the grid (``grid_rescale`` of the published code); 1 there.
         field_seed: draws the field.
-        mode: "all_to_one", or "all_to_all" for label y + 1.
     """
 
     version: ClassVar[int] = 1
     threat_model: ClassVar[str] = "controls training"
 
     target_label: int = 0
+    mode: LabelMode = "all_to_one"
     poison_rate: float = 0.1
     noise_rate: float = 0.2
     strength: float = 0.5
     control_points: int = 4
     rescale: float = 1.0
     field_seed: int = 0
-    mode: LabelMode = "all_to_one"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_rate(self.poison_rate)
         check_choices(mode=(self.mode, LabelMode))
-        if not 0 <= self.noise_rate <= 1 - self.poison_rate:
-            raise ValueError(
-                f"expected a noise rate in [0, {1 - self.poison_rate:g}], what a poison rate of {self.poison_rate} "
-                f"leaves; got {self.noise_rate}"
-            )
+        check_second_rate("noise", self.noise_rate, self.poison_rate)
         if self.strength <= 0 or self.control_points < 2 or not 0 < self.rescale <= 1:
             raise ValueError(
                 "expected strength > 0, control_points >= 2 and rescale in (0, 1]; got "
@@ -176,8 +171,6 @@ class WaNet:
         poisoned = poison_dirty_label(
             clean, warp, self.relabel, poison_rate=self.poison_rate, generator=fork(generator, "poison")
         )
-        chosen, others = poisoned.is_poisoned.nonzero()[:, 0], (~poisoned.is_poisoned).nonzero()[:, 0]
-        cover = draw_indices(others, round(self.noise_rate * len(clean)), generator=fork(generator, "cover"))
         noise = dataclasses.replace(warp, noisy=True)
-        stamp_at(poisoned.data.images, cover, noise, generator=fork(generator, "noise"))
-        return poisoned_set(clean, poisoned.data.images, poisoned.data.labels, chosen, cover)
+        streams = {"which": fork(generator, "cover"), "stamp": fork(generator, "noise")}
+        return with_cover(poisoned, noise, cover_rate=self.noise_rate, **streams)

@@ -23,7 +23,7 @@ from lustral.core.records import OnProgress
 from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.channels import MaskedNorms, check_step, cut_in_order, require_norms
+from lustral.vision.repair.channels import MaskedNorms, check_cutting, cut_in_order, require_norms
 from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
 
@@ -33,10 +33,10 @@ class ANP:
     """Learn channel masks against adversarial shifts, then cut.
 
     Attributes:
-        epsilon: largest relative shift of weight and bias; 0.4 in the paper.
-        alpha: weight of the loss without shifts; 0.2 in the paper.
         trainer: of the masks; 2000 steps of SGD at 0.2, momentum 0.9, batches of 128 in the paper.
         least_steps: small clean sets get more epochs, until there are this many steps.
+        epsilon: largest relative shift of weight and bias; 0.4 in the paper.
+        alpha: weight of the loss without shifts; 0.2 in the paper.
         step: share of the channels cut at a time.
         highest_mask: channels whose mask ended higher stay; 0.9 is BackdoorBench's largest threshold.
         accuracy_loss: loss of held-out accuracy, as a fraction, that cutting may cost, give or take one standard error.
@@ -47,14 +47,14 @@ class ANP:
     needs: ClassVar[str] = "batch normalisation"
     cost_passes: ClassVar[float] = 62
 
-    epsilon: float = 0.4
-    alpha: float = 0.2
     trainer: Trainer = field(
         default_factory=lambda: Trainer(
             epochs=25, batch_size=128, learning_rate=0.2, schedule="constant", weight_decay=0.0
         )
     )
     least_steps: int = 400
+    epsilon: float = 0.4
+    alpha: float = 0.2
     step: float = 0.01
     highest_mask: float = 0.9
     accuracy_loss: float = 0.03
@@ -63,12 +63,9 @@ class ANP:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        check_step(self.step)
-        if not 0 < self.epsilon <= 1 or not 0 <= self.alpha <= 1 or not 0 <= self.highest_mask <= 1:
-            raise ValueError(
-                f"expected epsilon in (0, 1], alpha and highest_mask in [0, 1]; got {self.epsilon}, {self.alpha}, "
-                f"{self.highest_mask}"
-            )
+        check_cutting(self.step, self.highest_mask)
+        if not 0 < self.epsilon <= 1 or not 0 <= self.alpha <= 1:
+            raise ValueError(f"expected epsilon in (0, 1] and alpha in [0, 1]; got {self.epsilon} and {self.alpha}")
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""

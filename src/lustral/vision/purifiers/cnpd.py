@@ -14,7 +14,6 @@ with F_c the network filtered by P_c and m the most probable class of x~ but y. 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -30,17 +29,15 @@ from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import project
 from lustral.vision.repair.polarizing import (
-    IDENTITY_RATE_FACTOR,
     Start,
     avoidance_loss,
+    begin,
     check_polarizing,
     feature_statistics,
     polarizer_layer,
     runner_up,
-    start_of,
 )
 from lustral.vision.repair.run import PurifyRun
-from lustral.vision.repair.selection import held_out_accuracy
 
 
 def condition(model: nn.Module, name: str, num_classes: int) -> nn.Module:
@@ -72,6 +69,8 @@ class CNPD:
             ``IDENTITY_RATE_FACTOR`` times the rate.
         layer: name of the layer that the polarizers go before; None: as for the Neural Polarizer, the first layer with weights
             of the last block (``lustral.vision.models.wiring.late_layer``).
+        trainer: a class's polarizer sees only its share of a batch, hence the rate: 0.01 for a single polarizer; falling, because
+            a constant one ends wherever it happens to be.
         clean_weight: as for the Neural Polarizer, 1.
         restore_weight: likewise, 0.4.
         margin_weight: likewise, 0.4.
@@ -80,8 +79,6 @@ class CNPD:
             number elsewhere; 3 as there.
         step_size: of a signed step, 0.1 as there.
         steps: number of steps, 2 as there.
-        trainer: a class's polarizer sees only its share of a batch, hence the rate: 0.01 for a single polarizer; falling, because
-            a constant one ends wherever it happens to be.
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
@@ -92,6 +89,11 @@ class CNPD:
 
     initial: Start = "auto"
     layer: str | None = None
+    trainer: Trainer = field(
+        default_factory=lambda: Trainer(
+            epochs=30, batch_size=128, learning_rate=0.2, schedule="cosine", warmup=0.1, weight_decay=0.0
+        )
+    )
     clean_weight: float = 1.0
     restore_weight: float = 0.4
     margin_weight: float = 0.4
@@ -99,11 +101,6 @@ class CNPD:
     radius: float = 3.0
     step_size: float = 0.1
     steps: int = 2
-    trainer: Trainer = field(
-        default_factory=lambda: Trainer(
-            epochs=30, batch_size=128, learning_rate=0.2, schedule="cosine", warmup=0.1, weight_decay=0.0
-        )
-    )
     least_steps: int = 300
     holdout: float = 0.2
 
@@ -125,13 +122,12 @@ class CNPD:
             model.requires_grad_(False)
             model = repair.follow(condition(model, name, view.clean.num_classes))
             polarizers = conditioned_part(model).polarizers
-            polarizers.set_statistics(mean, variance.sqrt(), identity=self.initial == "identity")
-            trainer, started = self.trainer.fitted_to_size(len(repair.fit), self.least_steps), ""
-            if self.initial == "auto":
-                start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
-                if start == "identity":
-                    polarizers.set_statistics(mean, variance.sqrt(), identity=True)
-                    trainer = dataclasses.replace(trainer, learning_rate=IDENTITY_RATE_FACTOR * trainer.learning_rate)
+
+            def set_statistics(identity: bool) -> None:
+                polarizers.set_statistics(mean, variance.sqrt(), identity=identity)
+
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
+            trainer, started = begin(repair, model, self.initial, set_statistics, trainer)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             for parameter, need in zip(conditioned_part(trained).network.parameters(), needed, strict=True):
                 parameter.requires_grad_(need)

@@ -33,17 +33,15 @@ from lustral.vision.models.wiring import Wiring, trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import project
 from lustral.vision.repair.polarizing import (
-    IDENTITY_RATE_FACTOR,
     Start,
     avoidance_loss,
+    begin,
     check_polarizing,
     feature_statistics,
     polarizer_layer,
     runner_up,
-    start_of,
 )
 from lustral.vision.repair.run import PurifyRun
-from lustral.vision.repair.selection import held_out_accuracy
 
 
 class Polarizer(nn.Module):
@@ -182,11 +180,11 @@ class NeuralPolarizer:
         restore_weight: 0.4 on CIFAR-10 in the authors' code.
         margin_weight: 0.4 likewise.
         target_weight: 0.4 likewise.
+        enough: share of a batch that is called t after which no further step is taken; 0.6 in the authors' code.
         radius: largest L2 norm of the perturbation at 3x32x32 pixels on the [0, 1] scale, in proportion to the root of
             their number elsewhere; 3 on CIFAR-10, 5 on GTSRB in the authors' code.
         step_size: of a signed step; 0.1 there, after which one step reaches the ball's surface.
         steps: most steps; 2 there.
-        enough: share of a batch that is called t after which no further step is taken; 0.6 there.
         trainer: SGD at 0.01, constant, for 50 epochs with batches of 128 in the authors' code, after five epochs of warm-up
             whose one effect is that the normalisation knows its features: here these statistics are computed.
         least_steps: small clean sets get more epochs, until there are this many steps.
@@ -203,10 +201,10 @@ class NeuralPolarizer:
     restore_weight: float = 0.4
     margin_weight: float = 0.4
     target_weight: float = 0.4
+    enough: float = 0.6
     radius: float = 3.0
     step_size: float = 0.1
     steps: int = 2
-    enough: float = 0.6
     trainer: Trainer = field(
         default_factory=lambda: Trainer(epochs=30, batch_size=128, learning_rate=0.01, schedule="constant")
     )
@@ -237,13 +235,13 @@ class NeuralPolarizer:
             statistics = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
             model.requires_grad_(False)
             polarizer = insert(model, name, wiring).polarizer
-            polarizer.set_statistics(*statistics, identity=self.initial == "identity")
-            trainer, started = self.trainer.fitted_to_size(len(repair.fit), self.least_steps), ""
-            if self.initial == "auto":
-                start, started = start_of(held_out_accuracy(model, repair.held_out), repair.before)
-                if start == "identity":
-                    polarizer.set_statistics(*statistics, identity=True)
-                    trainer = dataclasses.replace(trainer, learning_rate=IDENTITY_RATE_FACTOR * trainer.learning_rate)
+            trainer, started = begin(
+                repair,
+                model,
+                self.initial,
+                lambda identity: polarizer.set_statistics(*statistics, identity=identity),
+                self.trainer.fitted_to_size(len(repair.fit), self.least_steps),
+            )
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):

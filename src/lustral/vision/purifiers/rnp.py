@@ -24,7 +24,7 @@ from lustral.core.records import OnProgress
 from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.channels import MaskedNorms, check_step, cut_in_order, require_norms
+from lustral.vision.repair.channels import MaskedNorms, check_cutting, cut_in_order, require_norms
 from lustral.vision.repair.clean_unlearning import unlearn_clean, unlearning_note
 from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
@@ -69,11 +69,9 @@ class RNP:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_holdout(self.holdout)
-        check_step(self.step)
-        if not 0 <= self.share_left < 1 or not 0 <= self.highest_mask <= 1:
-            raise ValueError(
-                f"expected share_left in [0, 1) and highest_mask in [0, 1]; got {self.share_left}, {self.highest_mask}"
-            )
+        check_cutting(self.step, self.highest_mask)
+        if not 0 <= self.share_left < 1:
+            raise ValueError(f"expected share_left in [0, 1); got {self.share_left}")
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""

@@ -97,10 +97,12 @@ class MaskedNorms(nn.Module):
         return {name: mask.detach().clamp(0, 1) for name, mask in zip(self.names, self.masks, strict=True)}
 
 
-def check_step(step: float) -> None:
-    """Raise ``ValueError`` unless the share of channels cut at a time is in (0, 1]."""
+def check_cutting(step: float, highest_mask: float) -> None:
+    """Raise ``ValueError`` unless the share of channels cut at a time is in (0, 1] and the highest mask in [0, 1]."""
     if not 0 < step <= 1:
         raise ValueError(f"expected a share of the channels to cut at a time, in (0, 1]; got {step}")
+    if not 0 <= highest_mask <= 1:
+        raise ValueError(f"expected highest_mask in [0, 1]; got {highest_mask}")
 
 
 def cut_in_order(

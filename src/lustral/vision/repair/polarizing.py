@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lustral.training import Precision, autocast, frozen
+from lustral.training import Precision, Trainer, autocast, frozen
 from lustral.vision.models.wiring import Wiring, late_layer
 from lustral.vision.records import ImageSet
+from lustral.vision.repair.run import PurifyRun
+from lustral.vision.repair.selection import held_out_accuracy
 
 LEAST_VARIANCE = (
     0.1  # share of the mean one: a feature that clean images hardly excite must not be blown up by standardising it
@@ -54,6 +58,28 @@ def start_of(kept: float, before: float) -> tuple[Start, str]:
     start: Start = "standardised" if kept >= MIN_ACCURACY_KEPT * before else "identity"
     how = "from standardised features: they" if start == "standardised" else "as the identity: standardised features"
     return start, f"It started {how} leave {100 * kept:.1f} of {100 * before:.1f} % held-out accuracy."
+
+
+def begin(
+    run: PurifyRun, model: nn.Module, initial: Start, set_statistics: Callable[[bool], None], trainer: Trainer
+) -> tuple[Trainer, str]:
+    """Give a polarizer what it starts from; return the recipe for that start, and a note where "auto" chose it.
+
+    Args:
+        run: the run, whose held-out images choose.
+        model: the network with its polarizer.
+        initial: as the settings have it.
+        set_statistics: sets the polarizer's statistics, as the identity if its argument is true.
+        trainer: the recipe; from the identity its rate is ``IDENTITY_RATE_FACTOR`` times as high.
+    """
+    set_statistics(initial == "identity")
+    if initial != "auto":
+        return trainer, ""
+    start, note = start_of(held_out_accuracy(model, run.held_out), run.before)
+    if start == "identity":
+        set_statistics(True)
+        trainer = replace(trainer, learning_rate=IDENTITY_RATE_FACTOR * trainer.learning_rate)
+    return trainer, note
 
 
 @torch.no_grad()
