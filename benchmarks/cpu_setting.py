@@ -30,6 +30,7 @@ from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, 
 from lustral.vision.images import stratified_indices
 from lustral.vision.interfaces import Attack, Purifier
 from lustral.vision.inverters import MaxEntropy
+from lustral.vision.measures import MASK_AREA
 from lustral.vision.models import Classifier
 from lustral.vision.purifiers import BaEraser, BNRefresh, FineTuning, Mesa
 from lustral.vision.records import DefenderView, Verdict, Victim
@@ -190,7 +191,7 @@ def write_scan(path: Path, plan: Plan, verdict: Verdict) -> None:
         "cost": dataclasses.asdict(verdict.cost),
     }
     write(path, record)
-    areas = " ".join(f"{e.area:.1f}" for e in verdict.evidence)
+    areas = " ".join(f"{area:.1f}" for area in verdict.by_label(MASK_AREA).values())
     say(
         f"scan {plan.name}: {verdict.outcome} {verdict.suspect_labels} truth {truth} score {verdict.score:.2f} "
         f"{verdict.cost.seconds:.0f} s; areas {areas}"

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from lustral.vision.detectors import MaskArea
+from lustral.vision.detectors.mask_area import SearchedLabel
 from lustral.vision.detectors.small_areas import Array, p_values
 from lustral.vision.inverters.mask_search import MaskSearch
-from lustral.vision.records import ClassEvidence, ImageSet
+from lustral.vision.records import ImageSet
 
 MODELS = 60_000
 DECIDED = 5_000  # of them go through the whole decision
@@ -45,12 +46,12 @@ def decisions(logs: Array, labels: int) -> Counter[str]:
     for row, chances in zip(logs.tolist(), p_values(logs, labels)[1].tolist(), strict=True):
         areas = [TYPICAL * math.exp(value) for value in row] + [math.inf] * (labels - len(row))
         evidence = [
-            ClassEvidence(
+            SearchedLabel(
                 label=label, area=area, p_value=chances[label] if label < len(row) else 1.0, steps=200, **figures
             )
             for label, area in enumerate(areas)
         ]
-        found[detector.decide(evidence, clean)[1]] += 1
+        found[detector.judge(evidence, clean)[1]] += 1
     return found
 
 

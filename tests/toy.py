@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
-from lustral.core.records import Cost
+from lustral.core.records import Cost, Evidence
 from lustral.training import Augment, EpochReport, Trainer
 from lustral.vision.detectors import MaskArea
+from lustral.vision.detectors.mask_area import SearchedLabel
 from lustral.vision.evaluation import TaskCheck
 from lustral.vision.images import as_uint8
 from lustral.vision.inverters import MaskSearch, MaxEntropy
-from lustral.vision.records import ClassEvidence, DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger, Verdict
 
 NUM_CLASSES = 7
 SIDE = 12
@@ -130,6 +131,43 @@ def true_trigger() -> RecoveredTrigger:
     )
 
 
+def mask_evidence(*labels: SearchedLabel) -> tuple[Evidence, ...]:
+    """Return what a scan for small masks measured, figure by figure."""
+    return tuple(figure for label in labels for figure in label.evidence())
+
+
+def mask_verdict(
+    areas: Sequence[float],
+    suspects: Sequence[int] = (),
+    steps: Sequence[int] = (),
+    triggers: Sequence[RecoveredTrigger] = (),
+) -> Verdict:
+    """Return the verdict of a scan that needed these areas, label by label, and accuses the suspects."""
+    labels = (
+        SearchedLabel(
+            label=label,
+            area=area,
+            attack_success_rate=1.0,
+            natural_rate=0.0,
+            anomaly=0.0,
+            p_value=1.0,
+            entropy=math.nan,
+            steps=steps[label] if steps else 1,
+        )
+        for label, area in enumerate(areas)
+    )
+    return Verdict(
+        outcome="backdoored" if suspects else "clean",
+        suspect_labels=tuple(suspects),
+        score=4.0 if suspects else 0.0,
+        threshold=2.0,
+        basis="known",
+        evidence=mask_evidence(*labels),
+        triggers=tuple(triggers),
+        cost=Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=280),
+    )
+
+
 class KnownAnswer:
     """A stand-in for a scan and for its inverter that names label 4 and returns its true trigger, without a search."""
 
@@ -141,22 +179,5 @@ class KnownAnswer:
         return [true_trigger()]
 
     def inspect(self, view: DefenderView, **_: Any) -> Verdict:
-        figures: dict[str, Any] = {
-            "attack_success_rate": 1.0,
-            "natural_rate": 0.0,
-            "anomaly": 0.0,
-            "p_value": 1.0,
-            "entropy": math.nan,
-            "steps": 1,
-        }
         areas = [4.0 if label == 4 else 40.0 + label for label in range(view.clean.num_classes)]
-        return Verdict(
-            outcome="backdoored",
-            suspect_labels=(4,),
-            score=4.0,
-            threshold=2.0,
-            basis="known",
-            evidence=tuple(ClassEvidence(label=label, area=area, **figures) for label, area in enumerate(areas)),
-            triggers=(true_trigger(),),
-            cost=Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=len(view.clean)),
-        )
+        return mask_verdict(areas, (4,), triggers=(true_trigger(),))

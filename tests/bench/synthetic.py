@@ -473,22 +473,26 @@ def _detail(record: Mapping[str, Any], searches: bool, draw: random.Random) -> d
     return detail
 
 
+_UNTESTED: dict[str, Any] = {"null": "", "p_value": None}
+
+
 def _verdict(record: Mapping[str, Any], draw: random.Random, *, quiet: bool = False) -> dict[str, Any]:
     label = record["facts"]["target_label"]
     found = label is not None and not quiet
-    evidence = [
-        {
-            "label": index,
-            "area": round(draw.uniform(3, 9) if found and index == label else draw.uniform(40, 90), 2),
-            "attack_success_rate": round(draw.uniform(0.93, 1.0), 4),
+    evidence = []
+    for index in range(NUM_CLASSES):
+        accused = found and index == label
+        p_value = 1e-7 if accused else round(draw.uniform(0.2, 1.0), 4)
+        figures = {
+            "mask_area": round(draw.uniform(3, 9) if accused else draw.uniform(40, 90), 2),
+            "success_rate": round(draw.uniform(0.93, 1.0), 4),
             "natural_rate": round(draw.uniform(0.0, 0.02), 4),
-            "anomaly": round(draw.uniform(4, 8) if found and index == label else draw.uniform(-1, 1), 3),
-            "p_value": 1e-7 if found and index == label else round(draw.uniform(0.2, 1.0), 4),
-            "entropy": round(draw.uniform(1, 4), 3) if index == label else None,
-            "steps": 200 if index % 3 == 0 else 50,
+            "anomaly_index": round(draw.uniform(4, 8) if accused else draw.uniform(-1, 1), 3),
+            "search_steps": 200.0 if index % 3 == 0 else 50.0,
         }
-        for index in range(NUM_CLASSES)
-    ]
+        for measure, value in figures.items():
+            tested = {"null": "a made-up one", "p_value": p_value} if measure == "mask_area" else _UNTESTED
+            evidence.append({"label": index, "measure": measure, "value": value, **tested})
     return {
         "outcome": "backdoored" if found else "clean",
         "suspects": [label] if found else [],

@@ -38,11 +38,13 @@ from lustral.core.randomness import child
 from lustral.core.records import Cost, Progress
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
+from lustral.vision.detectors.mask_area import NULL, SearchedLabel
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import Classifier, build_classifier, load_model, save_model
 from lustral.vision.purifiers import BNRefresh, Mesa
-from lustral.vision.records import ClassEvidence, DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict
 from lustral.vision.sources import load_source
+from toy import mask_evidence
 
 CLASSES = 4
 SHAPE = (3, 16, 16)
@@ -99,7 +101,7 @@ def write_model(path: Path, num_classes: int = CLASSES) -> Path:
     return path
 
 
-def answer(outcome: str) -> Verdict:
+def answer(outcome: Answer) -> Verdict:
     labels = (2,) if outcome == "backdoored" else ()
     trigger = RecoveredTrigger(
         target_label=2,
@@ -109,18 +111,20 @@ def answer(outcome: str) -> Verdict:
         attack_success_rate=1.0,
         entropy=0.1,
     )
-    evidence = tuple(
-        ClassEvidence(
-            label=label,
-            area=math.inf if label == 1 else 9.0,
-            attack_success_rate=0.9,
-            natural_rate=0.1,
-            anomaly=1.0,
-            p_value=0.5,
-            entropy=math.nan,
-            steps=10,
+    evidence = mask_evidence(
+        *(
+            SearchedLabel(
+                label=label,
+                area=math.inf if label == 1 else 9.0,
+                attack_success_rate=0.9,
+                natural_rate=0.1,
+                anomaly=1.0,
+                p_value=0.5,
+                entropy=math.nan,
+                steps=10,
+            )
+            for label in range(CLASSES)
         )
-        for label in range(CLASSES)
     )
     return Verdict(
         outcome=outcome,
@@ -134,7 +138,7 @@ def answer(outcome: str) -> Verdict:
     )
 
 
-def replies(outcome: str) -> Inspect:
+def replies(outcome: Answer) -> Inspect:
     def inspect(self: MaskArea, view: DefenderView, *, generator: torch.Generator, on_progress: Any = None) -> Verdict:
         if on_progress is not None:
             on_progress(Progress(stage="searching triggers", done=1, total=2))
@@ -344,7 +348,9 @@ def test_json_is_alone_on_standard_output(
     printed = capsys.readouterr().out
     record = json.loads(printed)
     assert (record["verdict"]["outcome"], record["clean_images"], record["seed"]) == ("backdoored", 12, 0)
-    assert record["verdict"]["evidence"][1]["area"] is None  # infinity
+    assert {"label": 1, "measure": "mask_area", "value": None, "null": NULL, "p_value": 0.5} in record["verdict"][
+        "evidence"
+    ]  # infinity
     assert "NaN" not in printed
     assert "Infinity" not in printed
     assert json.loads((out / "result.json").read_text()) == record

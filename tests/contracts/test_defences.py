@@ -317,7 +317,10 @@ def test_detectors_find_the_backdoor_and_only_it(
 @pytest.mark.parametrize("name", sorted(DETECTORS))
 def test_verdicts_are_complete(name: str, results: Callable[[str], Any]) -> None:
     verdict: Verdict = results(name)
-    assert [e.label for e in verdict.evidence] == list(range(7))
+    assert {e.label for e in verdict.evidence} <= {None, *range(7)}
+    for entry in verdict.evidence:
+        assert not math.isnan(entry.value)
+        assert entry.p_value is None or (0 <= entry.p_value <= 1 and entry.null)
     assert verdict.basis
     assert {trigger.target_label for trigger in verdict.triggers} >= set(verdict.suspect_labels)
     assert math.isfinite(verdict.score)

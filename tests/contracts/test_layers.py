@@ -38,6 +38,7 @@ WORKING = NOUNS | {"figures", "models", "evaluation"}
 IN_VISION: dict[str, set[str]] = {
     "records": set(),
     "interfaces": {"records"},
+    "measures": set(),
     "images": {"records"},
     "figures": NOUNS,
     "models": NOUNS,
@@ -45,9 +46,9 @@ IN_VISION: dict[str, set[str]] = {
     "evaluation": NOUNS,
     "attacks": WORKING,
     "inverters": WORKING,
-    "detectors": WORKING | {"inverters"},  # what an inverter finds is what a detector weighs ...
+    "detectors": WORKING | {"measures", "inverters"},  # what an inverter finds is what a detector weighs ...
     "repair": WORKING | {"inverters"},
-    "purifiers": WORKING | {"inverters", "detectors", "repair"},  # ... and what a purifier erases
+    "purifiers": WORKING | {"measures", "inverters", "detectors", "repair"},  # ... and what a purifier erases
     "victim_files": set(),
     "victims": WORKING | {"attacks", "victim_files"},
     "__init__": set(),

@@ -14,20 +14,11 @@ from PIL import Image
 
 from lustral.report.charts import LogScale, area_chart, median_area, rate_chart
 from lustral.vision.figures import close_up, over_checkerboard, png, stamp_sheet
-from lustral.vision.records import ClassEvidence
+from toy import mask_verdict
 
 
 def pixels_of(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def evidence(*areas: float) -> list[ClassEvidence]:
-    return [
-        ClassEvidence(
-            label=i, area=a, attack_success_rate=1.0, natural_rate=0.0, anomaly=0.0, p_value=1.0, entropy=0.0, steps=1
-        )
-        for i, a in enumerate(areas)
-    ]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -86,10 +77,11 @@ def test_stamp_sheet_refuses_what_it_cannot_draw() -> None:
 
 
 def test_median_area_counts_failed_searches_as_large() -> None:
-    assert median_area(evidence(1, 10, 20)) == 10
-    assert median_area(evidence(1, 10, 20, 40), without=[0]) == 20
-    assert median_area(evidence(1, 10, math.inf, math.nan)) == math.inf
-    assert math.isnan(median_area([]))
+    assert median_area(mask_verdict([1, 10, 20])) == 10
+    assert median_area(mask_verdict([1, 10, 20, 40], suspects=[0])) == 20
+    assert median_area(mask_verdict([1, 10, math.inf, math.nan])) == math.inf
+    assert median_area(mask_verdict([1, 10, 20], steps=[9, 9, 2])) == 5.5
+    assert math.isnan(median_area(mask_verdict([])))
 
 
 def test_log_scale_by_hand() -> None:
@@ -102,7 +94,7 @@ def test_log_scale_by_hand() -> None:
 
 @given(st.lists(st.floats(0, 1e6) | st.just(math.inf) | st.just(math.nan), min_size=1, max_size=60))
 def test_bars_stay_on_the_axis_in_order(areas: list[float]) -> None:
-    chart = area_chart(evidence(*areas), [str(i) for i in range(len(areas))], [])
+    chart = area_chart(mask_verdict(areas), [str(i) for i in range(len(areas))])
     assert chart is not None
     bars = chart.bars + chart.folded
     assert len(bars) == len(areas)

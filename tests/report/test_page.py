@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import re
 from html.parser import HTMLParser
@@ -11,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Generator, Tensor, nn
 
+from lustral.cli.tables import verdict_table
 from lustral.core.rates import Rate
-from lustral.core.records import Cost
+from lustral.core.records import Cost, Evidence
 from lustral.report import ReportData, write_erase_report, write_scan_report
+from lustral.vision.detectors.mask_area import SearchedLabel
 from lustral.vision.evaluation import Evaluation
-from lustral.vision.records import ClassEvidence, ImageSet, Purified, RecoveredTrigger, Verdict
+from lustral.vision.measures import MASK_AREA
+from lustral.vision.records import Answer, ImageSet, Purified, RecoveredTrigger, Verdict
+from toy import mask_evidence
 
 COST = Cost(seconds=95.2, image_passes=123_456.0, peak_memory_bytes=900 * 2**20, clean_images=500)
 TARGET = 3
@@ -53,11 +59,11 @@ def true_trigger(images: Tensor, *, generator: Generator | None = None) -> Tenso
     return triggered
 
 
-def make_verdict(num_classes: int, outcome: str = "backdoored", channels: int = 3, side: int = 32) -> Verdict:
-    def entry(label: int) -> ClassEvidence:
+def make_verdict(num_classes: int, outcome: Answer = "backdoored", channels: int = 3, side: int = 32) -> Verdict:
+    def entry(label: int) -> SearchedLabel:
         is_small = label == TARGET and outcome == "backdoored"
         area = 6.1 if is_small else 48.0 + 37 * math.sin(label) + label
-        return ClassEvidence(
+        return SearchedLabel(
             label=label,
             area=math.inf if label == 0 else area,
             attack_success_rate=0.983 if is_small else 0.91,
@@ -75,7 +81,7 @@ def make_verdict(num_classes: int, outcome: str = "backdoored", channels: int = 
         threshold=3.0,
         basis="The smallest class lies 5.4 robust standard deviations below the others on the logarithmic scale; "
         "benign models exceed 3.0 in fewer than 5% of cases.",
-        evidence=tuple(map(entry, range(num_classes))),
+        evidence=mask_evidence(*map(entry, range(num_classes))),
         triggers=() if outcome == "cannot tell" else (make_trigger(TARGET, channels, side),),
         cost=COST,
     )
@@ -92,7 +98,7 @@ def make_evaluation(acc: float, asr: float, ra: float, num_classes: int) -> Eval
     )
 
 
-def make_purified(num_classes: int, audit: str | None = "clean", selected: int | None = 9) -> Purified:
+def make_purified(num_classes: int, audit: Answer | None = "clean", selected: int | None = 9) -> Purified:
     history = tuple(
         {
             "round": 1 + i // 6,
@@ -119,7 +125,7 @@ SIGNS = tuple(f"Speed limit ({10 * i} km/h) zone sign" if i % 4 == 0 else f"sign
 NAMES = {10: CIFAR, 43: SIGNS}
 
 
-def scan_data(num_classes: int = 10, outcome: str = "backdoored", channels: int = 3, side: int = 32) -> ReportData:
+def scan_data(num_classes: int = 10, outcome: Answer = "backdoored", channels: int = 3, side: int = 32) -> ReportData:
     return ReportData(
         title="model_from_the_internet.pt",
         clean=make_clean(num_classes, NAMES.get(num_classes, ()), channels, side),
@@ -128,7 +134,7 @@ def scan_data(num_classes: int = 10, outcome: str = "backdoored", channels: int 
     )
 
 
-def erase_data(num_classes: int = 10, audit: str | None = "clean", *, measured: bool = True) -> ReportData:
+def erase_data(num_classes: int = 10, audit: Answer | None = "clean", *, measured: bool = True) -> ReportData:
     return ReportData(
         title="model_from_the_internet.pt",
         clean=make_clean(num_classes, NAMES.get(num_classes, ())),
@@ -383,12 +389,57 @@ def test_no_search_succeeded(tmp_path: Path) -> None:
     data = scan_data(10, "cannot tell")
     assert data.verdict is not None
     evidence = tuple(
-        dataclasses.replace(e, area=float("inf"), anomaly=float("nan"), p_value=float("nan"))
-        for e in data.verdict.evidence
+        dataclasses.replace(e, value=math.inf, p_value=None) for e in data.verdict.evidence if e.measure == MASK_AREA
     )
     verdict: Verdict = dataclasses.replace(data.verdict, evidence=evidence)
     write_scan_report(tmp_path / "report.html", dataclasses.replace(data, verdict=verdict))
     assert "not reached" in check(tmp_path / "report.html").text
+
+
+def odd_detector(outcome: Answer = "backdoored") -> Verdict:
+    """Return what a detector says that looks at weights and at one statistic per class, and knows no pixels."""
+    null = "in a benign model the gaps come from one exponential distribution"
+    evidence = [Evidence(label=None, measure="weight_norm", value=0.0042)]
+    for label in range(10):
+        p_value = 3e-4 if label == TARGET and outcome == "backdoored" else 0.6
+        evidence.append(Evidence(label=label, measure="activation_gap", value=1.5 + label, null=null, p_value=p_value))
+    return Verdict(
+        outcome=outcome,
+        suspect_labels=(TARGET,) if outcome == "backdoored" else (),
+        score=3.5,
+        threshold=2.0,
+        basis="The gap of one class is out of proportion.",
+        evidence=tuple(evidence),
+        triggers=(),
+        cost=COST,
+    )
+
+
+@pytest.mark.parametrize("outcome", ["backdoored", "clean", "cannot tell"])
+def test_a_detector_with_measures_of_its_own_gets_a_table(tmp_path: Path, outcome: Answer) -> None:
+    data = dataclasses.replace(scan_data(10), verdict=odd_detector(outcome))
+    write_scan_report(tmp_path / "report.html", data)
+    outline = check(tmp_path / "report.html")
+    for text in ("Activation gap", "Weight norm", "Chance if benign", "whole model", "0.0042", "4.50", "60%"):
+        assert text in outline.text
+    for text in ("Pixels needed", "pixels", "small pattern"):
+        assert text not in outline.text
+    assert ("1 in 3,333" in outline.text) == (outcome == "backdoored")
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(verdict_table(odd_detector(outcome), CIFAR))
+    assert "activation gap" in (text := shown.export_text())
+    assert text.index("3 (cat)") < text.index("0 (airplane)") or outcome != "backdoored"
+
+
+def test_an_audit_with_measures_of_its_own_gets_a_table(tmp_path: Path) -> None:
+    data = erase_data(10, measured=False)
+    assert data.purified is not None
+    for outcome, said in (("clean", "appears to be erased: a fresh scan"), ("backdoored", "fresh scan calls")):
+        audited = dataclasses.replace(data.purified, audit=odd_detector(outcome))  # type: ignore[arg-type]
+        write_erase_report(tmp_path / "report.html", dataclasses.replace(data, purified=audited))
+        outline = check(tmp_path / "report.html")
+        assert said in outline.text
+        assert "Activation gap" in outline.text
 
 
 def test_missing_parts_are_explained(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lustral.core.records import Cost
+from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding
-from lustral.report.wording import chance, duration, percent, pixels
+from lustral.report.wording import duration, percent
 from lustral.vision.evaluation import Evaluation
-from lustral.vision.records import ClassEvidence, Purified, RecoveredTrigger, Verdict
+from lustral.vision.records import Purified, RecoveredTrigger, Verdict
 
 MOST_ROWS = 20  # classes shown; the JSON has them all
 COLOURS = {"bad": "red", "good": "green", "unsure": "yellow"}
@@ -38,30 +39,19 @@ def finding_text(finding: Finding) -> Text:
 
 
 def verdict_table(verdict: Verdict, names: Sequence[str], title: str = "Evidence per class") -> Table:
-    """Return one row per class, the most suspicious first."""
+    """Return one row per class, the most suspicious first, whatever the detector measured."""
     table = Table("class", title=title)
-    for heading in ("area", "ASR", "without trigger", "anomaly", "chance", "steps"):
-        table.add_column(heading, justify="right")
-
-    full = max((entry.steps for entry in verdict.evidence), default=0)
-
-    def suspicion(evidence: ClassEvidence) -> tuple[bool, float, float]:
-        return evidence.label not in verdict.suspect_labels, evidence.p_value, evidence.area
-
-    for entry in sorted(verdict.evidence, key=suspicion)[:MOST_ROWS]:
-        table.add_row(
-            class_name(entry.label, names),
-            ("< " if entry.steps < full else "") + pixels(entry.area),
-            percent(entry.attack_success_rate),
-            percent(entry.natural_rate),
-            f"{entry.anomaly:.1f}",
-            chance(entry.p_value),
-            str(entry.steps),
-            style="bold red" if entry.label in verdict.suspect_labels else None,
-        )
-    captions = []
-    if len(verdict.evidence) > MOST_ROWS:
-        captions.append(f"and {len(verdict.evidence) - MOST_ROWS} more classes")
+    captions, found = [], evidence_table(verdict, names)
+    if found is not None:
+        shown = [index for index, column in enumerate(found.columns) if column.short]
+        for index in shown:
+            table.add_column(found.columns[index].short, justify="right")
+        for row in found.rows[:MOST_ROWS]:
+            name = row.name if row.label is None else class_name(row.label, names)
+            style = "bold red" if row.is_suspect else None
+            table.add_row(name, *(row.texts[index] for index in shown), style=style)
+        if len(found.rows) > MOST_ROWS:
+            captions.append(f"and {len(found.rows) - MOST_ROWS} more classes")
     if verdict.clean_accuracy is not None:
         captions.append(f"the model is right on {percent(verdict.clean_accuracy)} of the clean images")
     table.caption = "; ".join(captions) or None

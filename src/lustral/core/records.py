@@ -39,6 +39,42 @@ class Cost:
     peak_memory_bytes: int
     clean_images: int
 
+    def __add__(self, other: Cost) -> Cost:
+        """Return the cost of one step after another on the same clean images.
+
+        >>> Cost(seconds=1.0, image_passes=5.0, peak_memory_bytes=8, clean_images=9) + Cost(
+        ...     seconds=0.5, image_passes=1.0, peak_memory_bytes=4, clean_images=9
+        ... )
+        Cost(seconds=1.5, image_passes=6.0, peak_memory_bytes=8, clean_images=9)
+        """
+        return Cost(
+            seconds=self.seconds + other.seconds,
+            image_passes=self.image_passes + other.image_passes,
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            clean_images=max(self.clean_images, other.clean_images),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """One figure that a detector's answer rests on.
+
+    Attributes:
+        label: the class it is about; None where it is about the whole model.
+        measure: what was measured, e.g. "mask_area"; the names in use are in ``lustral.vision.measures``.
+        value: the figure; infinite where it has no end, e.g. the area of a mask that no search found. What was not measured
+            has no entry.
+        null: the null hypothesis that ``p_value`` is stated under, as a clause; empty for a figure without a test.
+        p_value: probability of so extreme a value under the null, in [0, 1], corrected for everything tested beside it; None
+            for a figure without a test.
+    """
+
+    label: int | None
+    measure: str
+    value: float
+    null: str = ""
+    p_value: float | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:

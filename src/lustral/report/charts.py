@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lustral.report.wording import percent, pixels, quoted, quoted_list
-from lustral.vision.records import ClassEvidence, Verdict
+from lustral.vision.measures import MASK_AREA, SEARCH_STEPS, SUCCESS_RATE
+from lustral.vision.records import Verdict
 
 NUM_BARS_SHOWN = 15  # of more than MAX_BARS classes, the rest is folded away
 MAX_BARS = 25
@@ -90,14 +91,18 @@ def is_found(area: float) -> bool:
     return math.isfinite(area)
 
 
-def median_area(evidence: Sequence[ClassEvidence], without: Sequence[int] = ()) -> float:
-    """Return the median area of the classes not in ``without``; NaN of none.
+def median_area(verdict: Verdict) -> float:
+    """Return the median mask area of the labels that are not suspected; NaN of none.
 
     Failed searches count as infinite; those that screening cut short do not count.
     """
-    full = max((e.steps for e in evidence), default=0)
-    kept = [e for e in evidence if e.label not in without and e.steps == full]
-    areas = sorted(e.area if is_found(e.area) else math.inf for e in kept)
+    steps = verdict.by_label(SEARCH_STEPS)
+    full = max(steps.values(), default=0.0)
+    areas = sorted(
+        area if is_found(area) else math.inf
+        for label, area in verdict.by_label(MASK_AREA).items()
+        if label not in verdict.suspect_labels and steps.get(label, full) == full
+    )
     if not areas:
         return math.nan
     middle = len(areas) // 2
@@ -130,60 +135,60 @@ class LogScale:
         return tuple((self.position(10.0**e), f"{10.0**e:,g}") for e in range(self.low, self.high + 1))
 
 
-def area_chart(evidence: Sequence[ClassEvidence], names: Sequence[str], suspects: Sequence[int]) -> BarChart | None:
-    """Return the pixels that each class needs, smallest first; None without evidence."""
-    if not evidence:
+def area_chart(verdict: Verdict, names: Sequence[str]) -> BarChart | None:
+    """Return the pixels that each class needs, smallest first; None of a detector that measures no mask areas."""
+    areas, suspects = verdict.by_label(MASK_AREA), verdict.suspect_labels
+    if not areas:
         return None
-    ordered = sorted(evidence, key=lambda e: e.area if is_found(e.area) else math.inf)
-    scale = LogScale.over([e.area for e in evidence])
-    full = max(e.steps for e in evidence)
+    success, steps = verdict.by_label(SUCCESS_RATE), verdict.by_label(SEARCH_STEPS)
+    ordered = sorted(areas, key=lambda label: areas[label] if is_found(areas[label]) else math.inf)
+    scale = LogScale.over(list(areas.values()))
+    full = max(steps.values(), default=0.0)
+    stopped = {label: taken for label, taken in steps.items() if taken < full}
     bars = tuple(
         Bar(
-            name=names[e.label],
-            text=_bar_text(e, full),
-            length=scale.position(e.area),
-            is_suspect=e.label in suspects,
-            is_open=not is_found(e.area) or e.steps < full,
+            name=names[label],
+            text=f"under {pixels(areas[label])} · set aside at step {stopped[label]:.0f}"
+            if label in stopped  # more steps would still have shrunk the mask
+            else _bar_text(areas[label], success.get(label)),
+            length=scale.position(areas[label]),
+            is_suspect=label in suspects,
+            is_open=not is_found(areas[label]) or label in stopped,
         )
-        for e in ordered
+        for label in ordered
     )
     shown = len(bars) if len(bars) <= MAX_BARS else NUM_BARS_SHOWN
-    typical = median_area(evidence, suspects)
+    typical = median_area(verdict)
     least = ordered[0]
     return BarChart(
         bars=bars[:shown],
         folded=bars[shown:],
         ticks=scale.ticks(),
         median=scale.position(typical) if is_found(typical) else None,
-        description=f"Bar chart of the pixels needed to reach each of {len(evidence)} classes. Smallest: "
-        f"{quoted(names[least.label])} with {pixels(least.area)}. "
+        description=f"Bar chart of the pixels needed to reach each of {len(areas)} classes. Smallest: "
+        f"{quoted(names[least])} with {pixels(areas[least])}. "
         f"Flagged: {quoted_list([names[label] for label in suspects])}.",
     )
 
 
-def audit_chart(
-    before: Sequence[ClassEvidence], after: Verdict, names: Sequence[str], labels: Sequence[int]
-) -> BarChart | None:
-    """Return the pixels that given classes needed before erasing and in the audit after; None without evidence."""
-    pairs = [("before", {e.label: e for e in before}), ("after", {e.label: e for e in after.evidence})]
-    rows = [
-        (f"{names[label]} · {when}", found[label], when) for label in labels for when, found in pairs if label in found
-    ]
-    if not rows:
+def audit_chart(before: Verdict | None, after: Verdict, names: Sequence[str], labels: Sequence[int]) -> BarChart | None:
+    """Return the pixels that given classes needed before erasing and in the audit after; None without mask areas."""
+    scans = [(when, scan) for when, scan in (("before", before), ("after", after)) if scan is not None]
+    found = {when: (scan.by_label(MASK_AREA), scan.by_label(SUCCESS_RATE)) for when, scan in scans}
+    rows = [(label, when) for label in labels for when in found if label in found[when][0]]
+    if not after.by_label(MASK_AREA) or not rows:
         return None
-    scale = LogScale.over([e.area for _, e, _ in rows])
+    scale = LogScale.over([found[when][0][label] for label, when in rows])
     return BarChart(
         bars=tuple(
             Bar(
-                name=name,
-                text=f"{pixels(e.area)} · ASR {percent(e.attack_success_rate, 0)}"
-                if is_found(e.area)
-                else "not reached",
-                length=scale.position(e.area),
-                is_suspect=when == "before" or e.label in after.suspect_labels,
-                is_open=not is_found(e.area),
+                name=f"{names[label]} · {when}",
+                text=_bar_text(found[when][0][label], found[when][1].get(label)),
+                length=scale.position(found[when][0][label]),
+                is_suspect=when == "before" or label in after.suspect_labels,
+                is_open=not is_found(found[when][0][label]),
             )
-            for name, e, when in rows
+            for label, when in rows
         ),
         folded=(),
         ticks=scale.ticks(),
@@ -192,10 +197,8 @@ def audit_chart(
     )
 
 
-def _bar_text(e: ClassEvidence, full: int) -> str:
-    if e.steps < full:  # screening stopped this search; more steps would still have shrunk the mask
-        return f"under {pixels(e.area)} · set aside at step {e.steps}"
-    return f"{pixels(e.area)} · ASR {percent(e.attack_success_rate, 0)}" if is_found(e.area) else pixels(e.area)
+def _bar_text(area: float, success: float | None) -> str:
+    return f"{pixels(area)} · ASR {percent(success, 0)}" if is_found(area) else pixels(area)
 
 
 def rate_chart(history: Sequence[Mapping[str, Any]], selected: int | None) -> LineChart | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lustral.report.charts import is_found, median_area
 from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
 from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
+from lustral.vision.measures import MASK_AREA, SUCCESS_RATE
 from lustral.vision.records import Purified, Verdict
 
 KEPT = 0.5  # share of the attack success above which a backdoor is called still there, and not merely not fully erased
@@ -16,6 +17,7 @@ LIMITS = (
     "A scan can show a backdoor, but it cannot prove that there is none: it searches for small patterns that force one "
     "class, and a backdoor of another kind can escape it."
 )
+OTHER_LIMITS = "A scan can show a backdoor, but it cannot prove that there is none: one of another kind can escape it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ FEW_CLASSES_STEPS = (
 def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> Finding:
     """Return the answer of a scan; ``image_pixels`` is H × W."""
     suspects = [names[label] for label in verdict.suspect_labels]
+    of_masks = bool(verdict.by_label(MASK_AREA))
     details = [
         sentence
         for sentence in (_area_sentence(verdict, names, image_pixels), *verdict.notes, verdict.basis)
@@ -59,9 +62,7 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
         return Finding(
             tone="bad",
             badge="Backdoored",
-            headline=f"This model is backdoored: a small pattern turns other images into {quoted_list(suspects)}."
-            if suspects
-            else "This model is backdoored.",
+            headline=_accusation(suspects, of_masks=of_masks),
             details=tuple(details),
             next_steps=(
                 "Do not use this model where a wrong answer matters.",
@@ -74,8 +75,10 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
         return Finding(
             tone="good",
             badge="No backdoor found",
-            headline="No backdoor found: no class can be reached with an unusually small pattern.",
-            details=(*details, LIMITS),
+            headline="No backdoor found: no class can be reached with an unusually small pattern."
+            if of_masks
+            else "No backdoor found: nothing unusual was measured.",
+            details=(*details, LIMITS if of_masks else OTHER_LIMITS),
             next_steps=(
                 "Nothing has to be repaired. Keep this page with the model as a record of the check.",
                 "If the model comes from a source that you do not trust, scan again with more clean images and another "
@@ -103,13 +106,21 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
         badge="Cannot tell",
         headline="Cannot tell: the evidence is neither clearly normal nor clearly abnormal."
         + (f" The class to watch is {quoted_list(suspects)}." if suspects else ""),
-        details=(*details, LIMITS),
+        details=(*details, LIMITS if of_masks else OTHER_LIMITS),
         next_steps=(
             "Scan again with more clean images, at least several of every class.",
             "Until then, treat the model as not trusted.",
         ),
         figures=figures,
     )
+
+
+def _accusation(suspects: Sequence[str], *, of_masks: bool) -> str:
+    if not suspects:
+        return "This model is backdoored."
+    if of_masks:
+        return f"This model is backdoored: a small pattern turns other images into {quoted_list(suspects)}."
+    return f"This model is backdoored: the evidence points to {quoted_list(suspects)}."
 
 
 def erase_finding(
@@ -123,6 +134,7 @@ def erase_finding(
     audit = purified.audit
     unmet = unmet_criteria(before, after) if before and after else None
     audited = audit.outcome if audit else None
+    of_masks = audit is not None and bool(audit.by_label(MASK_AREA))
     details = _erase_details(before, after, audit)
     figures = _erase_figures(purified, verdict, before, after)
     use_it = (
@@ -153,7 +165,9 @@ def erase_finding(
         return Finding(
             tone="unsure" if unmet == () else "bad",
             badge="Not fully erased" if unmet == () else "Still backdoored",
-            headline=f"{known} fresh search on the new model finds an unusually small pattern (class: {found}).",
+            headline=f"{known} fresh search on the new model finds an unusually small pattern (class: {found})."
+            if of_masks
+            else f"{known} fresh scan calls the new model backdoored (class: {found}).",
             details=details,
             next_steps=try_more,
             figures=figures,
@@ -199,8 +213,13 @@ def erase_finding(
                 if verdict is not None and verdict.outcome == "clean"
                 else "The backdoor appears to be erased"
             )
-            + ": a fresh search on the new model finds no unusually small pattern.",
-            details=(*details, LIMITS),
+            + ": a fresh "
+            + (
+                "search on the new model finds no unusually small pattern."
+                if of_masks
+                else "scan of it finds nothing unusual."
+            ),
+            details=(*details, LIMITS if of_masks else OTHER_LIMITS),
             next_steps=use_it,
             figures=figures,
         )
@@ -216,16 +235,15 @@ def erase_finding(
 
 
 def _area_sentence(verdict: Verdict, names: Sequence[str], image_pixels: int) -> str:
-    by_label = {e.label: e for e in verdict.evidence}
+    areas, success = verdict.by_label(MASK_AREA), verdict.by_label(SUCCESS_RATE)
     label = verdict.suspect_labels[0] if verdict.suspect_labels else None
-    if label is None or label not in by_label or not is_found(by_label[label].area):
+    if label is None or label not in areas or not is_found(areas[label]):
         return ""
-    least = by_label[label]
-    typical = median_area(verdict.evidence, verdict.suspect_labels)
+    typical = median_area(verdict)
     compared = f"; for a typical class it takes {pixels(typical)}" if is_found(typical) else ""
     return (
-        f"Covering the equivalent of {pixels(least.area)} of {image_pixels:,} ({percent(least.area / image_pixels)} of "
-        f"the image) turns {percent(least.attack_success_rate, 0)} of held-out images into "
+        f"Covering the equivalent of {pixels(areas[label])} of {image_pixels:,} ({percent(areas[label] / image_pixels)} of "
+        f"the image) turns {percent(success.get(label), 0)} of held-out images into "
         f"{quoted(names[label])}{compared}."
     )
 
@@ -233,16 +251,17 @@ def _area_sentence(verdict: Verdict, names: Sequence[str], image_pixels: int) ->
 def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     measured = verdict.clean_accuracy is not None
     accuracy = (("accuracy on the clean images", percent(verdict.clean_accuracy)),) if measured else ()
-    if not verdict.evidence:
-        return accuracy
-    by_label = {e.label: e for e in verdict.evidence}
-    smallest = min(verdict.evidence, key=lambda e: e.area if is_found(e.area) else math.inf)
-    least = by_label.get(verdict.suspect_labels[0], smallest) if verdict.suspect_labels else smallest
+    areas, chances = verdict.by_label(MASK_AREA), verdict.p_values()
+    if not areas:
+        tested = (("least chance in a benign model", chance(min(chances.values()))),) if chances else ()
+        return (*tested, *accuracy)
+    smallest = min(areas, key=lambda label: areas[label] if is_found(areas[label]) else math.inf)
+    least = verdict.suspect_labels[0] if verdict.suspect_labels and verdict.suspect_labels[0] in areas else smallest
     return (
-        ("most suspicious class", names[least.label]),
-        ("pixels needed there", pixels(least.area)),
-        ("pixels needed, typical class", pixels(median_area(verdict.evidence, verdict.suspect_labels))),
-        ("chance of this in a benign model", chance(least.p_value)),
+        ("most suspicious class", names[least]),
+        ("pixels needed there", pixels(areas[least])),
+        ("pixels needed, typical class", pixels(median_area(verdict))),
+        ("chance of this in a benign model", chance(chances.get(least, math.nan))),
         *accuracy,
     )
 
@@ -286,11 +305,10 @@ def _erase_figures(
                     (what, f"{percent(given[key])} → {percent(kept[key])}" if key in given else percent(kept[key]))
                 )
     if verdict and purified.audit and verdict.suspect_labels:
-        areas = [
-            next((e.area for e in found.evidence if e.label == verdict.suspect_labels[0]), math.nan)
-            for found in (verdict, purified.audit)
-        ]
-        figures.append(("pixels needed", f"{pixels(areas[0])} → {pixels(areas[1])}"))
+        then, now = (found.by_label(MASK_AREA) for found in (verdict, purified.audit))
+        label = verdict.suspect_labels[0]
+        if label in then:
+            figures.append(("pixels needed", f"{pixels(then[label])} → {pixels(now.get(label, math.nan))}"))
     return tuple(figures)
 
 

@@ -18,10 +18,12 @@ from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.report import wording
 from lustral.report.charts import BarChart, LineChart, area_chart, area_history_chart, audit_chart, rate_chart
+from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding, erase_finding, scan_finding
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
 from lustral.vision.images import as_float, as_uint8
+from lustral.vision.measures import MASK_AREA
 from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
 
 NUM_SAMPLES = 6  # pictures per row
@@ -142,7 +144,8 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         suspects=suspects,
         notes=purified.notes if purified else (),
         triggers=[_trigger_pictures(trigger, data, suspects) for trigger in verdict.triggers] if verdict else [],
-        area_chart=area_chart(verdict.evidence, names, suspects) if verdict else None,
+        area_chart=area_chart(verdict, names) if verdict else None,
+        evidence=evidence_table(verdict, names) if verdict else None,
         measures=_measures(data.before, data.after),
         class_accuracies=_class_accuracies(data),
         curves=_curves(purified),
@@ -280,18 +283,22 @@ def _audit(verdict: Verdict | None, purified: Purified | None, names: Sequence[s
     audit = purified.audit if purified else None
     if audit is None:
         return None
-    old = verdict.evidence if verdict else ()
     labels = list(verdict.suspect_labels or [found.target_label for found in verdict.triggers]) if verdict else []
     labels += [label for label in audit.suspect_labels if label not in labels]
-    sentences = []
-    for label in labels:
-        then, now = (next((e for e in evidence if e.label == label), None) for evidence in (old, audit.evidence))
-        if then and now:
-            sentences.append(
-                f"{wording.quoted(names[label])}: {wording.pixels(then.area)} before, {wording.pixels(now.area)} after."
-            )
-    chart: BarChart | None = audit_chart(old, audit, names, labels)
-    return {"sentences": sentences, "chart": chart, "outcome": audit.outcome, "basis": audit.basis}
+    then, now = verdict.by_label(MASK_AREA) if verdict else {}, audit.by_label(MASK_AREA)
+    sentences = [
+        f"{wording.quoted(names[label])}: {wording.pixels(then[label])} before, {wording.pixels(now[label])} after."
+        for label in labels
+        if label in then and label in now
+    ]
+    chart: BarChart | None = audit_chart(verdict, audit, names, labels)
+    return {
+        "sentences": sentences,
+        "chart": chart,
+        "evidence": evidence_table(audit, names) if chart is None else None,
+        "outcome": audit.outcome,
+        "basis": audit.basis,
+    }
 
 
 def _controls(data: ReportData) -> list[dict[str, Any]]:

@@ -3,9 +3,107 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lustral.vision.measures import ANOMALY_INDEX, ENTROPY, MASK_AREA, NATURAL_RATE, SEARCH_STEPS, SUCCESS_RATE
 
 MAX_NAMES = 4  # listed in a sentence before "and N more"
+MISSING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureWords:
+    """How a measure of a detector is shown.
+
+    Attributes:
+        heading: of its column.
+        short: of its column in a terminal; empty to leave the column out there.
+        meaning: in a sentence.
+        unit: what its values are.
+    """
+
+    heading: str
+    short: str
+    meaning: str
+    unit: Literal["pixels", "share", "count", "number"]
+
+
+MEASURES: Mapping[str, MeasureWords] = {
+    MASK_AREA: MeasureWords(
+        heading="Pixels needed",
+        short="area",
+        meaning="Pixels that must be covered to send images of other classes to this class.",
+        unit="pixels",
+    ),
+    SUCCESS_RATE: MeasureWords(
+        heading="ASR", short="ASR", meaning="Share of held-out images that the pattern sends there.", unit="share"
+    ),
+    NATURAL_RATE: MeasureWords(
+        heading="Natural rate",
+        short="without trigger",
+        meaning="Share of the same images that the model assigns to this class without any pattern.",
+        unit="share",
+    ),
+    ANOMALY_INDEX: MeasureWords(
+        heading="Distance below the rest",
+        short="anomaly",
+        meaning="How far the class lies below the others on the logarithmic scale, in robust standard deviations.",
+        unit="number",
+    ),
+    ENTROPY: MeasureWords(
+        heading="Variety",
+        short="",
+        meaning="Mean distance between recovered samples, in pixels of full contrast; 0 means a single pattern.",
+        unit="number",
+    ),
+    SEARCH_STEPS: MeasureWords(
+        heading="Search steps",
+        short="steps",
+        meaning="Steps of the search before it set the class aside.",
+        unit="count",
+    ),
+}
+
+
+def words_of(measure: str) -> MeasureWords:
+    """Return how a measure is shown; one that is not listed by its name.
+
+    >>> words_of("mask_area").short, words_of("activation_gap").heading
+    ('area', 'Activation gap')
+    """
+    name = measure.replace("_", " ")
+    plain = MeasureWords(heading=name[:1].upper() + name[1:], short=name, meaning="", unit="number")
+    return MEASURES.get(measure, plain)
+
+
+def measured(measure: str, value: float | None) -> str:
+    """Return a value of a measure as text.
+
+    >>> measured("mask_area", 6.12), measured("success_rate", 0.983), measured("search_steps", 200.0)
+    ('6.1 px', '98.3%', '200')
+    >>> measured("activation_gap", 12345.6), measured("activation_gap", float("inf")), measured("entropy", None)
+    ('12,346', 'without end', '–')
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    unit = words_of(measure).unit
+    if unit == "pixels":
+        return pixels(value)
+    if not math.isfinite(value):
+        return "without end"
+    if unit == "share":
+        return percent(value)
+    if unit == "count":
+        return f"{value:,.0f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 10_000
+        else number(value)
+        if abs(value) >= 0.01 or not value
+        else f"{value:.2g}"
+    )
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -41,7 +139,7 @@ def number(value: float | None, digits: int = 2) -> str:
     >>> number(5.417), number(float("nan"))
     ('5.42', '–')
     """
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def pixels(area: float) -> str:

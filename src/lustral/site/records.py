@@ -379,7 +379,7 @@ def _verdict(verdict: Any, names: Sequence[str]) -> dict[str, Any] | None:
     if not isinstance(verdict, Mapping):
         return None
     suspects = list(verdict.get("suspects") or ())
-    entries = [entry for entry in verdict.get("evidence") or () if isinstance(entry, Mapping)]
+    entries = _by_class(entry for entry in verdict.get("evidence") or () if isinstance(entry, Mapping))
     shown = [{**entry, "label": _class_name(entry["label"], names)} if "label" in entry else entry for entry in entries]
     grid = _grid(shown)
     if grid is not None:
@@ -394,6 +394,22 @@ def _verdict(verdict: Any, names: Sequence[str]) -> dict[str, Any] | None:
         "basis": str(verdict.get("basis") or ""),
         "grid": grid,
     }
+
+
+def _by_class(evidence: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return one entry per class with a column per measure; entries of results before measures had names stay as they are."""
+    rows: dict[Any, dict[str, Any]] = {}
+    others = []
+    for entry in evidence:
+        if "measure" not in entry:
+            others.append(entry)
+            continue
+        label, measure = entry.get("label"), str(entry["measure"])
+        row = rows.setdefault(repr(label), {"label": "whole model" if label is None else label})
+        row[measure] = entry.get("value")
+        if entry.get("p_value") is not None:
+            row[f"{measure} p_value"] = entry["p_value"]
+    return [*others, *rows.values()]
 
 
 def _cost(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[tuple[str, str]]:

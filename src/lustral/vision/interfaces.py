@@ -24,6 +24,9 @@ from lustral.vision.records import (
     Probe,
     Purified,
     RecoveredTrigger,
+    Sifted,
+    Trained,
+    TrainingView,
     Trigger,
     Verdict,
 )
@@ -163,8 +166,44 @@ class Detector(Protocol):
         """Return a verdict with its evidence."""
 
 
+class InputDetector(Protocol):
+    """Tells triggered inputs of a model from others, one by one."""
+
+    def score(
+        self, view: DefenderView, images: Tensor, *, generator: Generator, on_progress: OnProgress | None = None
+    ) -> Tensor:
+        """Score images.
+
+        Args:
+            view: the model that the images are meant for, and trusted images to compare with.
+            images: (N, C, H, W) float32 in [0, 1].
+            generator: stream of every draw.
+            on_progress: called on the way.
+
+        Returns:
+            (N,) float32 scores, higher is more suspicious; the caller applies the threshold.
+        """
+
+
+class Sifter(Protocol):
+    """Finds the suspicious images of a training set of unknown origin."""
+
+    def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
+        """Return a score for each image of ``view.untrusted``, in its order."""
+
+
+class SafeTrainer(Protocol):
+    """Trains a model on a set of unknown origin without learning the backdoor."""
+
+    def train(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Trained:
+        """Return a trained model."""
+
+
 class Purifier(Protocol):
-    """Erases a backdoor.
+    """Erases a backdoor. ``lustral.vision.erasing.erase`` runs one with everything around it.
+
+    A class that starts from a scan says so with ``takes_verdict: ClassVar[bool] = True``; its ``purify`` needs
+    ``view.verdict``. One that learns from the training set needs ``view.untrusted``.
 
     Attributes:
         version: counts changes of what the class computes.
@@ -178,4 +217,8 @@ class Purifier(Protocol):
     cost_passes: ClassVar[float]
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
-        """Return a new, cleaned model; the one given is not changed."""
+        """Return a new, cleaned model; the one given is not changed.
+
+        Raises:
+            ValueError: the view lacks what the method needs, or its clean images are too few.
+        """

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
-from lustral.core.records import Cost
+from lustral.core.records import Cost, Evidence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +171,34 @@ class Victim:
 
 @dataclass(frozen=True, kw_only=True)
 class DefenderView:
-    """Everything a defence may look at, and nothing else: a model and a small trusted set."""
+    """Everything a defence may look at, and nothing else.
+
+    Attributes:
+        model: the classifier to examine or to repair.
+        clean: the small trusted set.
+        untrusted: the training set of unknown origin, where the setting grants it.
+        verdict: what a scan of this model said, so that nobody searches again.
+    """
 
     model: nn.Module
     clean: ImageSet
+    untrusted: ImageSet | None = None
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingView:
+    """Everything that a sifter or a safe trainer may look at: a training set of unknown origin, and no model.
+
+    Attributes:
+        untrusted: the training set; some of its images may be poisoned.
+        build_model: makes an untrained classifier of the wanted architecture, its weights drawn from the given CPU stream.
+        clean: a small trusted set, where the setting grants one.
+    """
+
+    untrusted: ImageSet
+    build_model: Callable[[Generator], nn.Module]
+    clean: ImageSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,30 +244,7 @@ class RecoveredTrigger:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassEvidence:
-    """What the scan found for one candidate target label.
-
-    Attributes:
-        label: the candidate target label.
-        area: pixels of mask that a search needs to send other classes here; infinite when it never succeeded.
-        attack_success_rate: of that trigger on held-out images of other classes that the model does not call this label
-            already, fraction; NaN without such images.
-        natural_rate: fraction of held-out images of other classes that it calls this label without any trigger.
-        anomaly: how far below the other classes ``log(area)`` lies, in their robust standard deviations.
-        p_value: probability of so small an area in a benign model, under the stated null, corrected for K classes.
-        entropy: of the recovered distribution (see ``RecoveredTrigger``); NaN where none was fitted.
-        steps: search steps this class received before screening dropped it.
-    """
-
-    label: int
-    area: float
-    attack_success_rate: float
-    natural_rate: float
-    anomaly: float
-    p_value: float
-    entropy: float
-    steps: int
+Answer = Literal["backdoored", "clean", "cannot tell"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,23 +257,40 @@ class Verdict:
         score: higher is more suspicious; the decision compares it with ``threshold``.
         threshold: the score above which the model is called backdoored.
         basis: one or two sentences: which null or reference the score rests on, and why the outcome is what it is.
-        evidence: one entry per class; empty where nothing was searched, because no answer could come of it.
+        evidence: the figures it rests on, in the order to show them; empty where nothing was measured, because no answer could
+            come of it.
         triggers: recovered triggers of the suspect labels (or of the most suspicious one).
         cost: what the scan used.
         clean_accuracy: of the model on the clean images, as a fraction; None where it was not measured.
         notes: sentences that limit what the answer is worth, e.g. that the model is often wrong on the clean images.
     """
 
-    outcome: str
+    outcome: Answer
     suspect_labels: tuple[int, ...]
     score: float
     threshold: float
     basis: str
-    evidence: tuple[ClassEvidence, ...]
+    evidence: tuple[Evidence, ...]
     triggers: tuple[RecoveredTrigger, ...]
     cost: Cost
     clean_accuracy: float | None = None
     notes: tuple[str, ...] = ()
+
+    def figures(self, label: int | None) -> dict[str, float]:
+        """Return what was measured of a label, by measure; None: of the whole model."""
+        return {entry.measure: entry.value for entry in self.evidence if entry.label == label}
+
+    def by_label(self, measure: str) -> dict[int, float]:
+        """Return the values of one measure, by label; empty where the detector does not measure it."""
+        return {e.label: e.value for e in self.evidence if e.measure == measure and e.label is not None}
+
+    def p_values(self) -> dict[int | None, float]:
+        """Return the least p-value of each label that was tested; None stands for the whole model."""
+        found: dict[int | None, float] = {}
+        for entry in self.evidence:
+            if entry.p_value is not None:
+                found[entry.label] = min(entry.p_value, found.get(entry.label, 1.0))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +302,9 @@ class Purified:
         history: one mapping per epoch or round, JSON-ready numbers only, with "round"/"epoch" and what was measured on
             the held-out part of the clean set.
         selected: index into ``history`` of the weights that were kept; None when the model was returned unchanged.
-        cost: what it used, scan included.
+        cost: what it used.
         verdict: the scan that it started from, or None.
-        audit: evidence after the fact (a freshly started recovery on the new model), or None for methods without.
+        audit: a fresh scan of the new model, or None where none was made.
         notes: sentences the user should read (what was not done, and why).
     """
 
@@ -307,3 +325,37 @@ class Purified:
 def describes_given(entry: Mapping[str, Any]) -> bool:
     """Say whether an entry of a history is of the model as it was given: epoch 0, or no channel cut yet."""
     return 0 in (entry.get("epoch"), entry.get("channels"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sifted:
+    """Which images of a training set are suspicious.
+
+    Attributes:
+        scores: (N,) float32, one per image in the set's order; higher is more suspicious.
+        flagged: (N,) bool: the images that the method would take away.
+        basis: one or two sentences: what the scores measure, and where the line was drawn.
+        cost: what it used.
+    """
+
+    scores: Tensor
+    flagged: Tensor
+    basis: str
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model trained safely on a set of unknown origin.
+
+    Attributes:
+        model: the classifier, in evaluation mode.
+        history: one mapping per epoch, JSON-ready numbers only.
+        cost: what it used.
+        notes: sentences the user should read.
+    """
+
+    model: nn.Module
+    history: tuple[Mapping[str, Any], ...]
+    cost: Cost
+    notes: tuple[str, ...] = ()

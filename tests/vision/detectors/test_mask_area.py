@@ -12,14 +12,15 @@ from torch import nn
 from lustral.core.randomness import child
 from lustral.report.findings import FEW_CLASSES
 from lustral.vision.detectors import MaskArea
-from lustral.vision.detectors.mask_area import LEAST_LABELS, most_suspicious, require_usable
+from lustral.vision.detectors.mask_area import LEAST_LABELS, NULL, SearchedLabel, most_suspicious, require_usable
 from lustral.vision.inverters.mask_search import FoundMasks
-from lustral.vision.records import ClassEvidence, DefenderView, ImageSet
+from lustral.vision.measures import ANOMALY_INDEX, ENTROPY, MASK_AREA, NATURAL_RATE, SEARCH_STEPS, SUCCESS_RATE
+from lustral.vision.records import DefenderView, ImageSet
 from toy import quick_detector, quick_inverter, toy_images
 
 
-def entry(label: int, area: float, p_value: float = 1.0, steps: int = 100) -> ClassEvidence:
-    return ClassEvidence(
+def entry(label: int, area: float, p_value: float = 1.0, steps: int = 100) -> SearchedLabel:
+    return SearchedLabel(
         label=label,
         area=area,
         attack_success_rate=1.0,
@@ -36,7 +37,7 @@ def clean_set(side: int = 32) -> ImageSet:
     return ImageSet(images=images, labels=torch.arange(20) % 10, num_classes=10)
 
 
-def ordinary(count: int, first: int = 0) -> list[ClassEvidence]:
+def ordinary(count: int, first: int = 0) -> list[SearchedLabel]:
     return [entry(label, 60.0 + 5 * label) for label in range(first, first + count)]
 
 
@@ -130,17 +131,21 @@ def test_the_toy_worlds_are_told_apart(toy_view: DefenderView, benign_view: Defe
     assert found.score > found.threshold
     assert [trigger.target_label for trigger in found.triggers] == [4]
     assert found.triggers[0].attack_success_rate > 0.5
-    assert min(found.evidence, key=lambda e: e.area).label == 4
-    assert found.evidence[4].entropy == found.triggers[0].entropy
+    areas = found.by_label(MASK_AREA)
+    assert min(areas, key=lambda label: areas[label]) == 4
+    assert set(found.figures(4)) == {MASK_AREA, SUCCESS_RATE, NATURAL_RATE, ANOMALY_INDEX, ENTROPY, SEARCH_STEPS}
+    assert found.by_label(ENTROPY) == {4: found.triggers[0].entropy}
+    assert all((e.p_value is not None) == (e.null == NULL) == (e.measure == MASK_AREA) for e in found.evidence)
+    assert found.p_values()[4] == min(found.p_values().values()) == pytest.approx(10**-found.score)
     assert found.cost.clean_images == 280
     assert found.cost.image_passes > 150 * 16
     plain = quick_detector().inspect(benign_view, generator=child(3))
     assert plain.outcome == "clean"
     assert plain.suspect_labels == ()
     assert plain.score < plain.threshold
-    assert [trigger.target_label for trigger in plain.triggers] == [
-        most_suspicious(plain.evidence)
-    ]  # shown all the same
+    chances, areas = plain.p_values(), plain.by_label(MASK_AREA)
+    shown = min(areas, key=lambda label: (chances[label], areas[label]))
+    assert [trigger.target_label for trigger in plain.triggers] == [shown]  # all the same
 
 
 class Brightness(nn.Module):
@@ -175,8 +180,9 @@ def test_screened_scans_still_find_the_label(toy_view: DefenderView) -> None:
     search = quick_inverter().search
     detector = MaskArea(inverter=quick_inverter(search=type(search)(steps=150, batch_size=16, finalists=6)))
     verdict = detector.inspect(toy_view, generator=child(3))
-    assert sorted(e.steps for e in verdict.evidence)[0] < 150
-    assert min((e for e in verdict.evidence if e.steps == 150), key=lambda e: e.area).label == 4
+    areas, steps = verdict.by_label(MASK_AREA), verdict.by_label(SEARCH_STEPS)
+    assert min(steps.values()) < 150
+    assert min((label for label in areas if steps[label] == 150), key=lambda label: areas[label]) == 4
 
 
 @pytest.mark.parametrize(

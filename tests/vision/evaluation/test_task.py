@@ -20,7 +20,7 @@ from lustral.vision.inverters.mask_search import FoundMasks
 from lustral.vision.inverters.sampling import SampleImages
 from lustral.vision.models import Classifier
 from lustral.vision.purifiers import BNRefresh, FineTuning
-from lustral.vision.records import ClassEvidence, DefenderView
+from lustral.vision.records import DefenderView
 from toy import quick_detector, toy_images
 
 ORDER = (3, 0, 4, 1, 6, 2, 5)  # class k of the toy world stands at label ORDER[k]
@@ -253,10 +253,10 @@ def test_networks_that_cannot_be_searched(
 def test_a_label_that_soaks_up_images_is_not_accused(
     benign_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evidence(natural: float) -> list[ClassEvidence]:
+    def evidence(natural: float) -> list[mask_area.SearchedLabel]:
         areas = (1.0, *(60.0 + label for label in range(1, 7)))
         return [
-            ClassEvidence(
+            mask_area.SearchedLabel(
                 label=label,
                 area=area,
                 attack_success_rate=1.0,
@@ -272,7 +272,7 @@ def test_a_label_that_soaks_up_images_is_not_accused(
     detector = quick_detector()
     for natural, outcome in ((0.02, "backdoored"), (0.3, "cannot tell")):
         found = evidence(natural)
-        monkeypatch.setattr(type(detector), "weigh", lambda *args, found=found: found)
+        monkeypatch.setattr(type(detector), "score_labels", lambda *args, found=found: found)
         verdict = detector.inspect(benign_view, generator=child(0))
         assert (verdict.outcome, verdict.suspect_labels) == (outcome, (0,))
         assert any("30 % of the other images" in note for note in verdict.notes) == (outcome == "cannot tell")

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import child
-from lustral.core.records import Cost
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.purifiers.baeraser import capped_ascent, clean_importance, needed_area, other_areas, weighted_l1
-from lustral.vision.records import ClassEvidence, DefenderView, ImageSet, RecoveredTrigger, Verdict
-from toy import gentle_trainer, quick_detector
+from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger
+from toy import gentle_trainer, mask_verdict, quick_detector
 
 
 def test_ascent_by_hand() -> None:
@@ -120,35 +119,8 @@ def test_the_published_schedule_runs_one_round(toy_view: DefenderView) -> None:
     assert {h["round"] for h in purified.history} == {1}
 
 
-def verdict(areas: list[float], steps: list[int]) -> Verdict:
-    evidence = tuple(
-        ClassEvidence(
-            label=label,
-            area=area,
-            attack_success_rate=1.0,
-            natural_rate=0.0,
-            anomaly=0.0,
-            p_value=1.0,
-            entropy=math.nan,
-            steps=taken,
-        )
-        for label, (area, taken) in enumerate(zip(areas, steps, strict=True))
-    )
-    cost = Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=0)
-    return Verdict(
-        outcome="backdoored",
-        suspect_labels=(0,),
-        score=1.0,
-        threshold=0.0,
-        basis="",
-        evidence=evidence,
-        triggers=(),
-        cost=cost,
-    )
-
-
 def test_the_other_areas_are_those_of_unsuspected_finished_labels() -> None:
-    scan = verdict([2.0, 40.0, 60.0, math.inf, 900.0], [9, 9, 9, 9, 3])
+    scan = mask_verdict([2.0, 40.0, 60.0, math.inf, 900.0], suspects=[0], steps=[9, 9, 9, 9, 3])
     assert other_areas(scan, (0,)) == [40.0, 60.0]
     assert other_areas(scan, (0, 1, 2)) == []
 

@@ -10,7 +10,7 @@ labels that need more (``small_areas``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -20,20 +20,62 @@ from torch import Generator, Tensor
 
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
-from lustral.core.records import Cost, OnProgress
+from lustral.core.records import Cost, Evidence, OnProgress
 from lustral.training import Precision, autocast, frozen
 from lustral.vision.detectors.small_areas import log_area, p_values, smallest_tested
 from lustral.vision.evaluation import TaskCheck, check_task, require_gradient
 from lustral.vision.images import at_most, check_holdout, require_usable, split
 from lustral.vision.inverters.mask_search import FoundMasks
 from lustral.vision.inverters.max_entropy import MaxEntropy
-from lustral.vision.records import ClassEvidence, DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.measures import ANOMALY_INDEX, ENTROPY, MASK_AREA, NATURAL_RATE, SEARCH_STEPS, SUCCESS_RATE
+from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict
 
 SOAKED, SOAKED_RATIO = (
     0.1,
     2.0,
 )  # natural rate of a label, and over the mean of the others, above which it is called too often
 LEAST_LABELS = 5  # with fewer successful searches no outlier test means anything
+NULL = "in a benign model the logarithms of the areas come from one normal distribution"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedLabel:
+    """What the search found for one candidate target label.
+
+    Attributes:
+        label: the candidate target label.
+        area: pixels of mask that a search needs to send other classes here; infinite when it never succeeded.
+        attack_success_rate: of that trigger on held-out images of other classes that the model does not call this label
+            already, fraction; NaN without such images.
+        natural_rate: fraction of held-out images of other classes that it calls this label without any trigger.
+        anomaly: how far below the other classes ``log(area)`` lies, in their robust standard deviations.
+        p_value: probability of so small an area in a benign model, under ``NULL``, corrected for K classes.
+        entropy: of the recovered distribution (see ``RecoveredTrigger``); NaN where none was fitted.
+        steps: search steps this class received before screening dropped it.
+    """
+
+    label: int
+    area: float
+    attack_success_rate: float
+    natural_rate: float
+    anomaly: float
+    p_value: float
+    entropy: float
+    steps: int
+
+    def evidence(self) -> Iterator[Evidence]:
+        """Yield the figures that are known, one by one."""
+        yield Evidence(label=self.label, measure=MASK_AREA, value=self.area, null=NULL, p_value=self.p_value)
+        others = {
+            SUCCESS_RATE: self.attack_success_rate,
+            NATURAL_RATE: self.natural_rate,
+            ANOMALY_INDEX: self.anomaly,
+            ENTROPY: self.entropy,
+            SEARCH_STEPS: float(self.steps),
+        }
+        yield from (
+            Evidence(label=self.label, measure=name, value=v) for name, v in others.items() if not math.isnan(v)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +176,15 @@ class MaskArea:
                 on_progress=on_progress,
             )
         by_label = {trigger.target_label: trigger for trigger in triggers}
-        smallest = min(e.p_value for e in evidence)
+        weighed = [_with_entropy(e, by_label) for e in evidence]
+        smallest = min(e.p_value for e in weighed)
         return Verdict(
             outcome=outcome,
             suspect_labels=named,
             score=-math.log10(max(smallest, 1e-300)) + 0.0,  # no negative zero
             threshold=-math.log10(self.false_alarm_rate),
             basis=basis,
-            evidence=tuple(_with_entropy(e, by_label) for e in evidence),
+            evidence=tuple(figure for e in weighed for figure in e.evidence()),
             triggers=tuple(triggers),
             cost=meter.cost,
             clean_accuracy=check.accuracy.value,
@@ -162,7 +205,7 @@ class MaskArea:
             clean_accuracy=check.accuracy.value,
         )
 
-    def score_labels(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[ClassEvidence]:
+    def score_labels(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[SearchedLabel]:
         """Measure each label's mask on held-out images and test its area against the larger ones."""
         success, natural = held_out_rates(view, held_out, found, self.inverter.precision)
         full = int(found.steps.max())
@@ -178,7 +221,7 @@ class MaskArea:
         for k, label in enumerate(found.labels):
             anomaly, p = tests.get(k, (0.0, 1.0))
             evidence.append(
-                ClassEvidence(
+                SearchedLabel(
                     label=label,
                     area=areas[k] if success[k] >= self.least_success or int(found.steps[k]) < full else math.inf,
                     attack_success_rate=success[k],
@@ -191,7 +234,7 @@ class MaskArea:
             )
         return evidence
 
-    def judge(self, evidence: Sequence[ClassEvidence], clean: ImageSet) -> tuple[tuple[int, ...], str, str]:
+    def judge(self, evidence: Sequence[SearchedLabel], clean: ImageSet) -> tuple[tuple[int, ...], Answer, str]:
         """Return (suspect labels, outcome, basis)."""
         full = max(e.steps for e in evidence)
         usable = sorted((e for e in evidence if e.steps == full and math.isfinite(e.area)), key=lambda e: e.area)
@@ -199,7 +242,7 @@ class MaskArea:
         ended = " searched to the end" if any(e.steps < full for e in evidence) else ""
         known = "" if len(usable) == len(evidence) else f"Only the {len(usable)} smallest are known. "
         null = (
-            f"Null hypothesis: in a benign model the logarithms of the areas come from one normal distribution. {known}Each "
+            f"Null hypothesis: {NULL}. {known}Each "
             f"small area is tested against the larger ones, corrected for {len(evidence)} labels. "
         )
         if len(usable) < LEAST_LABELS:
@@ -253,12 +296,12 @@ class MaskArea:
         return (), "clean", f"{null}{figures}No label is reached with an unusually small mask."
 
 
-def most_suspicious(evidence: Sequence[ClassEvidence]) -> int:
+def most_suspicious(evidence: Sequence[SearchedLabel]) -> int:
     """Return the label of the least p-value; of the smallest area where several have it, as 1 in most benign models."""
     return min(evidence, key=lambda e: (e.p_value, e.area)).label
 
 
-def held_back(outcome: str, check: TaskCheck, clean: ImageSet) -> tuple[str, tuple[str, ...]]:
+def held_back(outcome: Answer, check: TaskCheck, clean: ImageSet) -> tuple[Answer, tuple[str, ...]]:
     """Return the outcome, "cannot tell" where the model is too weak on the clean images, and what has to be said of that.
 
     The null, the bounds on its spread and the ratios were measured on models that do their task. One that is wrong on half of the
@@ -273,7 +316,7 @@ def held_back(outcome: str, check: TaskCheck, clean: ImageSet) -> tuple[str, tup
     return outcome, ()
 
 
-def soaks_up(entry: ClassEvidence, evidence: Sequence[ClassEvidence]) -> bool:
+def soaks_up(entry: SearchedLabel, evidence: Sequence[SearchedLabel]) -> bool:
     """Say whether a model calls many images by a label without a trigger, and more than by its others: then little is needed.
 
     An accused label's small mask is explained by that, whether it comes of a model that is read wrongly or not.
@@ -283,7 +326,7 @@ def soaks_up(entry: ClassEvidence, evidence: Sequence[ClassEvidence]) -> bool:
     return entry.natural_rate > max(SOAKED, SOAKED_RATIO * mean)
 
 
-def soaked_note(entry: ClassEvidence, check: TaskCheck, clean: ImageSet) -> str:
+def soaked_note(entry: SearchedLabel, check: TaskCheck, clean: ImageSet) -> str:
     """Return why an accusation of a label is held back."""
     name = clean.class_names[entry.label] if clean.class_names else str(entry.label)
     return (
@@ -324,7 +367,7 @@ def held_out_rates(
     return success, natural
 
 
-def _with_entropy(evidence: ClassEvidence, triggers: dict[int, RecoveredTrigger]) -> ClassEvidence:
+def _with_entropy(evidence: SearchedLabel, triggers: dict[int, RecoveredTrigger]) -> SearchedLabel:
     if evidence.label not in triggers:
         return evidence
     return replace(evidence, entropy=triggers[evidence.label].entropy)

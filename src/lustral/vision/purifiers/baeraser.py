@@ -36,6 +36,7 @@ from lustral.vision.detectors.mask_area import MaskArea
 from lustral.vision.detectors.small_areas import ordinary_area
 from lustral.vision.evaluation import require_task
 from lustral.vision.images import at_most, check_holdout, require_usable, split
+from lustral.vision.measures import MASK_AREA, SEARCH_STEPS
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Verdict
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
@@ -222,7 +223,7 @@ class BaEraser:
             f"Too few other labels were searched to say which area is ordinary: all {self.rounds} rounds ran.",
         )
         if len(others) >= 2:
-            wanted = ordinary_area(others, self.ordinary_rate, len(verdict.evidence) - len(labels))
+            wanted = ordinary_area(others, self.ordinary_rate, len(verdict.by_label(MASK_AREA)) - len(labels))
             note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
@@ -351,8 +352,13 @@ NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged
 
 def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:
     """Return the areas of the labels that are not suspected, were searched to the end, and were reached."""
-    full = max((e.steps for e in verdict.evidence), default=0)
-    return [e.area for e in verdict.evidence if e.label not in labels and e.steps == full and math.isfinite(e.area)]
+    areas, steps = verdict.by_label(MASK_AREA), verdict.by_label(SEARCH_STEPS)
+    full = max(steps.values(), default=0)
+    return [
+        area
+        for label, area in areas.items()
+        if label not in labels and steps.get(label) == full and math.isfinite(area)
+    ]
 
 
 def needed_area(trigger: RecoveredTrigger) -> float:

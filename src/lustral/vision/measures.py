@@ -1,0 +1,12 @@
+"""What detectors measure, by name: the ``measure`` of an ``Evidence``. How each is shown is in ``lustral.report.wording``."""
+
+MASK_AREA = "mask_area"  # pixels of mask that send other classes to a label; infinite when no search succeeded
+SUCCESS_RATE = (
+    "success_rate"  # of that trigger on held-out images of other classes that are not called the label anyway
+)
+NATURAL_RATE = (
+    "natural_rate"  # fraction of held-out images of other classes that are called the label without any trigger
+)
+ANOMALY_INDEX = "anomaly_index"  # how far below the other labels log(area) lies, in their robust standard deviations
+ENTROPY = "entropy"  # of the recovered distribution: mean pairwise distance of stamped samples, pixels of full contrast
+SEARCH_STEPS = "search_steps"  # that a label received before screening dropped it
