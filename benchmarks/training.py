@@ -58,7 +58,7 @@ def ours(trainer: Trainer, model: torch.nn.Module, data: ImageSet) -> float:
 def bare(trainer: Trainer, model: torch.nn.Module, data: ImageSet, steps: int) -> float:
     layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
     model = model.to(memory_format=layout).train()
-    images, labels = next(data.batches(trainer.batch_size))
+    images, labels, _ = next(data.batches(trainer.batch_size))
     images = images.contiguous(memory_format=layout)
     optimizer = trainer.optimizer_for(model)
 

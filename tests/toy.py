@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
-from lustral.core.records import Cost, Evidence
+from lustral.core.records import Batch, Cost, Evidence
 from lustral.training import Augment, EpochReport, Trainer
 from lustral.vision.detectors import MaskArea
 from lustral.vision.detectors.mask_area import SearchedLabel
@@ -40,6 +40,12 @@ def toy_images(count: int, seed: int) -> ImageSet:
     noise = 0.08 * torch.randn(count, 3, SIDE, SIDE, generator=stream)
     images: Tensor = (grey[:, None] + 0.08 * hue + noise).clamp(0, 1)
     return ImageSet(images=as_uint8(images), labels=labels, num_classes=NUM_CLASSES)
+
+
+def as_batch(images: Tensor, labels: Tensor | None = None) -> Batch:
+    """Return float images as one batch in order; labels that do not matter are 0."""
+    index = torch.arange(len(images))
+    return Batch(images, torch.zeros_like(index) if labels is None else labels, index)
 
 
 def clean_images(count: int = 280) -> ImageSet:

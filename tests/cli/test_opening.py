@@ -61,7 +61,7 @@ def test_channels_follow_the_network(
     suspect = opened(place, network, data)
     assert suspect.view.clean.image_shape == (channels, 28, 28)
     assert suspect.source.train.image_shape == (channels, 28, 28)
-    images, _ = next(suspect.view.clean.batches(4))
+    images = next(suspect.view.clean.batches(4)).inputs
     assert suspect.view.model(images).shape == (4, 3)
     assert caplog.text.count("no mean and std are known") == 1
     if channels == 3:

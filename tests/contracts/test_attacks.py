@@ -23,7 +23,7 @@ from lustral.vision.interfaces import Attack, Crafted, CraftedAttack, HasProbes,
 from lustral.vision.models import build_classifier
 from lustral.vision.records import Trigger
 from lustral.vision.victims import implant
-from toy import NUM_CLASSES, toy_images, toy_trainer
+from toy import NUM_CLASSES, as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 SMALL: dict[str, dict[str, Any]] = {  # settings under which an attack is crafted in a second or two on toy images
@@ -230,7 +230,7 @@ def test_batches_are_stamped_as_test_images_are(name: str, attack: Attack, trigg
             return images.flatten(1)[:, :NUM_CLASSES]
 
     images = as_float(clean.images)
-    steering.objective(Witness(), images, clean.labels, child(2))
+    steering.objective(Witness(), as_batch(images, clean.labels), child(2))
     (batch,) = seen
     count = int(VARIANTS[name].poison_rate * 64)
     assert count >= 3
@@ -281,7 +281,7 @@ def test_an_attack_on_training_gives_a_loss_with_a_gradient(attack: Attack) -> N
     images, labels = as_float(clean.images), clean.labels
     before = images.clone()
     model = build_classifier("small_cnn:width=4", num_classes=NUM_CLASSES, image_shape=SHAPE, generator=child(0))
-    loss = steering.objective(model, images, labels, child(2))
+    loss = steering.objective(model, as_batch(images, labels), child(2))
     assert loss.shape == ()
     assert bool(loss.isfinite())
     loss.backward()  # type: ignore[no-untyped-call]

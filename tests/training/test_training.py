@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lustral.core.randomness import child
-from lustral.core.records import Progress
+from lustral.core.records import Batch, Progress
 from lustral.training import (
     Augment,
     EpochReport,
@@ -82,14 +83,14 @@ def test_training_learns(model: Classifier, data: ImageSet) -> None:
 def test_the_objective_gets_model_batch_and_stream(model: Classifier, data: ImageSet) -> None:
     seen: list[tuple[tuple[int, ...], Tensor, float]] = []
 
-    def objective(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         assert student is not model
         assert student.training
-        assert images.dtype == torch.float32
-        assert 0 <= float(images.min()) <= float(images.max()) <= 1
+        assert batch.inputs.dtype == torch.float32
+        assert 0 <= float(batch.inputs.min()) <= float(batch.inputs.max()) <= 1
         assert stream.device.type == "cpu"
-        seen.append((tuple(images.shape), labels, float(torch.rand((), generator=stream))))
-        return cross_entropy(student, images, labels, stream)
+        seen.append((tuple(batch.inputs.shape), batch.labels, float(torch.rand((), generator=stream))))
+        return cross_entropy(student, batch, stream)
 
     Trainer(**QUICK).fit(model, data, generator=child(1), objective=objective)
     assert [shape for shape, _, _ in seen] == [(16, 3, 12, 12)] * 8  # 70 images: 4 full batches, the rest left out
@@ -98,9 +99,9 @@ def test_the_objective_gets_model_batch_and_stream(model: Classifier, data: Imag
 
 
 def test_draws_of_the_objective_shift_nothing_else(model: Classifier, data: ImageSet) -> None:
-    def greedy(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def greedy(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         torch.rand(100, generator=stream)
-        return cross_entropy(student, images, labels, stream)
+        return cross_entropy(student, batch, stream)
 
     trainer = Trainer(**QUICK, augment=Augment(crop_padding=1))
     plain = trainer.fit(model, data, generator=child(1), objective=cross_entropy)
@@ -108,12 +109,32 @@ def test_draws_of_the_objective_shift_nothing_else(model: Classifier, data: Imag
     assert same(state(plain), state(trainer.fit(model, data, generator=child(1))))
 
 
+def test_an_objective_can_keep_a_loss_for_each_image(model: Classifier, data: ImageSet) -> None:
+    steps, latest = [], torch.full((len(data),), math.nan)
+
+    def remembering(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        assert torch.equal(batch.labels, data.labels[batch.index])
+        each = nn.functional.cross_entropy(student(batch.inputs).float(), batch.labels, reduction="none")
+        latest[batch.index] = each.detach()
+        steps.append(batch.index)
+        return each.mean()
+
+    still = Trainer(epochs=1, batch_size=14, learning_rate=1e-12, precision="float32", batch_norm="frozen")
+    still = replace(still, augment=Augment(flip=False, crop_padding=0))
+    still.fit(model, data, generator=child(1), objective=remembering)
+    assert sorted(torch.cat(steps).tolist()) == list(range(70))
+    assert not torch.equal(torch.cat(steps), torch.arange(70))
+    with torch.no_grad():
+        logits = model.eval()(next(data.batches(70)).inputs)
+    assert torch.allclose(latest, nn.functional.cross_entropy(logits, data.labels, reduction="none"), atol=1e-4)
+
+
 def test_a_small_set_is_one_partial_batch(model: Classifier, data: ImageSet) -> None:
     sizes: list[int] = []
 
-    def objective(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
-        sizes.append(len(images))
-        return cross_entropy(student, images, labels, stream)
+    def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        sizes.append(len(batch.inputs))
+        return cross_entropy(student, batch, stream)
 
     Trainer(**QUICK).fit(model, data.subset(torch.arange(5)), generator=child(1), objective=objective)
     assert sizes == [5, 5]
@@ -187,7 +208,7 @@ def test_weight_decay_is_for_matrices_and_kernels_only(model: Classifier, optimi
 
 
 def test_weight_decay_shrinks_by_hand(model: Classifier, data: ImageSet) -> None:
-    def nothing(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def nothing(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         return sum((p.sum() for p in student.parameters()), torch.zeros(())) * 0
 
     trainer = Trainer(epochs=1, batch_size=70, learning_rate=0.5, momentum=0.0, weight_decay=0.1, schedule="constant")
@@ -213,8 +234,8 @@ def test_clip_norm_bounds_the_step(model: Classifier, data: ImageSet) -> None:
 
 
 def test_a_nan_loss_stops_with_advice(model: Classifier, data: ImageSet) -> None:
-    def broken(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
-        return cross_entropy(student, images, labels, stream) * math.nan
+    def broken(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        return cross_entropy(student, batch, stream) * math.nan
 
     with pytest.raises(TrainingDiverged, match=r"became nan at step 1: lower the learning rate \(now 0.05\)"):
         Trainer(**QUICK).fit(model, data, generator=child(1), objective=broken)
@@ -223,9 +244,9 @@ def test_a_nan_loss_stops_with_advice(model: Classifier, data: ImageSet) -> None
 def test_a_loss_that_breaks_later_is_noticed_within_its_epoch(model: Classifier, data: ImageSet) -> None:
     steps: list[int] = []
 
-    def breaks_at_step_3(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def breaks_at_step_3(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         steps.append(1)
-        return cross_entropy(student, images, labels, stream) * (math.inf if len(steps) == 3 else 1.0)
+        return cross_entropy(student, batch, stream) * (math.inf if len(steps) == 3 else 1.0)
 
     reports: list[EpochReport] = []
     with pytest.raises(TrainingDiverged, match=r"at step [34]"):
@@ -241,9 +262,9 @@ def test_an_empty_set_is_refused(model: Classifier, data: ImageSet) -> None:
 def test_frozen_batch_norm_keeps_running_statistics_and_uses_them(model: Classifier, data: ImageSet) -> None:
     inputs: list[bool] = []
 
-    def objective(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         inputs.append(any(m.training for m in student.modules() if isinstance(m, nn.BatchNorm2d)))
-        return cross_entropy(student, images, labels, stream)
+        return cross_entropy(student, batch, stream)
 
     def look(report: EpochReport) -> None:
         report.model.eval()  # a callback that forgets to switch back must not matter
@@ -262,9 +283,9 @@ def test_frozen_batch_norm_keeps_running_statistics_and_uses_them(model: Classif
 def test_training_mode_is_restored_after_the_callback(model: Classifier, data: ImageSet) -> None:
     modes: list[bool] = []
 
-    def objective(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
+    def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         modes.append(all(m.training for m in student.modules()))
-        return cross_entropy(student, images, labels, stream)
+        return cross_entropy(student, batch, stream)
 
     def look(report: EpochReport) -> None:
         report.model.eval()
@@ -294,8 +315,8 @@ def test_callbacks_tell_epochs_and_progress(model: Classifier, data: ImageSet) -
 def test_the_mean_loss_of_an_epoch_by_hand(model: Classifier, data: ImageSet) -> None:
     losses = iter([1.0, 2.0, 3.0, 6.0])
 
-    def scripted(student: nn.Module, images: Tensor, labels: Tensor, stream: Generator) -> Tensor:
-        return cross_entropy(student, images, labels, stream) * 0 + next(losses)
+    def scripted(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        return cross_entropy(student, batch, stream) * 0 + next(losses)
 
     reports: list[EpochReport] = []
     Trainer(epochs=1, batch_size=16).fit(model, data, generator=child(1), objective=scripted, on_epoch=reports.append)
@@ -310,12 +331,10 @@ def test_both_precisions_train_in_float32_weights(model: Classifier, data: Image
     seen: dict[str, torch.dtype] = {}
     for precision in ("float32", "bfloat16"):
 
-        def objective(
-            student: nn.Module, images: Tensor, labels: Tensor, stream: Generator, name: str = precision
-        ) -> Tensor:
-            logits = student(images)
+        def objective(student: nn.Module, batch: Batch, stream: Generator, name: str = precision) -> Tensor:
+            logits = student(batch.inputs)
             seen[name] = logits.dtype
-            return nn.functional.cross_entropy(logits.float(), labels)
+            return nn.functional.cross_entropy(logits.float(), batch.labels)
 
         trainer = Trainer(**QUICK, precision=precision)  # type: ignore[arg-type]
         trained = trainer.fit(model, data, generator=child(1), objective=objective)
@@ -352,7 +371,7 @@ def test_label_smoothing_reaches_the_default_objective(model: Classifier, data: 
         trainer.fit(model, data, generator=child(1), on_epoch=reports.append)
         losses[smoothing] = reports[0].loss
     student = copy.deepcopy(model).train()
-    x, y = next(data.batches(70))
+    x, y, _ = next(data.batches(70))
     for smoothing, loss in losses.items():
         expected = nn.functional.cross_entropy(student(x), y, label_smoothing=smoothing)
         assert loss == pytest.approx(expected.item(), abs=1e-4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lustral.core.randomness import child
+from lustral.vision.images import as_float
 from lustral.vision.records import ImageSet, RecoveredTrigger
 
 
@@ -60,10 +61,10 @@ def test_subset_takes_indices_in_order_or_a_mask() -> None:
 
 def test_batches_are_floats_in_order() -> None:
     batches = list(numbered().batches(4))
-    assert [len(x) for x, _ in batches] == [4, 4, 2]
+    assert [len(x) for x, *_ in batches] == [4, 4, 2]
     assert batches[0][0].dtype == torch.float32
-    assert torch.equal(torch.cat([x for x, _ in batches])[:, 0, 0, 0] * 255, torch.arange(10.0))
-    assert torch.cat([y for _, y in batches]).tolist() == numbered().labels.tolist()
+    assert torch.equal(torch.cat([x for x, *_ in batches])[:, 0, 0, 0] * 255, torch.arange(10.0))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == numbered().labels.tolist()
 
 
 def test_shuffled_batches_hold_every_image_once_and_follow_the_stream() -> None:
@@ -71,24 +72,39 @@ def test_shuffled_batches_hold_every_image_once_and_follow_the_stream() -> None:
 
     def order(seed: int) -> list[int]:
         batches = data.batches(3, generator=child(seed))
-        return [round(v * 255) for x, _ in batches for v in x[:, 0, 0, 0].tolist()]
+        return [round(v * 255) for x, *_ in batches for v in x[:, 0, 0, 0].tolist()]
 
     assert sorted(order(0)) == list(range(10))
     assert order(0) == order(0) != order(1)
-    for x, y in data.batches(3, generator=child(0)):
+    for x, y, _ in data.batches(3, generator=child(0)):
         assert torch.equal((x[:, 0, 0, 0] * 255).round().long() % 2, y)
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_index_gives_the_images_back(seed: int | None, drop_last: bool) -> None:
+    data = numbered()
+    batches = list(data.batches(3, generator=None if seed is None else child(seed), drop_last=drop_last))
+    for batch in batches:
+        assert batch.index.dtype == torch.int64
+        assert batch.index.device == batch.labels.device
+        assert torch.equal(batch.inputs, as_float(data.images[batch.index]))
+        assert torch.equal(batch.labels, data.labels[batch.index])
+    seen = torch.cat([batch.index for batch in batches]).tolist()
+    assert len(set(seen)) == len(seen) == (9 if drop_last else 10)
+    assert (seen == sorted(seen)) == (seed is None)
+
+
 def test_drop_last_leaves_out_only_a_partial_batch() -> None:
-    assert [len(x) for x, _ in numbered().batches(4, drop_last=True)] == [4, 4]
-    assert [len(x) for x, _ in numbered().batches(5, drop_last=True)] == [5, 5]
+    assert [len(x) for x, *_ in numbered().batches(4, drop_last=True)] == [4, 4]
+    assert [len(x) for x, *_ in numbered().batches(5, drop_last=True)] == [5, 5]
     with pytest.raises(ValueError, match="batch size of at least 1"):
         next(numbered().batches(0))
 
 
 def test_batches_leave_the_set_alone() -> None:
     data = numbered()
-    for x, _ in data.batches(10):
+    for x, *_ in data.batches(10):
         x.zero_()
     assert torch.equal(data.images, numbered().images)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Generator, Tensor, nn
 
 
@@ -96,29 +97,40 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class ImageStream(Protocol):
-    """What training needs of a set: ``ImageSet`` in memory, or a streamed kin on disk."""
+class Batch(NamedTuple):
+    """Some examples of a set, all on one device.
+
+    Attributes:
+        inputs: (B, ...) what the model takes; of images float32 (B, C, H, W) in [0, 1].
+        labels: (B,) int64.
+        index: (B,) int64, the positions of the examples in the set that the batch comes from: with them a loss can weigh, count
+            or remember each example across epochs.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    index: Tensor  # type: ignore[assignment]  # the method of tuples is of no use here
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class TrainingSet(Protocol):
+    """What training needs of a set of labelled examples, in memory or streamed from disk."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes of the task."""
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Class names, or empty."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return (C, H, W)."""
-
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of examples."""
 
     def batches(
         self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield float32 batches in [0, 1] and int64 labels."""
+    ) -> Iterator[Batch]:
+        """Yield all examples once, ``batch_size`` at a time: in order, or shuffled by ``generator``."""
 
 
-Objective = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor]
-"""(model, images float32 (B, C, H, W) in [0, 1], labels (B,), stream on the CPU) -> scalar loss."""
+Objective = Callable[[nn.Module, Batch, Generator], Tensor]
+"""(model, batch, stream on the CPU) -> scalar loss."""

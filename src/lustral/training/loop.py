@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork, on_device
-from lustral.core.records import ImageStream, Objective, OnProgress, Progress
+from lustral.core.records import Batch, Objective, OnProgress, Progress, TrainingSet
 from lustral.training.augmentation import Augment
 from lustral.training.modes import Precision, autocast, set_training_mode
+
+SECONDS_BETWEEN_LOOKS = 0.25  # a look at the loss waits for the device
 
 
 class TrainingDiverged(ArithmeticError):
@@ -69,9 +71,9 @@ def adam_step_ratio(model: nn.Module) -> float:
     return total / max(count, 1)
 
 
-def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+def cross_entropy(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
     """Return the plain objective: mean cross-entropy of the labels."""
-    return F.cross_entropy(model(images).float(), labels)
+    return F.cross_entropy(model(batch.inputs).float(), batch.labels)
 
 
 def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
@@ -151,7 +153,7 @@ class Trainer:
         return replace(self, batch_size=batch_size, epochs=epochs)
 
     def with_rate_cap(self, model: nn.Module, relative_rate: float | None) -> Trainer:
-        """Return this recipe with a learning rate of at most ``relative_rate / reach(model)``, so that it serves any width.
+        """Return this recipe with a rate of at most ``relative_rate / adam_step_ratio(model)``, so that it serves any width.
 
         Args:
             model: the one to train.
@@ -164,7 +166,7 @@ class Trainer:
     def fit(
         self,
         model: nn.Module,
-        data: ImageStream,
+        data: TrainingSet,
         *,
         generator: Generator,
         objective: Objective | None = None,
@@ -179,9 +181,9 @@ class Trainer:
 
         Args:
             model: classifier from float32 (B, C, H, W) in [0, 1] to logits (B, K), on the device of ``data``.
-            data: training images.
+            data: training examples.
             generator: CPU stream; order, augmentation, the objective and dropout each get a stream of their own.
-            objective: maps (model, images, labels, generator) to a scalar loss; None is cross-entropy.
+            objective: maps (model, batch, generator) to a scalar loss; None is cross-entropy.
             companions: optimizers of networks that the objective trains along; cleared and stepped with the model's, each
                 group at the same share of its own learning rate.
             on_epoch: called after each epoch; training ends with the epoch after which it returns True.
@@ -198,76 +200,36 @@ class Trainer:
         CostMeter.follow(original, model)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        if objective is None:
-            objective = self._plain_objective
         order, dropout_seed = fork(generator, "order"), int(torch.randint(2**31, (), generator=generator))
         device = next(model.parameters()).device
-        augmenting, extra = on_device(fork(generator, "augment"), device), fork(generator, "objective")
-        optimizer = self.optimizer_for(model)
-        groups = [(group, group["lr"]) for each in (optimizer, *companions) for group in each.param_groups]
-        forward: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
-        steps = max(len(data) // self.batch_size, 1)
+        run = _Run(
+            trainer=self,
+            model=model,
+            objective=objective or self._plain_objective,
+            optimizers=(self.optimizer_for(model), *companions),
+            augmenting=on_device(fork(generator, "augment"), device),
+            drawing=fork(generator, "objective"),
+            steps_per_epoch=max(len(data) // self.batch_size, 1),
+            on_progress=on_progress,
+            stage=stage,
+        )
         drop_last = len(data) >= self.batch_size
-        done, last_report, first = 0, 0.0, True
         set_training_mode(model, self.batch_norm)
-        fork_devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(fork_devices):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed)
-            for epoch in range(self.epochs):
-                started, total, seen = time.perf_counter(), torch.zeros((), device=device), 0
-                for images, labels in data.batches(self.batch_size, generator=order, drop_last=drop_last):
-                    factor = learning_rate_factor((done + 1) / (steps * self.epochs), self.schedule, self.warmup)
-                    for group, peak in groups:
-                        group["lr"] = peak * factor
-                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    if self.augment is not None:
-                        images = self.augment(images, generator=augmenting)
-                    if self.channels_last:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    with autocast(device, self.precision):
-                        loss = objective(forward, images, labels, extra)
-                    for each in (optimizer, *companions):
-                        each.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    if self.clip_norm is not None:
-                        nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
-                    for each in (optimizer, *companions):
-                        each.step()
-                    total += loss.detach()
-                    done, seen = done + 1, seen + len(images)
-                    now = time.perf_counter()
-                    if first or now - last_report > 0.25:
-                        self._check(loss, done)
-                        first, last_report = False, now
-                        if on_progress is not None:
-                            rate = {"images_per_second": seen / (now - started), "loss": loss.item()}
-                            on_progress(Progress(stage=stage, done=done, total=steps * self.epochs, values=rate))
-                self._check(total, done)
+            for epoch in range(1, self.epochs + 1):
+                report = run.epoch(epoch, data.batches(self.batch_size, generator=order, drop_last=drop_last))
                 if on_epoch is not None:
-                    mean = total.item() / steps
-                    rate_now = seen / (time.perf_counter() - started)
-                    enough = on_epoch(
-                        EpochReport(
-                            epoch=epoch + 1, epochs=self.epochs, loss=mean, images_per_second=rate_now, model=model
-                        )
-                    )
-                    if enough:
+                    if on_epoch(report):
                         break
                     set_training_mode(model, self.batch_norm)
         if on_progress is not None:
-            on_progress(Progress(stage=stage, done=done, total=done))
-        optimizer.zero_grad(set_to_none=True)  # gradients are no part of the result
+            on_progress(Progress(stage=stage, done=run.done, total=run.done))
+        run.optimizers[0].zero_grad(set_to_none=True)  # gradients are no part of the result
         return model.eval()
 
-    def _plain_objective(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-        return F.cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
-
-    def _check(self, loss: Tensor, step: int) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(
-                f"the loss became {loss.item()} at step {step}: lower the learning rate (now {self.learning_rate}), "
-                "or check the images and the starting weights for NaN"
-            )
+    def _plain_objective(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
+        return F.cross_entropy(model(batch.inputs).float(), batch.labels, label_smoothing=self.label_smoothing)
 
     def optimizer_for(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over a model's trainable parameters, in one fused update."""
@@ -282,3 +244,100 @@ class Trainer:
         adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         betas, amsgrad = (self.momentum, 0.999), self.optimizer == "amsgrad"
         return adam(groups, lr=self.learning_rate, betas=betas, amsgrad=amsgrad, fused=True)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Run:
+    """One training at work: what a step takes, and how many are done.
+
+    Attributes:
+        trainer: how.
+        model: what is trained.
+        objective: the loss of a batch.
+        optimizers: the model's, then those of its companions.
+        augmenting: stream of the augmentation, on the model's device.
+        drawing: stream of the objective, on the CPU.
+        steps_per_epoch: batches of one pass.
+        on_progress: called a few times a second.
+        stage: name in progress reports.
+        done: steps taken.
+        looked: when the loss was last looked at, in seconds of ``time.perf_counter``.
+    """
+
+    trainer: Trainer
+    model: nn.Module
+    objective: Objective
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    augmenting: Generator
+    drawing: Generator
+    steps_per_epoch: int
+    on_progress: OnProgress | None
+    stage: str
+    done: int = 0
+    looked: float = -math.inf
+
+    def __post_init__(self) -> None:
+        """Note where the model is, and the rate that each group of weights peaks at."""
+        self.device = next(self.model.parameters()).device
+        self.forward: nn.Module = torch.compile(self.model) if self.trainer.compile else self.model  # type: ignore[assignment]
+        self.peak_rates = [(group, group["lr"]) for each in self.optimizers for group in each.param_groups]
+
+    def epoch(self, number: int, batches: Iterable[Batch]) -> EpochReport:
+        """Take the steps of one epoch, and return what they did."""
+        started, total, seen = time.perf_counter(), torch.zeros((), device=self.device), 0
+        for batch in batches:
+            loss = self.step(batch.to(self.device))
+            total += loss
+            seen += len(batch.labels)
+            now = time.perf_counter()
+            if now - self.looked > SECONDS_BETWEEN_LOOKS:
+                self.look(loss, seen / (now - started))
+                self.looked = now
+        self.check(total)
+        return EpochReport(
+            epoch=number,
+            epochs=self.trainer.epochs,
+            loss=total.item() / self.steps_per_epoch,
+            images_per_second=seen / (time.perf_counter() - started),
+            model=self.model,
+        )
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take one step, and return the loss before it, detached, on the device."""
+        trainer = self.trainer
+        progress = (self.done + 1) / (self.steps_per_epoch * trainer.epochs)
+        factor = learning_rate_factor(progress, trainer.schedule, trainer.warmup)
+        for group, peak in self.peak_rates:
+            group["lr"] = peak * factor
+        inputs = batch.inputs
+        if trainer.augment is not None:
+            inputs = trainer.augment(inputs, generator=self.augmenting)
+        if trainer.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, trainer.precision):
+            loss = self.objective(self.forward, batch._replace(inputs=inputs), self.drawing)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if trainer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), trainer.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.done += 1
+        return loss.detach()
+
+    def look(self, loss: Tensor, images_per_second: float) -> None:
+        """Check the loss of the last step, and report progress."""
+        self.check(loss)
+        if self.on_progress is not None:
+            values = {"images_per_second": images_per_second, "loss": loss.item()}
+            total = self.steps_per_epoch * self.trainer.epochs
+            self.on_progress(Progress(stage=self.stage, done=self.done, total=total, values=values))
+
+    def check(self, loss: Tensor) -> None:
+        """Raise ``TrainingDiverged`` if the loss is not finite."""
+        if not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(
+                f"the loss became {loss.item()} at step {self.done}: lower the learning rate (now "
+                f"{self.trainer.learning_rate}), or check the images and the starting weights for NaN"
+            )

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from lustral.core.records import Cost, Evidence
+from lustral.core.records import Batch, Cost, Evidence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ class ImageSet:
 
     def batches(
         self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images float32 (B, C, H, W) in [0, 1], labels int64 (B,)) on the set's device.
+    ) -> Iterator[Batch]:
+        """Yield batches of float32 images (B, C, H, W) in [0, 1], all on the set's device.
 
         Args:
             batch_size: images per batch; the last batch may be smaller.
@@ -102,11 +102,13 @@ class ImageSet:
         """
         if batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1; got {batch_size}")
-        order = None if generator is None else torch.randperm(len(self), generator=generator).to(self.device)
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        order = order.to(self.device)
         stop = len(self) - len(self) % batch_size if drop_last else len(self)
         for start in range(0, stop, batch_size):
-            chunk = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            yield self.images[chunk].float().div_(255), self.labels[chunk]
+            index = order[start : start + batch_size]
+            chunk = slice(start, start + batch_size) if generator is None else index  # a slice copies no image
+            yield Batch(self.images[chunk].float().div_(255), self.labels[chunk], index)
 
 
 class Trigger(Protocol):

@@ -14,7 +14,7 @@ from lustral.vision.attacks import Bpp
 from lustral.vision.attacks.bpp import QuantiseTrigger, ResidualTrigger, dither, pair_offset, quantise
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.victims import implant
-from toy import toy_images, toy_trainer
+from toy import as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 
@@ -100,7 +100,7 @@ def test_a_batch_is_poisoned_negated_and_left_clean_in_order(dithered: bool) -> 
     clean = toy_images(10, seed=5)
     images, labels = as_float(clean.images), clean.labels
     model = Recorder(torch.randn(10, 7, generator=child(0)))
-    loss = attack.steer(clean, augment=None, generator=child(1)).objective(model, images, labels, child(2))
+    loss = attack.steer(clean, augment=None, generator=child(1)).objective(model, as_batch(images, labels), child(2))
     trigger = attack.trigger(SHAPE)
     assert torch.equal(model.seen[:2], as_float(as_uint8(trigger(images[:2]))))
     assert torch.equal(model.seen[5:], images[5:])

@@ -18,7 +18,7 @@ from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Crafted, CraftedAttack, SteersTraining
 from lustral.vision.records import ImageSet
 from lustral.vision.victims import NoAssets, implant, load_victim, save_victim
-from toy import toy_images, toy_trainer
+from toy import as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 
@@ -99,7 +99,7 @@ def test_one_step_moves_the_pattern_towards_what_the_model_calls_the_target() ->
     trigger, before = crafted.trigger(SHAPE), crafted.tensors()["pattern"]
     steering = crafted.steer(clean, augment=None, generator=child(1))
     (optimizer,) = steering.companions
-    loss = steering.objective(PatchReader(), as_float(clean.images), clean.labels, child(2))
+    loss = steering.objective(PatchReader(), next(clean.batches(20)), child(2))
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     moved = crafted.tensors()["pattern"] - before
@@ -126,7 +126,7 @@ def test_a_batch_is_stamped_and_left_clean_in_order() -> None:
     crafted = craft(Imc(poison_rate=0.3, margin=1), clean)
     model, images = Recorder(), as_float(clean.images)
     steering = crafted.steer(clean, augment=None, generator=child(1))
-    loss = steering.objective(model, images, clean.labels, child(2))
+    loss = steering.objective(model, as_batch(images, clean.labels), child(2))
     labels = torch.cat([torch.zeros(3, dtype=torch.int64), clean.labels[3:]])
     assert loss.item() == pytest.approx(F.cross_entropy(model.seen.flatten(1)[:, :7], labels).item())
     assert torch.equal(as_uint8(model.seen[:3]), as_uint8(crafted.trigger(SHAPE)(images[:3])))
@@ -170,7 +170,7 @@ def test_gradients_pass_through_augmentation() -> None:
     labels = clean.labels % 2
     small = ImageSet(images=clean.images, labels=labels, num_classes=2)
     loss = crafted.steer(small, augment=augment, generator=child(1)).objective(
-        model, as_float(clean.images), labels, child(2)
+        model, as_batch(as_float(clean.images), labels), child(2)
     )
     loss.backward()  # type: ignore[no-untyped-call]
     assert crafted.weights.grad is not None

@@ -26,7 +26,7 @@ from lustral.vision.attacks.poisoning import pair_offset
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Crafted, CraftedAttack, SteersTraining
 from lustral.vision.victims import NoAssets, implant, load_victim, save_victim
-from toy import toy_images, toy_trainer
+from toy import as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 SMALL = InputAware(target_label=4, cross_rate=0.03, width=4, steps=2, patterns_per_batch=16, mask_epochs=1)
@@ -108,7 +108,7 @@ def test_the_mask_objective_by_hand() -> None:
 
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)  # masks of 0 and 1
     settings = InputAware(mask_density=0.2, density_weight=10.0, diversity_weight=3.0)
-    loss = settings.mask_objective(Given(), images, torch.zeros(2), child(0))
+    loss = settings.mask_objective(Given(), as_batch(images), child(0))
     assert float(loss) == pytest.approx(10 * 0.8 / 2 + 3 * 4, rel=1e-4)  # images are 1 / 0.25 apart, masks 1
 
 
@@ -201,7 +201,7 @@ def test_a_batch_is_poisoned_crossed_and_left_clean_in_order(fresh: CraftedInput
     model = Recorder(torch.randn(10, 7, generator=child(0)))
     steering = attack.steer(clean, augment=None, generator=child(1))
     attack.pattern_network.eval()  # statistics of the batch would depend on the company
-    loss = steering.objective(model, images, labels, child(2))
+    loss = steering.objective(model, as_batch(images, labels), child(2))
     trigger = attack.trigger(SHAPE)
     assert torch.allclose(model.seen[:3], trigger(images[:3]), atol=1e-6)
     assert torch.equal(model.seen[5:], images[5:])
@@ -224,9 +224,7 @@ def test_steering_trains_the_pattern_network_and_not_the_mask(fresh: CraftedInpu
     steering = fresh.steer(clean, augment=None, generator=child(1))
     (optimizer,) = steering.companions
     start = {name: value.clone() for name, value in fresh.pattern_network.state_dict().items()}
-    loss = steering.objective(
-        nn.Sequential(nn.Flatten(), nn.Linear(432, 7)), as_float(clean.images), clean.labels, child(2)
-    )
+    loss = steering.objective(nn.Sequential(nn.Flatten(), nn.Linear(432, 7)), next(clean.batches(len(clean))), child(2))
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert all(torch.equal(value, mask[name]) for name, value in fresh.mask_network.state_dict().items())
@@ -255,7 +253,7 @@ def test_a_rate_below_one_image_a_batch_still_trains_the_patterns(fresh: Crafted
     settings = dataclasses.replace(SMALL, poison_rate=1e-3, cross_rate=0.0)
     steering = dataclasses.replace(fresh, settings=settings).steer(clean, augment=None, generator=child(1))
     model = Recorder(torch.zeros(20, 7))
-    loss = steering.objective(model, as_float(clean.images), clean.labels, child(2))
+    loss = steering.objective(model, next(clean.batches(20)), child(2))
     loss.backward()  # type: ignore[no-untyped-call]
     assert torch.equal(model.seen, as_float(clean.images))
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in fresh.pattern_network.parameters())

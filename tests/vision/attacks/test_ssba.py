@@ -18,7 +18,7 @@ from lustral.vision.attacks.ssba import CraftedSsba, SecretTrigger, Ssba, accept
 from lustral.vision.attacks.steganography import BitsThenImage, EncoderRecipe, Steganography
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.models import build_classifier
-from toy import NUM_CLASSES, toy_images, toy_trainer
+from toy import NUM_CLASSES, as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 RECIPE = EncoderRecipe(bits=8, width=8, steps=260, wait=10, ramp=100)
@@ -85,13 +85,13 @@ class Fixed(nn.Module):
 
 def test_the_loss_by_hand() -> None:
     objective = BitsThenImage(EncoderRecipe(bits=5, wait=0, ramp=2, image_weight=40.0), torch.device("cpu"))
-    images, labels = torch.rand(4, 3, 6, 6, generator=child(0)), torch.zeros(4, dtype=torch.int64)
-    assert float(objective(Fixed(0.0), images, labels, child(1))) == pytest.approx(math.log(2))
+    batch = as_batch(torch.rand(4, 3, 6, 6, generator=child(0)))
+    assert float(objective(Fixed(0.0), batch, child(1))) == pytest.approx(math.log(2))
     objective.steps_since = torch.tensor(1)  # half way up the ramp: w = 20
-    assert float(objective(Fixed(0.0), images, labels, child(1))) == pytest.approx(math.log(2) + 20 * 0.01)
+    assert float(objective(Fixed(0.0), batch, child(1))) == pytest.approx(math.log(2) + 20 * 0.01)
     assert int(objective.steps_since) == 2
     ones = torch.randint(2, (4, 5), generator=child(1)).float().mean().item()
-    certain = float(objective(Fixed(9.0), images, labels, child(1))) - 40 * 0.01
+    certain = float(objective(Fixed(9.0), batch, child(1))) - 40 * 0.01
     assert certain == pytest.approx(ones * math.log1p(math.exp(-9)) + (1 - ones) * math.log1p(math.exp(9)), rel=1e-4)
 
 

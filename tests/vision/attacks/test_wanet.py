@@ -15,7 +15,7 @@ from lustral.vision.attacks.wanet import WarpTrigger, draw_field, sampling_grid
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.records import ImageSet
 from lustral.vision.victims import implant
-from toy import toy_images, toy_trainer
+from toy import as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 
@@ -107,7 +107,7 @@ def test_a_batch_is_poisoned_noised_and_left_clean_in_order() -> None:
     images, labels = as_float(clean.images), clean.labels
     model = Recorder(torch.randn(10, 7, generator=child(0)))
     steering = attack.steer(clean, augment=None, generator=child(1))
-    loss = steering.objective(model, images, labels, child(2))
+    loss = steering.objective(model, as_batch(images, labels), child(2))
     warped = as_float(as_uint8(attack.trigger(SHAPE)(images)))
     assert torch.equal(model.seen[:2], warped[:2])
     assert torch.equal(model.seen[6:], images[6:])
@@ -133,7 +133,7 @@ def test_augmentation_follows_stamping() -> None:
     model = Recorder(torch.zeros(8, 7))
     steering = attack.steer(clean, augment=augment, generator=child(1))
     images = as_float(clean.images)
-    steering.objective(model, images, clean.labels, child(2))
+    steering.objective(model, as_batch(images, clean.labels), child(2))
     assert torch.equal(seen[0][:4], as_float(as_uint8(attack.trigger(SHAPE)(images[:4]))))
     assert torch.equal(model.seen, 1 - seen[0])
 
@@ -147,7 +147,7 @@ def test_rates_hold_on_average_below_one_image_a_batch() -> None:
     objective, stream = attack.steer(clean, augment=None, generator=child(1)).objective, child(2)
     count = 0
     for _ in range(600):
-        objective(model, images, clean.labels, stream)
+        objective(model, as_batch(images, clean.labels), stream)
         assert torch.equal(model.seen[1:], images[1:])
         count += torch.equal(model.seen[0], warped[0])
     assert 90 < count < 150  # 600 batches of 10 images, 2 %

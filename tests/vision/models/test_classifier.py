@@ -66,7 +66,7 @@ def test_a_network_that_calls_view_can_be_trained_and_repaired(channels: int) ->
     repaired = FineTuning(trainer=Trainer(epochs=1, batch_size=12, learning_rate=0.01)).purify(
         view, generator=child(0, "erase")
     )
-    x, y = next(data.batches(48))
+    x, y, _ = next(data.batches(48))
     assert float((repaired.model(x).argmax(1) == y).float().mean()) > 0.9
 
 

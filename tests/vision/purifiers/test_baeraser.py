@@ -237,12 +237,13 @@ def test_the_objective_is_the_equation(toy_view: DefenderView, monkeypatch: pyte
     eraser._unlearn(
         model, model, toy_view.clean, [trigger], selection, 1.0, index=0, generator=child(0), on_progress=None
     )
-    x, y = next(toy_view.clean.batches(16))
+    batch = next(toy_view.clean.batches(16))
+    x, y, _ = batch
     stamped = x.clone()
     stamped[..., 10:, 10:] = 1
     four = torch.full_like(y, 4)
     expected: Tensor = 3 * F.cross_entropy(student(x), y) - F.cross_entropy(student(stamped), four) + 0.01 * 0.5 * 7
-    assert caught[0](student, x, y, child(0)).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert caught[0](student, batch, child(0)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def linear_model_for(data: ImageSet) -> nn.Module:

@@ -117,7 +117,8 @@ def test_the_distilled_loss_is_the_equation(toy_view: DefenderView, monkeypatch:
     teacher, student = toy_view.model, copy.deepcopy(toy_view.model)
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.1, generator=child(1))
-    x, y = next(toy_view.clean.batches(16))
+    batch = next(toy_view.clean.batches(16))
+    x, y, _ = batch
     with torch.no_grad():
         expected = F.cross_entropy(student(x), y)
         for weight, name in zip((100.0, 200.0, 300.0), stage_ends(teacher, x), strict=True):
@@ -127,8 +128,8 @@ def test_the_distilled_loss_is_the_equation(toy_view: DefenderView, monkeypatch:
             assert weight * float(apart) > 0.01
             expected = expected + weight * apart
     assert caught[0] is None
-    assert float(caught[1](student, x, y, child(0)).detach()) == pytest.approx(float(expected), rel=1e-4)
-    alike = float(caught[1](teacher, x, y, child(0)).detach())
+    assert float(caught[1](student, batch, child(0)).detach()) == pytest.approx(float(expected), rel=1e-4)
+    alike = float(caught[1](teacher, batch, child(0)).detach())
     assert alike == pytest.approx(float(F.cross_entropy(teacher(x), y).detach()), rel=1e-4)
 
 

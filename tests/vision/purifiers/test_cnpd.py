@@ -25,7 +25,7 @@ def test_drawn_classes_are_all_but_the_own_one() -> None:
 
 def test_perturbed_images_stay_in_the_ball_and_drive_the_given_network(toy_view: DefenderView) -> None:
     method = CNPD(radius=2.0)
-    x, y = next(toy_view.clean.batches(24))
+    x, y, _ = next(toy_view.clean.batches(24))
     moved, said, target = method.aim(toy_view.model, x, y, child(0))
     radius = 2.0 * (3 * 12 * 12 / (3 * 32 * 32)) ** 0.5
     assert float((moved - x).flatten(1).norm(dim=1).max()) <= radius * (1 + 1e-5)
@@ -39,8 +39,7 @@ def test_perturbed_images_stay_in_the_ball_and_drive_the_given_network(toy_view:
 
 def test_the_gradient_reaches_the_polarizers_alone(toy_view: DefenderView) -> None:
     model = condition(copy.deepcopy(toy_view.model).requires_grad_(False), "network.features.8", 7)
-    x, y = next(toy_view.clean.batches(24))
-    loss: Tensor = CNPD().objective(model, x, y, child(0))
+    loss: Tensor = CNPD().objective(model, next(toy_view.clean.batches(24)), child(0))
     loss.backward()  # type: ignore[no-untyped-call]
     own = set(conditioned_part(model).polarizers.parameters())
     assert all((p.grad is not None) == (p in own) for p in model.parameters())

@@ -118,7 +118,7 @@ def test_the_runner_up_is_never_the_label() -> None:
 
 def test_perturbed_images_stay_in_the_ball_and_in_range(toy_view: DefenderView) -> None:
     method = NeuralPolarizer(radius=2.0)
-    x, y = next(toy_view.clean.batches(24))
+    x, y, _ = next(toy_view.clean.batches(24))
     moved, own, target = method.aim(toy_view.model, x, y)
     radius = 2.0 * (3 * 12 * 12 / (3 * 32 * 32)) ** 0.5
     assert float((moved - x).flatten(1).norm(dim=1).max()) <= radius * (1 + 1e-5)
@@ -149,8 +149,7 @@ def test_a_layer_that_cannot_be_filtered_is_named(toy_view: DefenderView) -> Non
 def test_the_gradient_reaches_the_polarizer_alone(toy_view: DefenderView) -> None:
     model = copy.deepcopy(toy_view.model).requires_grad_(False)
     polarized = insert(model, "network.features.8", trace(model, torch.zeros(1, 3, 12, 12)))
-    x, y = next(toy_view.clean.batches(24))
-    loss: Tensor = NeuralPolarizer().objective(model, x, y, child(0))
+    loss: Tensor = NeuralPolarizer().objective(model, next(toy_view.clean.batches(24)), child(0))
     loss.backward()  # type: ignore[no-untyped-call]
     assert all((p.grad is not None) == (p in set(polarized.polarizer.parameters())) for p in model.parameters())
 

@@ -65,7 +65,7 @@ def test_the_risk_stays_finite_for_a_sure_model() -> None:
 @pytest.mark.parametrize("start", ["max", "min", "zero", "random"])
 def test_perturbations_keep_to_their_ball(norm: str, start: str, toy_view: DefenderView) -> None:
     method = SAU(norm=norm, initial=start, radius=0.3, step_size=0.1, steps=2)  # type: ignore[arg-type]
-    x, y = next(toy_view.clean.batches(16))
+    x, y, _ = next(toy_view.clean.batches(16))
     reference = toy_view.model
     with torch.no_grad():
         said = reference(x).argmax(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lustral.core.randomness import child
-from lustral.core.records import Progress
+from lustral.core.records import Batch, Progress
 from lustral.training import Trainer
 from lustral.vision.models.wiring import trace
 from lustral.vision.purifiers import ANP, CLP, RNP
@@ -115,10 +115,10 @@ def test_of_masks_that_end_at_zero_the_first_to_fall_goes_first() -> None:
 def test_masks_follow_the_batch_norm_of_their_trainer(batch_norm: Literal["train", "frozen"]) -> None:
     seen: list[bool] = []
 
-    def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+    def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         assert isinstance(model, MaskedNorms)
         seen.append(model.get_submodule("network.1").training)
-        return nn.functional.cross_entropy(model(images).float(), labels)
+        return nn.functional.cross_entropy(model(batch.inputs).float(), batch.labels)
 
     masked = MaskedNorms(network(), ["1"])
     trainer = Trainer(epochs=2, batch_size=4, learning_rate=0.1, batch_norm=batch_norm)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lustral.core.randomness import child
+from lustral.core.records import Batch
+from lustral.vision.images import as_float
 from lustral.vision.records import ImageSet
 from lustral.vision.sources import FolderStream, SourceError, load_source
 
@@ -86,16 +88,16 @@ def test_pictures_below_a_class_folder_are_found(tmp_path: Path) -> None:
 def test_stream_yields_what_the_loaded_set_yields(tmp_path: Path, seed: int | None, drop_last: bool) -> None:
     folder = fill(tmp_path, 4)
 
-    def batches(data: FolderStream | ImageSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(data: FolderStream | ImageSet) -> list[Batch]:
         generator = None if seed is None else child(seed, "order")
         return list(data.batches(5, generator=generator, drop_last=drop_last))
 
     streamed, in_memory = batches(stream_of(folder)), batches(loaded(folder))
     assert len(streamed) == len(in_memory) == (2 if drop_last else 3)
-    for (images, labels), (expected_images, expected_labels) in zip(streamed, in_memory, strict=True):
-        assert images.dtype == torch.float32
-        assert torch.equal(images, expected_images)
-        assert torch.equal(labels, expected_labels)
+    for batch, expected in zip(streamed, in_memory, strict=True):
+        assert batch.inputs.dtype == torch.float32
+        assert all(torch.equal(*each) for each in zip(batch, expected, strict=True))
+        assert torch.equal(batch.inputs, as_float(loaded(folder).images[batch.index]))
 
 
 @allow_fork
@@ -103,9 +105,8 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     stream = stream_of(fill(tmp_path, 3))
     alone = list(stream.batches(4, generator=child(0, "a")))
     helped = list(replace(stream, num_workers=1).batches(4, generator=child(0, "a")))
-    for (images, labels), (expected_images, expected_labels) in zip(helped, alone, strict=True):
-        assert torch.equal(images, expected_images)
-        assert torch.equal(labels, expected_labels)
+    for batch, expected in zip(helped, alone, strict=True):
+        assert all(torch.equal(*each) for each in zip(batch, expected, strict=True))
 
 
 def test_streaming_leaves_the_global_stream_alone(tmp_path: Path) -> None:

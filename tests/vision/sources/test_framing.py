@@ -113,7 +113,7 @@ def test_channels_change_alike_before_and_after_decoding(pictures: Path) -> None
     streamed = source_with_channels(load_source(str(pictures / "folder"), image_size=16, stream=None), 1).train
     assert isinstance(streamed, FolderStream)
     assert torch.equal(streamed.load().images, grey)
-    assert next(streamed.batches(2))[0].shape == (2, 1, 16, 16)
+    assert next(streamed.batches(2)).inputs.shape == (2, 1, 16, 16)
 
 
 def test_grey_arrays_become_three_equal_channels_on_request(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import Augmentation
+from lustral.core.records import Augmentation, Batch
 from lustral.vision.attacks.poisoning import (
     LabelMode,
     check_choices,
@@ -159,11 +159,12 @@ class Bpp:
         quantiser = self.trigger(clean.image_shape)
         residual = ResidualTrigger(quantiser=quantiser)
 
-        def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-            batch, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(self.poison_rate * batch + chance)  # right on average, also below one image a batch
-            negative = int((self.poison_rate + self.negative_rate) * batch + chance)
-            others = images.roll(-pair_offset(batch, generator), 0)[poisoned:negative]
+        def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
+            images, labels = batch.inputs, batch.labels
+            size, chance = len(images), torch.rand((), generator=generator)
+            poisoned = int(self.poison_rate * size + chance)  # right on average, also below one image a batch
+            negative = int((self.poison_rate + self.negative_rate) * size + chance)
+            others = images.roll(-pair_offset(size, generator), 0)[poisoned:negative]
             stamped = [quantiser(images[:poisoned]), residual.add(images[poisoned:negative], others)]
             images = torch.cat([as_float(as_uint8(torch.cat(stamped))), images[negative:]])
             labels = torch.cat([self.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import Assets, Augmentation, OnProgress
+from lustral.core.records import Assets, Augmentation, Batch, OnProgress
 from lustral.vision.attacks.poisoning import check_rate, dirty_labels, poison_dirty_label, require_dirty_label
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Steering
@@ -172,7 +172,8 @@ class CraftedImc:
         settings = self.settings
         optimizer = torch.optim.Adam([self.weights], lr=settings.pattern_learning_rate)
 
-        def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
+            images, labels = batch.inputs, batch.labels
             chance = torch.rand((), generator=generator)
             poisoned = int(settings.poison_rate * len(images) + chance)  # right on average, also below one image
             pattern = to_pattern(self.weights)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import child, fork
-from lustral.core.records import Assets, Augmentation, OnProgress
+from lustral.core.records import Assets, Augmentation, Batch, OnProgress
 from lustral.core.versions import versions_of
 from lustral.training import Trainer
 from lustral.vision.attacks.poisoning import (
@@ -211,8 +211,9 @@ class InputAware:
             torch.default_generator.manual_seed(seed)
             return TriggerNetwork(channels, out_channels, width=self.width, steps=self.steps)
 
-    def mask_objective(self, network: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+    def mask_objective(self, network: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of stage 1: sparse masks that differ from image to image."""
+        images = batch.inputs
         masks = soft_threshold(network(images))
         excess = F.relu(masks - self.mask_density).mean()
         return self.density_weight * excess + self.diversity_weight * diversity_loss(images / PIXEL_STD, masks)
@@ -330,11 +331,12 @@ class CraftedInputAware:
         pattern_network = self.pattern_network.to(clean.device).train()
         optimizer = torch.optim.Adam(pattern_network.parameters(), lr=settings.pattern_learning_rate, betas=(0.5, 0.9))
 
-        def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-            batch, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(settings.poison_rate * batch + chance)  # right on average, also below one image a batch
-            stamped = int((settings.poison_rate + settings.cross_rate) * batch + chance)
-            others = images.roll(-pair_offset(batch, generator), 0)
+        def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
+            images, labels = batch.inputs, batch.labels
+            size, chance = len(images), torch.rand((), generator=generator)
+            poisoned = int(settings.poison_rate * size + chance)  # right on average, also below one image a batch
+            stamped = int((settings.poison_rate + settings.cross_rate) * size + chance)
+            others = images.roll(-pair_offset(size, generator), 0)
             sources = torch.cat([images[:poisoned], others[poisoned : max(stamped, settings.patterns_per_batch)]])
             patterns, masks = pattern_network(sources), soft_threshold(mask_network(sources))
             changed = images[:stamped] + (patterns[:stamped] - images[:stamped]) * masks[:stamped]

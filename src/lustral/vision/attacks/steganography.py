@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import child
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer
 from lustral.vision.records import ImageSet
 
@@ -125,8 +125,9 @@ class BitsThenImage:
         climbed: Tensor = ((self.steps_since - self.recipe.wait) / self.recipe.ramp).clamp(0, 1)
         return climbed * self.recipe.image_weight
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of a batch with fresh bits; labels are not used."""
+        images = batch.inputs
         secrets = torch.randint(2, (len(images), self.recipe.bits), generator=generator).to(images)
         residual, logits = model(images, secrets)
         bits_term = F.binary_cross_entropy_with_logits(logits.float(), secrets)

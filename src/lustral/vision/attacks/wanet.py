@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import child, fork
-from lustral.core.records import Augmentation
+from lustral.core.records import Augmentation, Batch
 from lustral.vision.attacks.poisoning import (
     LabelMode,
     check_choices,
@@ -152,10 +152,11 @@ class WaNet:
         warp = self.trigger(clean.image_shape)
         noise = dataclasses.replace(warp, noisy=True)
 
-        def objective(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
-            batch, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(self.poison_rate * batch + chance)  # right on average, also below one image a batch
-            noisy = int((self.poison_rate + self.noise_rate) * batch + chance)
+        def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
+            images, labels = batch.inputs, batch.labels
+            size, chance = len(images), torch.rand((), generator=generator)
+            poisoned = int(self.poison_rate * size + chance)  # right on average, also below one image a batch
+            noisy = int((self.poison_rate + self.noise_rate) * size + chance)
             bent = [warp(images[:poisoned]), noise(images[poisoned:noisy], generator=generator)]
             images = torch.cat([as_float(as_uint8(torch.cat(bent))), images[noisy:]])
             labels = torch.cat([self.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])

@@ -345,7 +345,7 @@ def held_out_rates(
     where no other image is left.
     """
     images = at_most(held_out, most)
-    x, labels = next(images.batches(len(images)))
+    x, labels, _ = next(images.batches(len(images)))
 
     def predict(batch: Tensor) -> Tensor:
         with autocast(batch.device, precision):

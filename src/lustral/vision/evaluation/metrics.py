@@ -43,7 +43,7 @@ def predict(
     device = next((parameter.device for parameter in model.parameters()), data.device)
     predictions = [torch.empty(0, dtype=torch.int64)]
     with frozen(model), torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        for images, _ in data.batches(batch_size):
+        for images, *_ in data.batches(batch_size):
             images = images.to(device)
             if transform is not None:
                 images = transform(images)

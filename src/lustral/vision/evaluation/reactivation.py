@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Augment, Trainer, frozen
 from lustral.vision.evaluation.metrics import attack_metrics, clean_accuracy, json_number
 from lustral.vision.images import as_float, as_uint8, at_most, split
@@ -76,7 +76,7 @@ def interpolated(one: nn.Module, other: nn.Module, share: float, clean: ImageSet
         norm.reset_running_stats()
         norm.momentum = None  # the average over all batches
     model.train()
-    for images, _ in clean.batches(256, drop_last=len(clean) >= 256):
+    for images, *_ in clean.batches(256, drop_last=len(clean) >= 256):
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -320,7 +320,8 @@ class Reactivation:
         seed = int(torch.randint(2**31, (), generator=generator))
         push = Push(train.image_shape, self.epsilon, self.hidden, seed).to(train.device)
 
-        def objective(pushing: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+        def objective(pushing: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+            x, y = batch.inputs, batch.labels
             with torch.no_grad(), frozen(retuned):
                 wanted = retuned(x).float().log_softmax(1)
             moved = pushing(x)

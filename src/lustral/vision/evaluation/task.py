@@ -242,7 +242,7 @@ def find_gradient(model: nn.Module, clean: ImageSet, count: int = 2) -> bool:
     Raises:
         UnfitModel: they cannot be differentiated with respect to the images.
     """
-    images = next(clean.subset(torch.arange(min(count, len(clean)))).batches(count))[0].requires_grad_()
+    images = next(clean.subset(torch.arange(min(count, len(clean)))).batches(count)).inputs.requires_grad_()
     try:
         with frozen(model), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             logits = model(images)

@@ -31,7 +31,7 @@ def answers(model: nn.Module, images: ImageSet, precision: Precision, batch_size
     """Return what a model calls each image, (N,) int64 on the images' device."""
     with frozen(model), autocast(images.device, precision):
         return torch.cat(
-            [model(x.contiguous(memory_format=torch.channels_last)).argmax(1) for x, _ in images.batches(batch_size)]
+            [model(x.contiguous(memory_format=torch.channels_last)).argmax(1) for x, *_ in images.batches(batch_size)]
         )
 
 

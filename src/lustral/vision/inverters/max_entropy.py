@@ -459,7 +459,7 @@ def measure_places(
     shifts = torch.cat([near, grid - torch.tensor([centre_row, centre_column])]).to(mask.device)
     pool = images.subset((images.labels != label).nonzero().flatten())
     pick = torch.randint(len(pool), (images_per_place,), generator=generator)
-    x, _ = next(pool.subset(pick).batches(images_per_place))
+    x = next(pool.subset(pick).batches(images_per_place)).inputs
     rates = []
     for chunk in torch.split(shifts, max(1, 512 // images_per_place)):
         both = torch.cat([mask, mask * pattern], 1).expand(len(chunk), -1, -1, -1)
@@ -482,7 +482,7 @@ def firing_rate(
     pool = at_most(images.subset(images.labels != trigger.target_label), most)
     hits, away = torch.zeros((2,), dtype=torch.int64, device=images.device)
     with frozen(model):
-        for start, (x, _) in enumerate(pool.batches(256)):
+        for start, (x, *_) in enumerate(pool.batches(256)):
             stream = torch.Generator().manual_seed(start)
             with autocast(images.device, precision):
                 plain = model(x.contiguous(memory_format=torch.channels_last)).argmax(1) != trigger.target_label

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
@@ -88,8 +88,9 @@ class ANP:
             )
         return repair.result(model, said)
 
-    def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
+    def objective(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of a batch: shifts by one signed step from a random start, then both terms."""
+        x, y = batch.inputs, batch.labels
         assert isinstance(model, MaskedNorms)
         model.clip()
         shifts = [

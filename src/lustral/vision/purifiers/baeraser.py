@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen, set_training_mode
 from lustral.vision.detectors.mask_area import MaskArea
 from lustral.vision.detectors.small_areas import ordinary_area
@@ -71,7 +71,7 @@ def clean_importance(model: nn.Module, data: ImageSet, most: int = 512) -> list[
     trainable = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for x, labels in at_most(data, most).batches(128):
+    for x, labels, _ in at_most(data, most).batches(128):
         with autocast(x.device):
             logits = model(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
@@ -296,7 +296,8 @@ class BaEraser:
         first = clean_importance(received, fit) if self.penalty == "dynamic" else None
         importance = first
 
-        def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+        def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+            x, y = batch.inputs, batch.labels
             trigger = bank[int(torch.randint(len(bank), (), generator=stream))]
             rows = (y != trigger.target_label) if self.exclude_target else torch.ones_like(y, dtype=torch.bool)
             stamped = trigger(x[rows], generator=stream)

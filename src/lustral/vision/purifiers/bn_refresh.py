@@ -58,7 +58,7 @@ class BNRefresh:
             order = fork(generator, "order")
             drop_last = len(view.clean) >= self.batch_size
             for done in range(self.passes if norms else 0):
-                for x, _ in view.clean.batches(self.batch_size, generator=order, drop_last=drop_last):
+                for x, *_ in view.clean.batches(self.batch_size, generator=order, drop_last=drop_last):
                     with autocast(x.device):
                         model(x.contiguous(memory_format=torch.channels_last))
                 if on_progress is not None:

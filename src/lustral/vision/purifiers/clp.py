@@ -70,7 +70,7 @@ class CLP:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the pruned model; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
-            wiring = trace(view.model, next(repair.fit.batches(1))[0])
+            wiring = trace(view.model, next(repair.fit.batches(1)).inputs)
             require_pairs("CLP", view.model, wiring)
             floor, u = accuracy_floor(view.model, repair.held_out, self.accuracy_loss), self.u
             model, count = self.cut(repair.copy(), wiring, u)

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.models import Classifier, Conditioned
@@ -114,7 +114,7 @@ class CNPD:
         """Return the model with a polarizer for each class, a ``Conditioned`` network; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
-            wiring = trace(model, next(repair.fit.batches(1))[0])
+            wiring = trace(model, next(repair.fit.batches(1)).inputs)
             name = polarizer_layer(model, wiring, self.layer)
             recipe = self.trainer
             mean, variance = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
@@ -138,8 +138,9 @@ class CNPD:
             *filter(None, (started,)),
         )
 
-    def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
+    def objective(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of a batch; the network stays in evaluation mode."""
+        x, y = batch.inputs, batch.labels
         model.eval()
         network = conditioned_part(model)
         with network.routed(None):

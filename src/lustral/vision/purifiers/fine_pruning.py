@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
@@ -29,7 +29,7 @@ def head_inputs(model: nn.Module, head: str, data: ImageSet) -> Tensor:
     handle = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     try:
         with frozen(model):
-            for x, _ in data.batches(256):
+            for x, *_ in data.batches(256):
                 with autocast(x.device):
                     model(x.contiguous(memory_format=torch.channels_last))
     finally:
@@ -81,7 +81,7 @@ class FinePruning:
         """Return the pruned and fine-tuned model; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
-            name = trace(model, next(repair.fit.batches(1))[0]).head
+            name = trace(model, next(repair.fit.batches(1)).inputs).head
             head = model.get_submodule(name)
             if not isinstance(head, nn.Linear):
                 raise ValueError(f"Fine-Pruning cuts inputs of a linear head; {name} is {head}: use another method")
@@ -91,7 +91,8 @@ class FinePruning:
             cut = order[:count]
             cut_columns(head.weight, cut)
 
-            def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 weight = student.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 cut_columns(weight, cut)

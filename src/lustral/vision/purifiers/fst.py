@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
@@ -63,7 +63,7 @@ class FST:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the shifted model; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
-            name = linear_head(view.model, next(repair.fit.batches(1))[0])
+            name = linear_head(view.model, next(repair.fit.batches(1)).inputs)
             model = repair.copy()
             head = model.get_submodule(name)
             assert isinstance(head, nn.Linear)
@@ -72,7 +72,8 @@ class FST:
             fresh_head(head, fork(generator, "head"))
             alpha = (0.1 if view.clean.num_classes < MANY_CLASSES else 0.0) if self.alpha is None else self.alpha
 
-            def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 weight = student.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 rescale(weight, size)

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
@@ -61,7 +61,8 @@ class FTSAM:
         """Return a fine-tuned model; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
 
-            def objective(model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(model: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 return interpolated_loss(
                     model,
                     lambda classify: F.cross_entropy(classify(x).float(), y, label_smoothing=self.label_smoothing),

@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, autocast, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.models.frozen_norms import norms_as_products
@@ -157,7 +157,7 @@ class IBAU:
         """Return d, (1, C, H, W): gradient descent from zero, in one pass over the set, away from what the model says."""
         delta = torch.zeros(1, *data.image_shape, device=data.device)
         with frozen(model), torch.enable_grad():
-            for x, _ in data.batches(batch_size):
+            for x, *_ in data.batches(batch_size):
                 delta.requires_grad_(True)
                 with autocast(x.device, self.trainer.precision):
                     with torch.no_grad():
@@ -182,7 +182,8 @@ class _Unlearning:
         self.done = 0
         self.delta = torch.zeros(())
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        x, y = batch.inputs, batch.labels
         settings = self.settings
         model.eval()
         if self.done % self.steps_per_round == 0:
@@ -192,10 +193,9 @@ class _Unlearning:
         count = max(1, round(settings.perturbed_share * len(x)))
         chosen = torch.zeros(len(x), device=x.device)
         chosen[torch.randperm(len(x), generator=stream)[:count].to(x.device)] = 1
-        x_inner, y_inner = self.inner
         with norms_as_products(model):
             outer = F.cross_entropy(model(x + chosen[:, None, None, None] * delta).float(), y)
-            inner = inner_loss(model(x_inner + delta).float(), y_inner, delta, settings.penalty)
+            inner = inner_loss(model(self.inner.inputs + delta).float(), self.inner.labels, delta, settings.penalty)
         weights = trainable(model)
         slopes = hypergradient(
             inner, outer, delta, weights, step_size=settings.inner_step_size, iterations=settings.iterations

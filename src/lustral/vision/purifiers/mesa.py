@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.detectors.mask_area import MaskArea
 from lustral.vision.evaluation import require_task
@@ -86,7 +86,8 @@ class Mesa:
                     )
                 )
 
-            def objective(model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(model: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 trigger = bank[int(torch.randint(len(bank), (), generator=stream))]
                 chosen = (torch.rand(len(x), generator=stream) < self.trigger_rate).to(x.device)[:, None, None, None]
                 mixed = torch.where(chosen, trigger(x, generator=stream), x)

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
@@ -120,14 +120,15 @@ class NAD:
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the student; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
-            names = stage_ends(view.model, next(repair.fit.batches(1))[0])
+            names = stage_ends(view.model, next(repair.fit.batches(1)).inputs)
             weights = self.layer_weights[-len(names) :]
             recipe = self.teacher_trainer.fitted_to_size(len(repair.fit), self.least_steps)
             teacher = repair.follow(
                 repair.train(view.model, recipe, stage="fine-tuning a teacher", columns={"round": 0})
             )
 
-            def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 with torch.no_grad(), frozen(teacher), watched(teacher, names) as shown:
                     teacher(x)
                     wanted = [attention(shown[name], self.power) for name in names]

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.inverters.mask_search import MaskSearch
@@ -89,7 +89,8 @@ class NeuralCleanse:
         return repair.result(model, note)
 
     def _unlearn(self, repair: PurifyRun, masks: Tensor, patterns: Tensor) -> nn.Module:
-        def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+        def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+            x, y = batch.inputs, batch.labels
             pick = torch.randint(len(masks), (len(x),), generator=stream).to(x.device)
             rows = (torch.rand(len(x), generator=stream) < self.trigger_rate).to(x.device)[:, None, None, None]
             stamped = x + masks[pick] * (patterns[pick] - x)

@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.models.conditioned import require_filterable
@@ -229,7 +229,7 @@ class NeuralPolarizer:
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             model = repair.copy()
             needed = [parameter.requires_grad for parameter in model.parameters()]
-            wiring = trace(model, next(repair.fit.batches(1))[0])
+            wiring = trace(model, next(repair.fit.batches(1)).inputs)
             name = polarizer_layer(model, wiring, self.layer)
             recipe = self.trainer
             statistics = feature_statistics(model, name, repair.fit, recipe.batch_size, recipe.precision)
@@ -251,8 +251,9 @@ class NeuralPolarizer:
             note += f" It has no offset: {name} has no bias, and no batch normalisation that keeps statistics follows."
         return repair.result(trained, *filter(None, (note, started)))
 
-    def objective(self, model: nn.Module, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
+    def objective(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of a batch; the network stays in evaluation mode."""
+        x, y = batch.inputs, batch.labels
         model.eval()
         moved, own, target = self.aim(model, x, y)
         clean, fooled = model(torch.cat([x, moved])).float().split(len(x))

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
@@ -113,8 +113,8 @@ def mean(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([masks[name] for masks in seen]).mean(0) for name in seen[0]}
 
 
-def recovery(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+def recovery(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
     """Return the loss that the masks minimise."""
     assert isinstance(model, MaskedNorms)
     model.clip()
-    return F.cross_entropy(model(images).float(), labels)
+    return F.cross_entropy(model(batch.inputs).float(), batch.labels)

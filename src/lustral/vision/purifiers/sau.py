@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
@@ -162,7 +162,8 @@ class SAU:
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             reference = repair.copy().requires_grad_(False)
 
-            def objective(model: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+            def objective(model: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+                x, y = batch.inputs, batch.labels
                 with torch.no_grad():
                     g_clean = reference(x).argmax(1)
                 perturbed = x + self.perturb(model, reference, x, y, g_clean, stream)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
@@ -148,7 +148,7 @@ class TSBD:
         """Return the repaired model with the largest admissible share of neurons reset; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            layers = trace(view.model, next(repair.fit.batches(1))[0]).layers
+            layers = trace(view.model, next(repair.fit.batches(1)).inputs).layers
             unlearned, left, epochs = unlearn_clean(
                 view.model,
                 repair.fit,
@@ -191,7 +191,8 @@ class TSBD:
         model = repair.copy()
         reset(model, most_moved(changes, ratio, self.weight_ratio))
 
-        def objective(student: nn.Module, x: Tensor, y: Tensor, stream: Generator) -> Tensor:
+        def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+            x, y = batch.inputs, batch.labels
             return interpolated_loss(
                 student,
                 lambda classify: F.cross_entropy(classify(x).float(), y),

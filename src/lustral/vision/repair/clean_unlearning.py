@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import EpochReport, Trainer
 from lustral.vision.records import ImageSet
 from lustral.vision.repair.selection import accuracy_up_to, held_out_accuracy
@@ -29,9 +29,9 @@ def forgotten(accuracy: float, num_classes: int, share_left: float) -> float:
     return chance + share_left * max(accuracy - chance, 0.0)
 
 
-def ascent(model: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+def ascent(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
     """Return the objective -CE(f(x), y)."""
-    return -F.cross_entropy(model(images).float(), labels)
+    return -F.cross_entropy(model(batch.inputs).float(), batch.labels)
 
 
 def unlearn_clean(

@@ -98,7 +98,7 @@ def feature_statistics(
     handle = layer.register_forward_pre_hook(note)
     try:
         with frozen(model):
-            for x, _ in data.batches(batch_size):
+            for x, *_ in data.batches(batch_size):
                 with autocast(x.device, precision):
                     model(x.contiguous(memory_format=torch.channels_last))
     finally:

@@ -23,7 +23,7 @@ EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; with
 def predictions(model: nn.Module, images: ImageSet) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield (predicted labels, labels) batch by batch, in evaluation mode."""
     with torch.no_grad(), frozen(model):
-        for x, labels in images.batches(256):
+        for x, labels, _ in images.batches(256):
             with autocast(images.device):
                 predicted = model(x.contiguous(memory_format=torch.channels_last)).argmax(1)
             yield predicted, labels

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lustral.core.limits import MOST_CLASSES, MOST_IMAGES
+from lustral.core.records import Batch
 from lustral.vision.images import as_float
 from lustral.vision.records import ImageSet
 from lustral.vision.sources.checks import Expansion, check_memory, check_names
@@ -110,8 +111,8 @@ class FolderStream:
 
     def batches(
         self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images float32 (B, C, H, W) in [0, 1], labels int64 (B,)) on the CPU.
+    ) -> Iterator[Batch]:
+        """Yield batches of float32 images (B, C, H, W) in [0, 1], on the CPU.
 
         Order and draws are those of ``ImageSet.batches``: equal generators give equal batches, whatever the number of
         workers.
@@ -130,7 +131,7 @@ class FolderStream:
         if drop_last:
             order = order[: len(order) - len(order) % batch_size]
         for chunk, pixels in self._decode(order, batch_size):
-            yield as_float(pixels), self.labels[chunk]
+            yield Batch(as_float(pixels), self.labels[chunk], chunk)
 
     def load(self) -> ImageSet:
         """Decode all pictures into memory, N * C * H * W bytes.
