@@ -32,6 +32,8 @@ NOT_NUMERIC = (  # of text, tables and files
     *(
         "test_cards.py",
         "test_characters.py",
+        "test_docs.py",
+        "test_publish.py",
         "test_cli.py",
         "test_cli_exits.py",
         "test_cli_strangers.py",

@@ -27,7 +27,7 @@ from lustral.vision.victims import implant
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "tests" / "cards"
-CHEAP = "badnets/zoo/digits/s0,ft_sam/erasers/erasers_toy/s0/attack=badnets"  # two minutes on two cores
+CHEAP = "badnets/zoo/zoo_toy/s0,ft_sam/erasers/erasers_toy/s0/attack=badnets"  # two minutes on two cores
 TOLERANCE = {
     "acc": 0.03,
     "acc_before": 0.03,
@@ -49,8 +49,8 @@ def test_every_method_has_a_card_and_a_page(name: str) -> None:
     card = json.loads((CARDS / f"{name}.json").read_text())
     assert card["method"] == name
     assert card["published"]["source"]
-    assert card["ours"]["command"].startswith(("python benchmarks/", "lustral bench run benchmarks/plans/"))
-    assert card["ours"].get("victims") or card["ours"].get("families"), "a card without our number is no card"
+    assert card["ours"]["command"].startswith("lustral bench run benchmarks/plans/")
+    assert card["ours"]["victims"], "a card without our number is no card"
     rates = [value for key, value in numbers(card) if key in {"acc", "asr", "ra", "worst_asr", "asr_before"}]
     assert rates
     assert all(0 <= rate <= 1 for rate in rates)
@@ -91,9 +91,10 @@ def test_baeraser_keeps_the_promise_of_its_card(data_root: Path) -> None:
     assert (verdict.outcome, verdict.suspect_labels) == ("backdoored", (6,))
     purified = BaEraser().purify(view, generator=child(11, "erase"))
     after = evaluate(victim, purified.model, source.test, generator=child(11, "evaluation"))
-    card = json.loads((CARDS / "baeraser.json").read_text())["ours"]["families"]["badnets-corner"]
-    assert after.asr.value <= card["worst_asr"] + 0.03
-    assert victim.metrics["acc"]["value"] - after.acc.value <= card["worst_accuracy_loss"] + 0.02
+    card = json.loads((CARDS / "baeraser.json").read_text())["ours"]["victims"]
+    (promise,) = (row for row in card if row["attack"] == "badnets" and "name" not in row)
+    assert after.asr.value <= promise["asr"] + 0.03
+    assert victim.metrics["acc"]["value"] - after.acc.value <= promise["acc_before"] - promise["acc"] + 0.02
 
 
 def claims() -> Iterator[tuple[str, str, list[str], dict[str, float]]]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -773,6 +774,26 @@ def test_the_readmes_python_example_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "clean.safetensors").is_file()
+
+
+def commands_shown() -> dict[tuple[str, ...], set[str]]:
+    """Return the flags that README and docs show, by command ("bench" with its own)."""
+    root, found = Path(__file__).parents[2], dict[tuple[str, ...], set[str]]()
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for line in re.findall(r"(?:^|`)lustral ([a-z][^`\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            first, *rest = line.split()
+            command = (first, *rest[:1]) if first in ("bench", "implant") else (first,)
+            found.setdefault(command, set()).update(re.findall(r"--[a-z-]+", line))
+    return {command: flags for command, flags in found.items() if command not in (("bench",), ("implant",))}
+
+
+@pytest.mark.parametrize(("command", "flags"), commands_shown().items(), ids=lambda part: " ".join(sorted(part)))
+def test_every_command_and_flag_that_the_docs_show_exists(
+    command: tuple[str, ...], flags: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*command, "--help") == 0
+    text = capsys.readouterr().out
+    assert [flag for flag in sorted(flags) if not re.search(rf"{flag}(?![a-z-])", text)] == []
 
 
 def test_the_order_that_a_models_file_tells_is_taken(model: Path, pool: Path, caplog: pytest.LogCaptureFixture) -> None:

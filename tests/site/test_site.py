@@ -313,7 +313,8 @@ def test_a_methods_page_has_the_published_number_beside_the_cards_and_ours(store
     text = page_text(site / "methods" / "badnets.html")
     assert card["published"]["source"] in text
     assert f"published {100 * card['published']['acc']:.1f}%{100 * card['published']['asr']:.1f}%" in text
-    assert card["ours"]["victims"][0]["name"] in text
+    ours = card["ours"]["victims"][0]
+    assert f"{100 * ours['acc']:.1f}%{100 * ours['asr']:.1f}%" in text
     assert card["ours"]["command"] in text
     mean = next(
         row
@@ -327,19 +328,21 @@ def test_a_methods_page_has_the_means_of_the_cards_tables_and_the_card_as_a_file
     card = json.loads((CARDS / "sau.json").read_text())
     assert json.loads((site / "methods" / "sau.json").read_text()) == card
     assert 'href="sau.json"' in (site / "methods" / "sau.html").read_text()
-    victims = [row for row in card["erasers"]["erasers"]["victims"] if row.get("asr_before", 0) > 0.5]
+    name, table = next(iter(card["erasers"].items()))
+    victims = [row for row in table["victims"] if row.get("asr_before", 0) > 0.5]
+    assert len(victims) < len(table["victims"])  # the benign model has no attack to count
     acc, asr, ra = (100 * sum(row[key] for row in victims) / len(victims) for key in ("acc", "asr", "ra"))
-    assert len(victims) == 10  # the benign model has no attack to count
-    row = f"erasers{card['erasers']['erasers']['setting']}, 2,500 clean images {acc:.1f}%{asr:.1f}%{ra:.1f}%"
+    clean = f"{victims[0]['clean_images']:,} clean images"
+    row = f"{name}{table['setting']}, {clean} {acc:.1f}%{asr:.1f}%{ra:.1f}%"
     assert row in page_text(site / "methods" / "sau.html")
 
 
 def test_a_published_fall_of_asr_stands_beside_ours(store: Store, site: Path) -> None:
     text = page_text(site / "methods" / "baeraser.html")
     card = json.loads((CARDS / "baeraser.json").read_text())
-    family = card["ours"]["families"]["blended"]
+    ours = next(row for row in card["ours"]["victims"] if row["attack"] == "badnets")
     assert "ASR lowered by, points" in text
-    assert f"+{100 * (family['asr_before'] - family['asr']):.1f}" in text
+    assert f"+{100 * (ours['asr_before'] - ours['asr']):.1f}" in text
     mean = next(row for row in means_of(load_cells(store)) if row["defence"] == "baeraser")
     assert f"+{100 * (mean['asr0'] - mean['asr']):.1f}" in text
 
