@@ -38,7 +38,7 @@ class PageWriter:
     def __post_init__(self) -> None:
         """Make the folders, and get the templates ready."""
         self.environment = Environment(
-            loader=PackageLoader("lustral.bench"),
+            loader=PackageLoader("lustral.site"),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
