@@ -483,8 +483,8 @@ def test_erase_with_a_method_that_recovers_no_trigger(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert run("erase", victim, "--method", "clp", "--data", "digits", "--out", out) == 0
     shown = capsys.readouterr().out
-    assert "on held-out clean images" in shown
-    assert "recovered trigger works on" not in shown
+    assert "clean accuracy (held-out)" in shown
+    assert "recovered trigger works" not in shown
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "report.html", "result.json"}
 
 

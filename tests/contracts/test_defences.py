@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
 from lustral.core.records import Progress
 from lustral.report import ReportData, write_erase_report
@@ -350,7 +351,7 @@ def test_purifiers_return_a_new_working_model(name: str, results: Callable[[str]
     )
     assert purified.cost.clean_images == 280
     for entry in purified.history:
-        assert all(isinstance(value, int | float) for value in entry.values())
+        assert HistoryEntry.from_dict(entry.to_dict()) == entry
     record = evaluate(backdoored, purified.model, toy_images(420, seed=1), generator=child(0))
     assert record.acc.value >= backdoored.metrics["acc"]["value"] - 0.10
 
@@ -361,14 +362,15 @@ def test_a_purified_model_is_shown_with_and_without_what_it_measured(
 ) -> None:
     purified = results(name)
     table = defender_table({}, purified)
-    kept = {} if purified.selected is None else purified.history[purified.selected]
-    assert table.row_count == sum(key in kept for key in ("clean_accuracy", "recovered_asr"))
+    kept = HistoryEntry(count=0) if purified.selected is None else purified.history[purified.selected]
+    assert table.row_count == sum(value is not None for value in (kept.clean_accuracy, kept.recovered_asr))
     write_erase_report(
         tmp_path / "report.html", ReportData(title=name, clean=toy_images(70, seed=2), purified=purified)
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert ("clean_accuracy" in kept) == ("clean accuracy (held-out)" in page)
-    assert ("clean_accuracy" in kept) == ("clean_accuracy" in purified.given), "there is no 'before' to compare with"
+    assert (kept.clean_accuracy is not None) == ("clean accuracy (held-out)" in page)
+    given = purified.given or HistoryEntry(count=0)
+    assert (kept.clean_accuracy is None) == (given.clean_accuracy is None), "there is no 'before' to compare with"
 
 
 @pytest.mark.parametrize("name", CLAIM_ERASING)
@@ -394,9 +396,7 @@ def test_a_rate_too_high_for_the_network_is_lowered_and_said_so(name: str, toy_v
     assert "The learning rate was" in with_rate_cap.notes[0]
     free = dataclasses.replace(small(name), trainer=hasty, relative_rate=None).purify(toy_view, generator=child(1))
     assert not any("The learning rate was" in note for note in free.notes)
-    assert (
-        with_rate_cap.history[-1]["clean_accuracy"] > free.history[-1]["clean_accuracy"] + 0.2
-    )  # which 0.3 has ruined
+    assert with_rate_cap.history[-1].clean_accuracy > free.history[-1].clean_accuracy + 0.2  # which 0.3 has ruined
     with pytest.raises(ValueError, match="relative rate > 0"):
         dataclasses.replace(small(name), relative_rate=0.0)
 
@@ -414,12 +414,15 @@ def test_unlearning_that_costs_too_much_starts_anew_at_a_lower_rate(
     erased = method.purify(toy_view, generator=child(1))
     tried = [by for by in (1.0, 4.0, 16.0) if by <= divisor]
     assert asked == pytest.approx([rate / by for by in tried])
-    assert [entry.get("slowed", 1.0) for entry in erased.history] == [1.0, *tried]  # the given model first
-    accuracies = [entry["clean_accuracy"] for entry in erased.history]
-    assert max(accuracies[1:-1], default=0.0) < 0.5 < erased.given["clean_accuracy"]
+    assert [dict(entry.parts).get("rate_divisor", 1.0) for entry in erased.history] == [
+        1.0,
+        *tried,
+    ]  # the given model first
+    accuracies = [entry.clean_accuracy for entry in erased.history]
+    assert max(accuracies[1:-1], default=0.0) < 0.5 < erased.given.clean_accuracy
     assert (erased.selected, accuracies[-1]) == (
         len(tried),
-        erased.given["clean_accuracy"],
+        erased.given.clean_accuracy,
     )  # anew: from the given weights
     assert any(f"divided by {divisor:g}" in note for note in erased.notes) == (divisor > 1)
 

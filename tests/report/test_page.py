@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Generator, Tensor, nn
 
 from lustral.cli.tables import verdict_table
+from lustral.core.history import HistoryEntry
 from lustral.core.rates import Rate
 from lustral.core.records import Cost, Evidence
 from lustral.report import ReportData, write_erase_report, write_scan_report
@@ -100,13 +101,13 @@ def make_evaluation(acc: float, asr: float, ra: float, num_classes: int) -> Eval
 
 def make_purified(num_classes: int, audit: Answer | None = "clean", selected: int | None = 9) -> Purified:
     history = tuple(
-        {
-            "round": 1 + i // 6,
-            "step": 10 * (i % 6),
-            "clean_accuracy": 0.93 - 0.09 * math.exp(-(i % 6)) * (i > 0),
-            "recovered_asr": 0.99 * math.exp(-0.9 * (i % 6)) * (1 if i < 6 else 0.5),
-            "area": 6.0 * 1.35**i,
-        }
+        HistoryEntry(
+            count=i % 6,
+            parts=(("round", 1 + i // 6),),
+            clean_accuracy=0.93 - 0.09 * math.exp(-(i % 6)) * (i > 0),
+            recovered_asr=0.99 * math.exp(-0.9 * (i % 6)) * (1 if i < 6 else 0.5),
+            area=6.0 * 1.35**i,
+        )
         for i in range(12)
     )
     return Purified(
@@ -281,16 +282,16 @@ def test_a_trigger_that_works_as_before_is_called_still_there(tmp_path: Path) ->
         (
             [{"epoch": 0, "clean_accuracy": 0.9}]
             + [{"epoch": n, "neuron_ratio": r, "clean_accuracy": 0.9} for r in (0.3, 0.05) for n in (1, 2)]
-            + [{"neuron_ratio": 0.3, "clean_accuracy": 0.9}],
+            + [{"epoch": 2, "neuron_ratio": 0.3, "clean_accuracy": 0.9}],
             ["epoch 0", "epoch 2", "30% of neurons reset", "5% of neurons reset"],
         ),
         (
             [{"round": 1, "epoch": 1, "clean_accuracy": 0.3}]
-            + [{"round": n, "slowed": 4.0, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 2)],
+            + [{"round": n, "rate_divisor": 4.0, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 2)],
             ["round 1", "round 1, rate / 4", "round 2, rate / 4"],
         ),
         (
-            [{"round": 1, "slowed": 4.0 * n, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 4)],
+            [{"round": 1, "rate_divisor": 4.0 * n, "epoch": 1, "clean_accuracy": 0.9} for n in (1, 4)],
             ["rate / 4", "rate / 16"],
         ),
     ],
@@ -298,7 +299,9 @@ def test_a_trigger_that_works_as_before_is_called_still_there(tmp_path: Path) ->
 def test_the_chart_says_what_a_history_counts(tmp_path: Path, history: list[dict[str, float]], said: list[str]) -> None:
     purified = erase_data(10).purified
     assert purified is not None
-    purified = dataclasses.replace(purified, history=tuple(history), selected=len(history) - 1)
+    purified = dataclasses.replace(
+        purified, history=tuple(map(HistoryEntry.from_dict, history)), selected=len(history) - 1
+    )
     write_erase_report(tmp_path / "report.html", dataclasses.replace(erase_data(10), purified=purified))
     outline = check(tmp_path / "report.html")
     assert all(text in outline.text for text in said)
@@ -347,11 +350,11 @@ def test_nothing_attackable_is_shown_as_such(tmp_path: Path) -> None:
     assert "no images" in check(tmp_path / "report.html").text
 
 
-@pytest.mark.parametrize("history", [({"round": 1},), ({"clean_accuracy": 0.9, "recovered_asr": None},)])
-def test_incomplete_history(tmp_path: Path, history: tuple[dict[str, Any], ...]) -> None:
+@pytest.mark.parametrize("history", [{"epoch": 1}, {"epoch": 0, "clean_accuracy": 0.9, "recovered_asr": None}])
+def test_incomplete_history(tmp_path: Path, history: dict[str, Any]) -> None:
     data = erase_data(10)
     assert data.purified is not None
-    purified = dataclasses.replace(data.purified, history=history, selected=0)
+    purified = dataclasses.replace(data.purified, history=(HistoryEntry.from_dict(history),), selected=0)
     write_erase_report(tmp_path / "report.html", dataclasses.replace(data, purified=purified))
     check(tmp_path / "report.html")
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from bench.synthetic import synthetic_store
 from lustral.core.characters import visible
+from lustral.core.history import HistoryEntry
 from lustral.site.charts import curves
 from lustral.site.data import means_of, script_json, settings_of
 from lustral.site.folder import MARKER, SiteError
@@ -629,15 +630,15 @@ def test_ten_thousand_results_take_thirty_seconds(tmp_path: Path) -> None:
 
 
 def test_curves_put_shares_losses_and_the_rest_apart() -> None:
-    history: list[dict[str, Any]] = [
-        {"epoch": 1, "loss": 2.0, "clean_accuracy": 0.5, "recovered_asr": 1.0, "area": 100.0, "stage": "a"},
-        {"epoch": 2, "loss": None, "clean_accuracy": 0.75, "recovered_asr": 0.0, "area": 1.0, "once": 3.0},
-        {"epoch": 3, "loss": -1.0, "clean_accuracy": 1.0, "area": float("nan")},
+    history = [
+        HistoryEntry(count=1, loss=2.0, clean_accuracy=0.5, recovered_asr=1.0, area=100.0),
+        HistoryEntry(count=2, clean_accuracy=0.75, recovered_asr=0.0, area=1.0, threshold=3.0),
+        HistoryEntry(count=3, loss=-1.0, clean_accuracy=1.0, area=float("nan")),
     ]
     shares, loss, area = curves(history, selected=1)
-    assert [line.name for line in shares.lines] == ["clean accuracy", "recovered ASR"]
+    assert [line.name for line in shares.lines] == ["clean accuracy (held-out)", "recovered trigger works"]
     assert [line.name for line in loss.lines] == ["loss"]
-    assert [line.name for line in area.lines] == ["area"]
+    assert [line.name for line in area.lines] == ["pixels needed"]
     assert shares.lines[0].strokes == "M1 50L50 25L99 0"  # 0 % is at the bottom, 100
     assert loss.lines[0].strokes == "M1 0M99 100"  # a gap is not bridged; the axis runs from 2 to -1
     assert [text for _, text in area.y_ticks] == ["1", "10", "100"]  # a ratio of 100: logarithmic
@@ -648,17 +649,17 @@ def test_curves_put_shares_losses_and_the_rest_apart() -> None:
 
 def test_curves_mark_rounds_and_survive_nothing() -> None:
     assert curves([], None) == []
-    assert curves([{"epoch": 0, "loss": 1.0}], 0) == []
-    (flat,) = curves([{"round": 1, "epoch": 1, "loss": 0.0}, {"round": 2, "epoch": 1, "loss": 0.0}], selected=7)
+    assert curves([HistoryEntry(count=0, loss=1.0)], 0) == []
+    (flat,) = curves([HistoryEntry(count=1, parts=(("round", n),), loss=0.0) for n in (1, 2)], selected=7)
     assert flat.rounds == (50.0,)
     assert flat.selected is None
     slowed = [
-        {"round": 1, "epoch": 1, "loss": 0.0},
-        *({"round": n, "slowed": 4.0, "epoch": 1, "loss": 0.0} for n in (1, 1, 2)),
+        HistoryEntry(count=1, parts=(("round", 1),), loss=0.0),
+        *(HistoryEntry(count=1, parts=(("round", n), ("rate_divisor", 4.0)), loss=0.0) for n in (1, 1, 2)),
     ]
     (anew,) = curves(slowed, None)  # the divisor of the rate is no curve of its own
     assert anew.rounds == (pytest.approx(1 + 98 / 6, abs=0.01), pytest.approx(1 + 98 * 5 / 6, abs=0.01))
-    (wild,) = curves([{"epoch": 1, "accuracy": 1.5}, {"epoch": 2, "accuracy": 0.5}], None)
+    (wild,) = curves([HistoryEntry(count=1, clean_accuracy=1.5), HistoryEntry(count=2, clean_accuracy=0.5)], None)
     assert float(wild.y_ticks[-1][1]) >= 1.5  # no share: the axis follows the numbers
 
 
@@ -668,7 +669,7 @@ def test_curves_mark_rounds_and_survive_nothing() -> None:
 @example([5e-324, 1.0])
 @example([1e300, -1e300])
 def test_curves_stay_in_their_box(values: list[float]) -> None:
-    history: list[dict[str, Any]] = [{"epoch": index, "loss": value} for index, value in enumerate(values)]
+    history = [HistoryEntry(count=index, loss=value) for index, value in enumerate(values)]
     for chart in curves(history, None):
         for number in re.findall(r"-?[\d.]+(?:e[-+]\d+)?", chart.lines[0].strokes):
             assert -0.01 <= float(number) <= 100.01

@@ -28,6 +28,7 @@ from lustral.bench.grid import DEFENCES, Cell, table_columns
 from lustral.bench.sources import Sources
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.core.files import json_ready, write_bytes_atomic
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
 from lustral.core.records import OnProgress, Progress
 from lustral.core.settings import build
@@ -151,9 +152,8 @@ class Workbench:
         method, epochs = spec["attack"]["method"], []
 
         def note(report: EpochReport) -> None:
-            epochs.append(
-                {"epoch": report.epoch, "loss": report.loss, "images_per_second": round(report.images_per_second)}
-            )
+            rate = round(report.images_per_second)
+            epochs.append(HistoryEntry(count=report.epoch, loss=report.loss, images_per_second=rate).to_dict())
 
         start = None
         if cell.victim_key is not None:
@@ -214,7 +214,7 @@ class Workbench:
             metrics["after"], detail["per_class"]["after"] = without_per_class(after.to_dict())
             metrics["compare"] = compare_evaluations(before, after)
             detail |= {
-                "history": list(purified.history),
+                "history": [entry.to_dict() for entry in purified.history],
                 "selected": purified.selected,
                 "notes": list(purified.notes),
                 "audit": None if purified.audit is None else evidence(purified.audit),

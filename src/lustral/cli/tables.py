@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lustral.core.history import FIGURES
 from lustral.core.records import Cost
 from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding
@@ -97,12 +98,11 @@ def defender_table(accuracies: Mapping[str, Mapping[str, Any]], purified: Purifi
         table.add_row(f"accuracy on {name}", interval(rates["before"]), interval(rates["after"]))
     if purified.selected is not None:
         given, kept = purified.given, purified.history[purified.selected]
-        for key, what in (
-            ("clean_accuracy", "on held-out clean images"),
-            ("recovered_asr", "recovered trigger works on"),  # of methods that look for one
-        ):
-            if key in kept:
-                table.add_row(what, percent(given.get(key)), percent(kept[key]))
+        for name in ("clean_accuracy", "recovered_asr"):  # the second of methods that look for a trigger
+            if (value := kept.value(name)) is not None:
+                table.add_row(
+                    FIGURES[name].words, percent(None if given is None else given.value(name)), percent(value)
+                )
     return table
 
 
@@ -119,7 +119,7 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
 def purified_record(purified: Purified) -> dict[str, Any]:
     """Return how a purified model came about, ready for JSON."""
     return {
-        "history": [dict(entry) for entry in purified.history],
+        "history": [entry.to_dict() for entry in purified.history],
         "selected": purified.selected,
         "cost": dataclasses.asdict(purified.cost),
         "verdict": None if purified.verdict is None else verdict_record(purified.verdict),

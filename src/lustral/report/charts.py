@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from lustral.core.history import FIGURES, HistoryEntry, part_texts
 from lustral.report.wording import percent, pixels, quoted, quoted_list
 from lustral.vision.measures import MASK_AREA, SEARCH_STEPS, SUCCESS_RATE
 from lustral.vision.records import Verdict
@@ -15,12 +15,6 @@ NUM_BARS_SHOWN = 15  # of more than MAX_BARS classes, the rest is folded away
 MAX_BARS = 25
 SMALLEST_AREA = 0.1  # pixels; smaller areas are drawn as this one
 MAX_X_LABELS = 6
-UNITS = {"step": "step {}", "epoch": "epoch {}", "round": "round {}", "channels": "{} cut"}  # what a history counts
-PARTS = {  # what it may start over for
-    "round": "round {}",
-    "neuron_ratio": "{:.0%} of neurons reset",
-    "slowed": "rate / {:g}",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,27 +195,27 @@ def _bar_text(area: float, success: float | None) -> str:
     return f"{pixels(area)} · ASR {percent(success, 0)}" if is_found(area) else pixels(area)
 
 
-def rate_chart(history: Sequence[Mapping[str, Any]], selected: int | None) -> LineChart | None:
+def rate_chart(history: Sequence[HistoryEntry], selected: int | None) -> LineChart | None:
     """Return accuracy on clean images and success of the recovered trigger over a history; None if neither is there."""
     return _line_chart(
         "share of held-out images",
         history,
         selected,
-        {"clean_accuracy": ("clean accuracy", "good"), "recovered_asr": ("recovered trigger works", "bad")},
+        {"clean_accuracy": "good", "recovered_asr": "bad"},
         lambda value: 100 * (1 - value),
         tuple((100.0 - share, f"{share}%") for share in (0, 25, 50, 75, 100)),
     )
 
 
-def area_history_chart(history: Sequence[Mapping[str, Any]], selected: int | None) -> LineChart | None:
+def area_history_chart(history: Sequence[HistoryEntry], selected: int | None) -> LineChart | None:
     """Return the recovered trigger's area over a history, on a logarithmic axis; None if it was not recorded."""
-    values = [value for entry in history if (value := _number(entry.get("area"))) is not None]
+    values = [value for entry in history if (value := _number(entry.area)) is not None]
     scale = LogScale.over(values)
     return _line_chart(
-        "pixels needed",
+        FIGURES["area"].words,
         history,
         selected,
-        {"area": ("pixels needed", "accent")},
+        {"area": "accent"},
         lambda value: 100 - scale.position(value),
         tuple((100 - position, text) for position, text in scale.ticks()),
     )
@@ -229,9 +223,9 @@ def area_history_chart(history: Sequence[Mapping[str, Any]], selected: int | Non
 
 def _line_chart(
     title: str,
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[HistoryEntry],
     selected: int | None,
-    series: Mapping[str, tuple[str, str]],
+    styles: Mapping[str, str],
     to_y: Callable[[float], float],
     y_ticks: tuple[tuple[float, str], ...],
 ) -> LineChart | None:
@@ -239,8 +233,8 @@ def _line_chart(
         return round(2 + 96 * index / (len(history) - 1), 2) if len(history) > 1 else 50.0
 
     lines, summaries = [], []
-    for key, (name, style) in series.items():
-        values = [_number(entry.get(key)) for entry in history]
+    for figure, style in styles.items():
+        name, values = FIGURES[figure].words, [_number(entry.value(figure)) for entry in history]
         places = [None if v is None else (to_x(i), round(to_y(v), 2)) for i, v in enumerate(values)]
         known = [value for value in values if value is not None]
         if not known:
@@ -255,19 +249,13 @@ def _line_chart(
         summaries.append(f"{name} from {known[0]:.4g} to {known[-1]:.4g}")
     if not lines:
         return None
-    unit = next((unit for unit in UNITS if any(unit in entry for entry in history)), None)
-    parts = [part for part in PARTS if part != unit and len({entry.get(part) for entry in history}) > 1]
-    rounds = [", ".join(PARTS[part].format(entry[part]) for part in parts if part in entry) for entry in history]
+    rounds = part_texts(history)
     stride = math.ceil(len(history) / MAX_X_LABELS)
     return LineChart(
         title=title,
         lines=tuple(lines),
         y_ticks=y_ticks,
-        x_ticks=tuple(
-            (to_x(i), UNITS[unit].format(entry[unit]) if unit else str(i + 1))
-            for i, entry in enumerate(history)
-            if i % stride == 0 and (unit is None or unit in entry)
-        ),
+        x_ticks=tuple((to_x(i), entry.counted) for i, entry in enumerate(history) if i % stride == 0),
         rounds=tuple(
             (to_x(i - 0.5) if i else 0.0, which)
             for i, which in enumerate(rounds)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lustral.core.history import FIGURES
 from lustral.report.charts import is_found, median_area
 from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
 from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
@@ -296,14 +297,11 @@ def _erase_figures(
     figures = []
     if purified.history:
         given, kept = purified.given, purified.history[-1 if purified.selected is None else purified.selected]
-        for key, what in (
-            ("recovered_asr", "recovered trigger works"),
-            ("clean_accuracy", "clean accuracy (held-out)"),
-        ):
-            if key in kept:
-                figures.append(
-                    (what, f"{percent(given[key])} → {percent(kept[key])}" if key in given else percent(kept[key]))
-                )
+        for name in ("recovered_asr", "clean_accuracy"):
+            before_it, after_it = None if given is None else given.value(name), kept.value(name)
+            if after_it is not None:
+                change = percent(after_it) if before_it is None else f"{percent(before_it)} → {percent(after_it)}"
+                figures.append((FIGURES[name].words, change))
     if verdict and purified.audit and verdict.suspect_labels:
         then, now = (found.by_label(MASK_AREA) for found in (verdict, purified.audit))
         label = verdict.suspect_labels[0]

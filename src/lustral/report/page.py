@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lustral.core.characters import visible
 from lustral.core.files import write_text_atomic
+from lustral.core.history import history_table
 from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.report import wording
@@ -149,8 +150,8 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         measures=_measures(data.before, data.after),
         class_accuracies=_class_accuracies(data),
         curves=_curves(purified),
-        with_triggers=purified is not None and any("recovered_asr" in entry for entry in purified.history),
-        history=_history_table(purified),
+        with_triggers=purified is not None and any(entry.recovered_asr is not None for entry in purified.history),
+        history=history_table(purified.history if purified else ()),
         audit=_audit(verdict, purified, names),
         controls=_controls(data),
         cost=_cost_tiles(cost),
@@ -262,21 +263,6 @@ def _curves(purified: Purified | None) -> list[LineChart]:
         return []
     charts = (make(purified.history, purified.selected) for make in (rate_chart, area_history_chart))
     return [chart for chart in charts if chart is not None]
-
-
-def _history_table(purified: Purified | None) -> tuple[list[str], list[list[str]]]:
-    """Return (column names, rows of texts) of a history."""
-    entries = purified.history if purified else ()
-    columns = list(dict.fromkeys(key for entry in entries for key in entry))
-
-    def text(key: str, value: Any) -> str:
-        if value is None:
-            return "–"
-        if not isinstance(value, float):
-            return str(value)
-        return wording.percent(value) if key.endswith(("accuracy", "asr", "rate")) else f"{value:.4g}"
-
-    return [key.replace("_", " ") for key in columns], [[text(key, e.get(key)) for key in columns] for e in entries]
 
 
 def _audit(verdict: Verdict | None, purified: Purified | None, names: Sequence[str]) -> dict[str, Any] | None:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lustral.site.words import is_number, is_share, spaced
+from lustral.core.history import FIGURES, HistoryEntry, part_texts
+from lustral.site.words import is_number
 
-AXES = ("epoch", "step", "round", "iteration")  # fields that count instead of measuring
 MOST_LINES = 6  # styles that the style sheet tells apart
 MOST_X_LABELS = 6
 MOST_Y_LABELS = 5
-TURNS = ("round", "slowed")  # where a history starts over, in another round or at another rate
 LEAST_POINTS = 2  # of a line; a single number is in the table
 LARGEST = 1e300  # of a number that is drawn: differences and powers of ten must stay finite
 LOG_RATIO = 50.0  # positive values that span more than this are drawn on a logarithmic axis
@@ -38,7 +37,7 @@ class Chart:
         grid: SVG path of the horizontal lines.
         y_ticks: (position from the top in percent, text).
         x_ticks: (position in percent, text).
-        rounds: positions in percent where a new round starts, or the same at another rate.
+        rounds: positions in percent where the history starts over, in another round or at another rate.
         selected: position of the entry that was kept, or None.
         description: the chart in a sentence, for those who cannot see it.
     """
@@ -53,18 +52,16 @@ class Chart:
     description: str
 
 
-def curves(history: Sequence[Mapping[str, Any]], selected: int | None) -> list[Chart]:
-    """Return the charts of a history: one for all shares, one for all losses, one for each other series of numbers.
+def curves(history: Sequence[HistoryEntry], selected: int | None) -> list[Chart]:
+    """Return the charts of a history: one for all shares, one for each other figure.
 
     Args:
-        history: one entry per epoch, round or step; what is no finite number leaves a gap.
+        history: one entry per epoch or cut; what is no finite number leaves a gap.
         selected: index of the entry whose weights were kept.
     """
-    series = {name: values for name in _names(history) if (values := _values(history, name)) is not None}
-    shares = [name for name in series if is_share(name)]
-    losses = [name for name in series if "loss" in name and name not in shares]
-    rest = [name for name in series if name not in shares and name not in losses]
-    groups = [("share of images", shares), ("loss", losses), *((spaced(name), [name]) for name in rest)]
+    series = {name: values for name in FIGURES if (values := _values(history, name)) is not None}
+    shares = [name for name in series if FIGURES[name].is_share]
+    groups = [("share of images", shares), *((FIGURES[name].words, [name]) for name in series if name not in shares)]
     charts = []
     for title, names in groups:
         for start in range(0, len(names), MOST_LINES):
@@ -73,13 +70,9 @@ def curves(history: Sequence[Mapping[str, Any]], selected: int | None) -> list[C
     return charts
 
 
-def _names(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [name for name in dict.fromkeys(key for entry in history for key in entry) if name not in (*AXES, *TURNS)]
-
-
-def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float | None] | None:
+def _values(history: Sequence[HistoryEntry], name: str) -> list[float | None] | None:
     """Return a field's numbers with gaps, or None if they are too few for a line."""
-    values = [_drawable(entry.get(name)) for entry in history]
+    values = [_drawable(entry.value(name)) for entry in history]
     return values if sum(value is not None for value in values) >= LEAST_POINTS else None
 
 
@@ -93,7 +86,7 @@ def _drawable(value: Any) -> float | None:
 def _chart(
     title: str,
     series: Mapping[str, Sequence[float | None]],
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[HistoryEntry],
     selected: int | None,
     *,
     is_shares: bool,
@@ -111,26 +104,20 @@ def _chart(
         strokes = "".join(
             f"{'M' if i == 0 or places[i - 1] is None else 'L'}{place}" for i, place in enumerate(places) if place
         )
-        lines.append(Line(spaced(name), strokes, "".join(f"M{place}h0" for place in places if place)))
+        lines.append(Line(FIGURES[name].words, strokes, "".join(f"M{place}h0" for place in places if place)))
         present = [value for value in values if value is not None]
-        texts.append(f"{spaced(name)} from {present[0]:.4g} to {present[-1]:.4g}")
-    unit = next((axis for axis in AXES if any(axis in entry for entry in history)), None)
+        texts.append(f"{FIGURES[name].words} from {present[0]:.4g} to {present[-1]:.4g}")
     stride = math.ceil(count / MOST_X_LABELS)
-    turns = [tuple(entry.get(turn) for turn in TURNS if turn != unit) for entry in history]
+    parts = part_texts(history)
     return Chart(
         title=title,
         lines=tuple(lines),
         grid="".join(f"M0 {y:g}H100" for y, _ in y_ticks),
         y_ticks=y_ticks,
         x_ticks=tuple(
-            (
-                to_x(i),
-                f"{unit} {entry.get(unit, '')}" if unit and i == 0 else str(entry.get(unit, "") if unit else i + 1),
-            )
-            for i, entry in enumerate(history)
-            if i % stride == 0
+            (to_x(i), str(entry.count) if i else entry.counted) for i, entry in enumerate(history) if i % stride == 0
         ),
-        rounds=tuple(to_x(i - 0.5) for i in range(1, count) if turns[i] != turns[i - 1]),
+        rounds=tuple(to_x(i - 0.5) for i in range(1, count) if parts[i] != parts[i - 1]),
         selected=to_x(selected) if selected is not None and 0 <= selected < count else None,
         description=f"Line chart over {count} measurements: {'; '.join(texts)}.",
     )

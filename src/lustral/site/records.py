@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lustral.core.files import canonical
+from lustral.core.history import HistoryEntry, history_table, read_history
 from lustral.site.charts import curves
 from lustral.site.page_writer import Link
 from lustral.site.words import (
@@ -166,7 +167,7 @@ def record_page(
     metrics = record.get("metrics") or {}
     before, after = metrics.get("before"), metrics.get("after")
     names = [str(name) for name in record.get("class_names") or ()]
-    history = [entry for entry in detail.get("history") or () if isinstance(entry, Mapping)]
+    history, damage = read_history(detail.get("history"))
     selected = detail["selected"] if isinstance(detail.get("selected"), int) else None
     base = relatives.link_to(record.get("victim_key"))
     return {
@@ -175,14 +176,14 @@ def record_page(
         "facts": _facts(row),
         "victim": base if row["kind"] == "result" else None,
         "start": base if row["kind"] == "victim" else None,
-        "warnings": [*_warnings(before, after), *problems],
+        "warnings": [*_warnings(before, after), *problems, *damage],
         "notes": [str(note) for note in detail.get("notes") or ()],
         "tiles": _tiles(row, metrics),
         "measures": _measures(before, after, metrics.get("compare") or {}),
         "has_after": after is not None,
         "pictures": pictures,
         "curves": curves(history, selected),
-        "history": _grid(history, selected),
+        "history": _history_grid(history, selected),
         "detection": _detection(metrics.get("detection"), names),
         "verdict": _verdict(detail.get("verdict"), names),
         "audit": _verdict(detail.get("audit"), names),
@@ -342,15 +343,19 @@ def _class_name(label: Any, names: Sequence[str]) -> str:
     return str(label)
 
 
-def _grid(entries: Sequence[Mapping[str, Any]], marked: int | None = None) -> dict[str, Any] | None:
-    """Return entries as a table: {columns, rows: [(texts, is marked)], more}; None of nothing."""
+def _history_grid(history: Sequence[HistoryEntry], selected: int | None) -> dict[str, Any] | None:
+    """Return a history as a table: {columns, rows: [(texts, is the one kept)], more}; None of nothing."""
+    columns, rows = history_table(history)
+    shown = [(texts, index == selected) for index, texts in enumerate(rows[:MOST_ENTRIES])]
+    return {"columns": columns, "rows": shown, "more": len(rows) - len(shown)} if rows else None
+
+
+def _grid(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return entries of an evidence table: {columns, rows: [(texts, False)], more}; None of nothing."""
     if not entries:
         return None
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
-    rows = [
-        ([_entry_text(column, entry.get(column)) for column in columns], index == marked)
-        for index, entry in enumerate(entries[:MOST_ENTRIES])
-    ]
+    rows = [([_entry_text(column, entry.get(column)) for column in columns], False) for entry in entries[:MOST_ENTRIES]]
     return {"columns": [spaced(column) for column in columns], "rows": rows, "more": len(entries) - len(rows)}
 
 

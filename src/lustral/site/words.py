@@ -101,7 +101,7 @@ def plain(value: object) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Say whether a field of a history or an evidence table holds fractions, by its name.
+    """Say whether a field of an evidence table holds fractions, by its name.
 
     >>> is_share("recovered_asr"), is_share("learning_rate"), is_share("loss")
     (True, False, False)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from lustral.core.history import HistoryEntry
 from lustral.core.records import Batch, Cost, Evidence
 
 
@@ -301,8 +302,7 @@ class Purified:
 
     Attributes:
         model: the new classifier; the given one is unchanged.
-        history: one mapping per epoch or round, JSON-ready numbers only, with "round"/"epoch" and what was measured on
-            the held-out part of the clean set.
+        history: what was measured on the held-out part of the clean set, epoch by epoch or cut by cut.
         selected: index into ``history`` of the weights that were kept; None when the model was returned unchanged.
         cost: what it used.
         verdict: the scan that it started from, or None.
@@ -311,7 +311,7 @@ class Purified:
     """
 
     model: nn.Module
-    history: tuple[Mapping[str, Any], ...]
+    history: tuple[HistoryEntry, ...]
     selected: int | None
     cost: Cost
     verdict: Verdict | None = None
@@ -319,14 +319,9 @@ class Purified:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def given(self) -> Mapping[str, Any]:
-        """What the history says of the given model; empty where it starts later, e.g. after the first epoch."""
-        return self.history[0] if self.history and describes_given(self.history[0]) else {}
-
-
-def describes_given(entry: Mapping[str, Any]) -> bool:
-    """Say whether an entry of a history is of the model as it was given: epoch 0, or no channel cut yet."""
-    return 0 in (entry.get("epoch"), entry.get("channels"))
+    def given(self) -> HistoryEntry | None:
+        """What the history says of the given model; None where it starts later, e.g. after the first epoch."""
+        return self.history[0] if self.history and self.history[0].is_given else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,12 +347,12 @@ class Trained:
 
     Attributes:
         model: the classifier, in evaluation mode.
-        history: one mapping per epoch, JSON-ready numbers only.
+        history: what each epoch measured.
         cost: what it used.
         notes: sentences the user should read.
     """
 
     model: nn.Module
-    history: tuple[Mapping[str, Any], ...]
+    history: tuple[HistoryEntry, ...]
     cost: Cost
     notes: tuple[str, ...] = ()

@@ -115,8 +115,8 @@ def test_published_settings(form: Any, clean_weight: float, penalty: str, penalt
 def test_the_published_schedule_runs_one_round(toy_view: DefenderView) -> None:
     eraser = BaEraser(detector=quick_detector(), target_labels=(4,), audit=False).published()
     purified = eraser.purify(toy_view, generator=child(0))
-    assert [h["epoch"] for h in purified.history] == list(range(11))
-    assert {h["round"] for h in purified.history} == {1}
+    assert [h.count for h in purified.history] == list(range(11))
+    assert {h.parts for h in purified.history} == {(("round", 1),)}
 
 
 def test_the_other_areas_are_those_of_unsuspected_finished_labels() -> None:
@@ -174,7 +174,7 @@ def test_with_too_few_labels_to_compare_every_round_is_run() -> None:
         detector=quick_detector(), target_labels=(1,), rounds=2, trainer=gentle_trainer(epochs=1), least_steps=1
     )
     purified = eraser.purify(DefenderView(model=model, clean=clean), generator=child(0))
-    assert {entry["round"] for entry in purified.history} == {1, 2}
+    assert {dict(entry.parts)["round"] for entry in purified.history} == {1, 2}
     assert "Too few other labels" in purified.notes[0]
     assert purified.audit is not None
     assert purified.audit.outcome == "cannot tell"
@@ -190,8 +190,8 @@ def test_the_erasing_is_audited_and_told(toy_view: DefenderView) -> None:
     assert len(purified.notes) == 1
     assert purified.selected is not None
     chosen = purified.history[purified.selected]
-    assert chosen["recovered_asr"] < 0.2
-    assert chosen["area"] > 0
+    assert (chosen.recovered_asr or 0.0) < 0.2
+    assert (chosen.area or 0.0) > 0
     assert purified.cost.image_passes > purified.verdict.cost.image_passes + purified.audit.cost.image_passes
     assert not purified.model.training
 

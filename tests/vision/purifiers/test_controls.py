@@ -87,13 +87,13 @@ def test_impossible_refreshes_are_refused(wrong: dict[str, Any]) -> None:
 def test_fine_tuning_keeps_the_last_epoch(toy_view: DefenderView) -> None:
     trainer = gentle_trainer(epochs=3)
     purified = FineTuning(trainer=trainer, least_steps=1).purify(toy_view, generator=child(0))
-    assert [h["epoch"] for h in purified.history] == [0, 1, 2, 3]
+    assert [h.count for h in purified.history] == [0, 1, 2, 3]
     assert purified.selected == 3
     assert not purified.model.training
     assert purified.verdict is None
     assert purified.cost.clean_images == 280
     held_out, _ = split(toy_view.clean, 0.2, generator=fork(child(0), "holdout"))
-    assert held_out_accuracy(purified.model, held_out) == purified.history[3]["clean_accuracy"]
+    assert held_out_accuracy(purified.model, held_out) == purified.history[3].clean_accuracy
 
 
 def test_fine_tuning_can_keep_the_most_accurate_epoch(toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_fine_tuning_can_keep_the_most_accurate_epoch(toy_view: DefenderView, mo
         FineTuning(choose=choose).purify(toy_view, generator=child(0))  # type: ignore[arg-type]
         for choose in ("last", "held_out")
     )
-    accuracies = [h["clean_accuracy"] for h in kept.history]
+    accuracies = [h.clean_accuracy or 0.0 for h in kept.history]
     assert kept.history == last.history, "one training, two choices"
     assert accuracies[2] == accuracies[0] > 0.5 > max(accuracies[1], accuracies[3])
     assert (last.selected, kept.selected) == (3, 2), "the given model is not one to choose"
@@ -121,7 +121,7 @@ def test_mesa_retrains_what_the_scan_names(toy_view: DefenderView) -> None:
     purified = mesa.purify(toy_view, generator=child(1))
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)
-    assert [h["epoch"] for h in purified.history] == [0, 1, 2]
+    assert [h.count for h in purified.history] == [0, 1, 2]
 
 
 def test_mesa_leaves_a_clean_model_as_it_was(benign_view: DefenderView) -> None:

@@ -115,7 +115,7 @@ def linear_model(seed: int) -> nn.Module:
 
 def test_the_shared_risk_falls(toy_view: DefenderView) -> None:
     purified = SAU(least_steps=60).purify(toy_view, generator=child(0))
-    losses = [entry["loss"] for entry in purified.history[1:]]  # the first is of the given model
+    losses = [entry.loss for entry in purified.history[1:]]  # the first is of the given model
     assert losses[-1] < losses[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
 from lustral.training import Trainer
 from lustral.vision.purifiers import TSBD
@@ -92,18 +94,20 @@ def test_bisection_finds_the_largest_admissible_share(
     def repaired(self: TSBD, repair: PurifyRun, moved: Any, ratio: float) -> nn.Module:
         tried.append(ratio)
         accuracy = 0.9 if ratios.index(ratio) < admissible else 0.5
-        repair.history.append({"neuron_ratio": ratio, "clean_accuracy": accuracy})
+        repair.history.append(HistoryEntry(count=1, parts=(("neuron_ratio", ratio),), clean_accuracy=accuracy))
         return nn.Identity()
 
     monkeypatch.setattr(TSBD, "repaired", repaired)
     monkeypatch.setattr(
-        PurifyRun, "note", lambda self, model, **columns: self.history.append({**columns, "clean_accuracy": 0.9})
+        PurifyRun,
+        "note",
+        lambda self, model, entry: self.history.append(dataclasses.replace(entry, clean_accuracy=0.9)),
     )
     repair = PurifyRun(view=toy_view, holdout=0.2, generator=child(0))
     _, ratio, met = TSBD(neuron_ratios=ratios)._choose(repair, {}, floor=0.8)
     assert (ratio, met) == (wanted, admissible > 0)
     assert len(tried) == len(set(tried)) <= 3
-    assert repair.history[-1]["neuron_ratio"] == wanted
+    assert repair.history[-1].parts == (("neuron_ratio", wanted),)
 
 
 def test_impossible_settings_are_refused() -> None:

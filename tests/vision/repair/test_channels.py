@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Generator, Tensor, nn
 
+from lustral.core.history import HistoryEntry, Unit
 from lustral.core.randomness import child
 from lustral.core.records import Batch, Progress
 from lustral.training import Trainer
@@ -88,8 +89,8 @@ def test_channels_are_cut_in_order_as_long_as_accuracy_lasts(
         most = sum(int((score <= 0.5).sum()) for score in scores.values())
         assert [(report.done, report.total) for report in told] == [(2, most), (4, most), (most, most)]
         assert cut_channels(model) == [2, 2]
-        assert [entry["channels"] for entry in repair.history] == [0, 2, 4]
-        assert [entry["clean_accuracy"] for entry in repair.history[1:]] == [0.98, 0.96]
+        assert [entry.count for entry in repair.history] == [0, 2, 4]
+        assert [entry.clean_accuracy for entry in repair.history[1:]] == [0.98, 0.96]
         assert note == f"4 of {whole} channels were cut; 2 more would have cost more held-out accuracy than allowed."
         weights = [model.get_submodule(name).weight for name in NORMS]
         assert (weights[0] == 0).nonzero().flatten().tolist() == [first - 2, first - 1]
@@ -212,10 +213,10 @@ def test_clp_raises_its_bound_where_cutting_costs_too_much(
 
 
 @pytest.mark.parametrize("counted", ["epoch", "channels"])
-def test_the_history_begins_with_the_given_model(counted: str, toy_view: DefenderView) -> None:
+def test_the_history_begins_with_the_given_model(counted: Unit, toy_view: DefenderView) -> None:
     with PurifyRun(view=toy_view, holdout=0.2, generator=child(0)) as repair:
-        repair.note(toy_view.model, **{counted: 3})
+        repair.note(toy_view.model, HistoryEntry(count=3, unit=counted))
     purified = repair.result(toy_view.model)
-    assert [entry[counted] for entry in purified.history] == [0, 3]
-    assert purified.given == {counted: 0, "clean_accuracy": repair.before}
+    assert [(entry.unit, entry.count) for entry in purified.history] == [(counted, 0), (counted, 3)]
+    assert purified.given == HistoryEntry(count=0, unit=counted, clean_accuracy=repair.before)
     assert purified.selected == 1

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lustral.core.history import HistoryEntry
 from lustral.training import EpochReport, TrainingDiverged
-from lustral.vision.purifiers import selection
 from lustral.vision.records import ImageSet, RecoveredTrigger
+from lustral.vision.repair import selection
 from lustral.vision.repair.selection import (
     Selection,
     accuracy_up_to,
@@ -91,10 +92,11 @@ def test_without_triggers_accuracy_decides() -> None:
 
 
 def test_history_is_what_was_measured() -> None:
-    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.5, extra={"round": 3})
-    watcher.measure(Scripted(0.7, (0.25,)), epoch=2, loss=0.1)
+    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.5, parts={"round": 3})
+    watcher.measure(Scripted(0.7, (0.25,)), HistoryEntry(count=2, loss=0.1))
     rates = {"recovered_asr": 0.25, "natural_rate": 0.02}
-    assert watcher.history == [{"round": 3, "epoch": 2, "loss": 0.1, "clean_accuracy": 0.7, **rates}]
+    (entry,) = watcher.history
+    assert entry.to_dict() == {"round": 3, "epoch": 2, "loss": 0.1, "clean_accuracy": 0.7, **rates}
 
 
 @pytest.mark.parametrize(
@@ -109,16 +111,16 @@ def test_history_is_what_was_measured() -> None:
 def test_a_rate_that_costs_too_much_is_lowered(
     accuracies: dict[float, float], first: float, tried: list[float], said: tuple[str, ...]
 ) -> None:
-    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.9, extra={"round": 1})
+    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.9, parts={"round": 1})
     asked: list[float] = []
 
     def train(divisor: float) -> None:
         asked.append(divisor)
-        watcher.measure(Scripted(accuracies[divisor], (0.3,)))
+        watcher.measure(Scripted(accuracies[divisor], (0.3,)), HistoryEntry(count=1))
 
     last = retry_at_lower_rates(watcher, train, first)
     assert (asked, last) == (tried, tried[-1])
-    assert [entry.get("slowed", 1.0) for entry in watcher.history] == tried
+    assert [dict(entry.parts).get("rate_divisor", 1.0) for entry in watcher.history] == tried
     assert isinstance(watcher.best_model, Scripted)
     assert watcher.best_model.accuracy == max(accuracies.values())
     notes = retry_notes(watcher, last, 0.02)
@@ -132,7 +134,7 @@ def test_a_training_that_diverges_is_a_try_like_any_other_until_the_slowest() ->
     def train(divisor: float) -> None:
         if divisor < bearable:
             raise TrainingDiverged("too fast")
-        watcher.measure(Scripted(0.95, ()))
+        watcher.measure(Scripted(0.95, ()), HistoryEntry(count=1))
 
     bearable = 4.0
     assert retry_at_lower_rates(watcher, train) == 4.0

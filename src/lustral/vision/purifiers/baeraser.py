@@ -29,6 +29,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from lustral.core.cost import CostMeter
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen, set_training_mode
@@ -183,7 +184,7 @@ class BaEraser:
             verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
             labels = self.target_labels or verdict.suspect_labels
             model: nn.Module = copy.deepcopy(view.model).eval()
-            history: list[dict[str, Any]] = []
+            history: list[HistoryEntry] = []
             chosen: int | None = None
             notes: tuple[str, ...] = (NOTHING_TO_ERASE,)
             if labels:
@@ -213,7 +214,7 @@ class BaEraser:
         labels: tuple[int, ...],
         generator: Generator,
         on_progress: OnProgress | None,
-    ) -> tuple[nn.Module, list[dict[str, Any]], int | None, tuple[str, ...]]:
+    ) -> tuple[nn.Module, list[HistoryEntry], int | None, tuple[str, ...]]:
         """Alternate recovery and unlearning; return (model, history, selected entry, notes)."""
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
@@ -226,7 +227,7 @@ class BaEraser:
             wanted = ordinary_area(others, self.ordinary_rate, len(verdict.by_label(MASK_AREA)) - len(labels))
             note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
-        model, bank, history = view.model, list(verdict.triggers), list[dict[str, Any]]()
+        model, bank, history = view.model, list(verdict.triggers), list[HistoryEntry]()
         if set(labels) != {trigger.target_label for trigger in bank}:
             bank = self.detector.inverter.invert(
                 fit_view, labels, held_out=held_out, generator=fork(generator, "recover", 0), on_progress=on_progress
@@ -235,7 +236,7 @@ class BaEraser:
         divisor = 1.0
         for index in range(self.rounds):
             selection = Selection(
-                held_out=held_out, triggers=tuple(bank), floor=floor, extra={"round": index + 1}, history=history
+                held_out=held_out, triggers=tuple(bank), floor=floor, parts={"round": index + 1}, history=history
             )
             if index == 0:
                 selection.note_given(model)
@@ -263,9 +264,9 @@ class BaEraser:
                 on_progress=on_progress,
             )
             area = min(needed_area(trigger) for trigger in fresh)
-            history[selection.best_index]["area"] = area
-            admissible = history[selection.best_index]["clean_accuracy"] >= floor
-            key = (float(admissible), min(area, wanted), history[selection.best_index]["clean_accuracy"])
+            kept = history[selection.best_index] = replace(history[selection.best_index], area=area)
+            accuracy = kept.clean_accuracy or 0.0
+            key = (float(accuracy >= floor), min(area, wanted), accuracy)
             if best is None or key > best[0]:
                 best = (key, model, selection.best_index, retry_notes(selection, divisor, self.accuracy_loss))
             if area >= wanted:

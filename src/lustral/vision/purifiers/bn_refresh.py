@@ -14,6 +14,7 @@ import torch
 from torch import Generator, nn
 
 from lustral.core.cost import CostMeter
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress, Progress
 from lustral.training import autocast, set_training_mode
@@ -69,5 +70,9 @@ class BNRefresh:
             note = "The model has no batch normalisation: it was returned unchanged."
             return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(*doubts, note))
         return Purified(
-            model=model.eval(), history=({"passes": self.passes},), selected=0, cost=meter.cost, notes=doubts
+            model=model.eval(),
+            history=(HistoryEntry(count=self.passes, unit="passes"),),
+            selected=0,
+            cost=meter.cost,
+            notes=doubts,
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lustral.core.history import HistoryEntry
 from lustral.core.records import OnProgress
 from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import Wiring, trace
@@ -77,7 +78,7 @@ class CLP:
             while count and self.u_step and held_out_accuracy(model, repair.held_out) < floor:
                 u += self.u_step
                 model, count = self.cut(repair.copy(), wiring, u)
-            repair.note(model, u=u, channels=count)
+            repair.note(model, HistoryEntry(count=count, unit="channels", threshold=u))
             repair.report("cutting channels")
         notes = [f"{count} channels were cut, at u = {u:g}."]
         if u > self.u:

@@ -68,7 +68,7 @@ class FineTuning:
         assert selection.best_model is not None
         is_last = self.choose == "last"
         chosen = len(selection.history) - 1 if is_last else selection.best_index
-        before, after = (selection.history[index]["clean_accuracy"] for index in (0, chosen))
+        before, after = (selection.history[index].clean_accuracy or 0.0 for index in (0, chosen))
         return Purified(
             model=last.eval() if is_last else selection.best_model,
             history=tuple(selection.history),

@@ -94,7 +94,7 @@ class Mesa:
                 return F.cross_entropy(model(mixed).float(), y)
 
             floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
-            selection = Selection(held_out=held_out, triggers=bank, floor=floor, extra={"round": 1})
+            selection = Selection(held_out=held_out, triggers=bank, floor=floor, parts={"round": 1})
             selection.note_given(view.model)
             trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
 

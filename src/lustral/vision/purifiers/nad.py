@@ -124,7 +124,7 @@ class NAD:
             weights = self.layer_weights[-len(names) :]
             recipe = self.teacher_trainer.fitted_to_size(len(repair.fit), self.least_steps)
             teacher = repair.follow(
-                repair.train(view.model, recipe, stage="fine-tuning a teacher", columns={"round": 0})
+                repair.train(view.model, recipe, stage="fine-tuning a teacher", parts=(("round", 0),))
             )
 
             def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
@@ -140,6 +140,6 @@ class NAD:
 
             trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
             model = repair.train(
-                view.model, trainer, objective=objective, stage="distilling attention", columns={"round": 1}
+                view.model, trainer, objective=objective, stage="distilling attention", parts=(("round", 1),)
             )
         return repair.result(model)

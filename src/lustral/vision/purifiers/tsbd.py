@@ -24,6 +24,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.core.history import HistoryEntry, Part
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
@@ -174,16 +175,18 @@ class TSBD:
         while low <= high:
             middle = (low + high + 1) // 2
             model = self.repaired(repair, changes, ratios[middle])
-            accuracy = repair.history[-1]["clean_accuracy"]
-            if accuracy >= floor:
+            accuracy = repair.history[-1].clean_accuracy
+            if accuracy is not None and accuracy >= floor:
                 best, low = (model, ratios[middle], True), middle + 1
             else:
                 if best is None or not best[2]:
                     best = (model, ratios[middle], False)
                 high = middle - 1
         assert best is not None
-        if best[1] != repair.history[-1]["neuron_ratio"]:
-            repair.note(best[0], neuron_ratio=best[1])
+        kept: tuple[tuple[Part, float], ...] = (("neuron_ratio", best[1]),)
+        if repair.history[-1].parts != kept:
+            epochs = max(entry.count for entry in repair.history if entry.parts == kept)
+            repair.note(best[0], HistoryEntry(count=epochs, parts=kept))
         return best
 
     def repaired(self, repair: PurifyRun, changes: Mapping[str, Tensor], ratio: float) -> nn.Module:
@@ -205,5 +208,5 @@ class TSBD:
             self.trainer.fitted_to_size(len(repair.fit), self.least_steps),
             objective=objective,
             stage="fine-tuning",
-            columns={"neuron_ratio": ratio},
+            parts=(("neuron_ratio", ratio),),
         )

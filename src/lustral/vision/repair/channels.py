@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lustral.core.history import HistoryEntry
 from lustral.vision.models.wiring import Wiring
 from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy
@@ -127,7 +128,7 @@ def cut_in_order(
     order = torch.argsort(flat, stable=True)
     most, stride, count, more = int((flat <= highest).sum()), max(1, round(step * len(flat))), 0, ""
     model = repair.copy()
-    repair.history.append({"channels": count, "clean_accuracy": repair.before})
+    repair.history.append(HistoryEntry(count=count, unit="channels", clean_accuracy=repair.before))
     while count < most:
         tried = min(count + stride, most)
         accuracy = held_out_accuracy(cut(model, scores, order[count:tried]), repair.held_out)
@@ -136,7 +137,7 @@ def cut_in_order(
             more = f"; {tried - count} more would have cost more held-out accuracy than allowed"
             break
         count = tried
-        repair.history.append({"channels": count, "clean_accuracy": accuracy})
+        repair.history.append(HistoryEntry(count=count, unit="channels", clean_accuracy=accuracy))
         repair.report("cutting channels", count, most)
     repair.report("cutting channels", max(most, 1), max(most, 1))
     return model, f"{count} of {len(flat)} channels were cut{more}."

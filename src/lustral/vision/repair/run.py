@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import Generator, nn
 
 from lustral.core.cost import CostMeter
+from lustral.core.history import HistoryEntry, Part
 from lustral.core.randomness import fork
 from lustral.core.records import Objective, OnProgress, Progress
 from lustral.training import EpochReport, Trainer
 from lustral.vision.evaluation import require_task
 from lustral.vision.images import require_usable, split
-from lustral.vision.records import DefenderView, ImageSet, Purified, describes_given
+from lustral.vision.records import DefenderView, ImageSet, Purified
 from lustral.vision.repair.selection import held_out_accuracy
 
 ACCEPTED_LOSS = 0.03  # of held-out accuracy; more is said in a note
@@ -61,7 +62,7 @@ class PurifyRun:
     holdout: float
     generator: Generator
     on_progress: OnProgress | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[HistoryEntry] = field(default_factory=list)
     held_out: ImageSet = field(init=False)
     fit: ImageSet = field(init=False)
     before: float = field(init=False)
@@ -98,10 +99,10 @@ class PurifyRun:
         """Return a copy of the given model in evaluation mode, with its passes counted."""
         return self.follow(copy.deepcopy(self.view.model).eval())
 
-    def note(self, model: nn.Module, **columns: float) -> float:
-        """Add a history entry with the held-out accuracy, and return that."""
+    def note(self, model: nn.Module, entry: HistoryEntry) -> float:
+        """Add a history entry, completed with the held-out accuracy, and return that."""
         accuracy = held_out_accuracy(model, self.held_out)
-        self.history.append({**columns, "clean_accuracy": accuracy})
+        self.history.append(replace(entry, clean_accuracy=accuracy))
         return accuracy
 
     def report(self, stage: str, done: int = 1, total: int = 1) -> None:
@@ -116,7 +117,7 @@ class PurifyRun:
         *,
         stage: str,
         objective: Objective | None = None,
-        columns: dict[str, float] | None = None,
+        parts: tuple[tuple[Part, float], ...] = (),
     ) -> nn.Module:
         """Return the model after the last epoch of training on ``fit``; each epoch is noted.
 
@@ -125,11 +126,11 @@ class PurifyRun:
             trainer: how.
             stage: name in progress reports and of the stream.
             objective: loss; None is cross-entropy.
-            columns: further columns of the history entries.
+            parts: of the history entries.
         """
 
         def note(report: EpochReport) -> None:
-            self.note(report.model, **(columns or {}), epoch=report.epoch, loss=report.loss)
+            self.note(report.model, HistoryEntry(count=report.epoch, parts=parts, loss=report.loss))
 
         return trainer.fit(
             model,
@@ -146,11 +147,11 @@ class PurifyRun:
 
         The history begins with the given model, as epoch 0 or as no channel cut, if nothing noted it already.
         """
-        lost = self.before - self.history[-1]["clean_accuracy"] if self.history else 0.0
         history = tuple(self.history)
-        if history and not describes_given(history[0]):
-            counted = "channels" if "channels" in history[0] else "epoch"
-            history = ({counted: 0, "clean_accuracy": self.before}, *history)
+        kept = history[-1].clean_accuracy if history else None
+        lost = 0.0 if kept is None else self.before - kept
+        if history and not history[0].is_given:
+            history = (HistoryEntry(count=0, unit=history[0].unit, clean_accuracy=self.before), *history)
         return Purified(
             model=model.eval(),
             history=history,

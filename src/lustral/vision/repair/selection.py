@@ -6,12 +6,12 @@ import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from lustral.core.history import HistoryEntry, Part
 from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
 from lustral.vision.inverters.max_entropy import firing_rate
 from lustral.vision.records import ImageSet, RecoveredTrigger
@@ -80,40 +80,37 @@ class Selection:
         held_out: clean images that the training does not see.
         triggers: recovered triggers, or none to choose by accuracy alone.
         floor: least held-out accuracy.
-        extra: columns added to every history entry, e.g. the round.
+        parts: of every history entry, e.g. the round.
         history: one entry per epoch seen.
     """
 
     held_out: ImageSet
     triggers: Sequence[RecoveredTrigger]
     floor: float
-    extra: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    parts: dict[Part, float] = field(default_factory=dict)
+    history: list[HistoryEntry] = field(default_factory=list)
     best: tuple[float, ...] | None = None
     best_index: int = -1
     best_model: nn.Module | None = None
 
     def watch(self, report: EpochReport) -> None:
         """Measure an epoch (an ``on_epoch`` callback)."""
-        self.measure(report.model, epoch=report.epoch, loss=report.loss)
+        self.measure(report.model, HistoryEntry(count=report.epoch, loss=report.loss))
 
     def note_given(self, model: nn.Module) -> None:
         """Measure the given model as epoch 0, for comparison only: it is not among those to choose from."""
-        self.measure(model, epoch=0)
+        self.measure(model, HistoryEntry(count=0))
         self.best = None
 
-    def measure(self, model: nn.Module, **columns: float) -> None:
-        """Measure a model and keep a copy if it is the best so far."""
+    def measure(self, model: nn.Module, entry: HistoryEntry) -> None:
+        """Complete a history entry with what is measured of a model, and keep a copy if it is the best so far."""
         accuracy = held_out_accuracy(model, self.held_out)
-        excess = 0.0
-        columns = {**self.extra, **columns, "clean_accuracy": accuracy}
+        excess = natural = 0.0
         for trigger in self.triggers:
-            rate = firing_rate(model, self.held_out, trigger)
-            natural = natural_rate(model, self.held_out, trigger.target_label)
-            excess = max(excess, rate)
-            columns["recovered_asr"] = max(rate, columns.get("recovered_asr", 0.0))
-            columns["natural_rate"] = max(natural, columns.get("natural_rate", 0.0))
-        self.history.append(columns)
+            excess = max(excess, firing_rate(model, self.held_out, trigger))
+            natural = max(natural, natural_rate(model, self.held_out, trigger.target_label))
+        entry = replace(entry, parts=tuple(self.parts.items()), clean_accuracy=accuracy)
+        self.history.append(replace(entry, recovered_asr=excess, natural_rate=natural) if self.triggers else entry)
         key = (0.0, accuracy, -excess)
         if accuracy >= self.floor:
             key = (
@@ -138,7 +135,7 @@ def retry_at_lower_rates(selection: Selection, train: Callable[[float], None], d
     try like any other.
 
     Args:
-        selection: watches the training; ``extra["slowed"]`` tells the tries apart in its history.
+        selection: watches the training; ``parts["rate_divisor"]`` tells the tries apart in its history.
         train: trains once, at the rate divided by its argument.
         divisor: of the first try.
 
@@ -150,7 +147,7 @@ def retry_at_lower_rates(selection: Selection, train: Callable[[float], None], d
     """
     while True:
         if divisor > 1:
-            selection.extra["slowed"] = divisor
+            selection.parts["rate_divisor"] = divisor
         try:
             train(divisor)
         except TrainingDiverged:
