@@ -26,7 +26,7 @@ from lustral.core.history import HistoryEntry
 from lustral.site.charts import curves
 from lustral.site.data import means_of, script_json, settings_of
 from lustral.site.folder import MARKER, SiteError
-from lustral.site.methods import CardError, read_cards
+from lustral.site.methods import CardError, method_page, read_cards
 from lustral.site.page_writer import table_cells
 from lustral.site.pages import SiteSummary, write_site
 from lustral.site.records import png_size
@@ -346,6 +346,38 @@ def test_a_published_fall_of_asr_stands_beside_ours(store: Store, site: Path) ->
     assert f"+{100 * (ours['asr_before'] - ours['asr']):.1f}" in text
     mean = next(row for row in means_of(load_cells(store)) if row["defence"] == "baeraser")
     assert f"+{100 * (mean['asr0'] - mean['asr']):.1f}" in text
+
+
+def test_a_method_with_a_card_and_no_result_shows_the_cards_columns_and_says_so(site: Path) -> None:
+    card = json.loads((CARDS / "anp.json").read_text())
+    text = page_text(site / "methods" / "anp.html")
+    assert "This store has no result of this method." in text
+    published, ours = card["published"], card["ours"]["victims"][0]
+    assert "WhereACCASRRADER" in text
+    row = "".join(f"{100 * published[key]:.1f}%" for key in ("acc", "asr", "ra"))
+    assert f"published {row}{published['der']:.3f}" in text
+    how = f"10% poison, {ours['clean_images']} clean images, target {ours['target_label']}, {ours['epochs']} epochs, seed 0"
+    assert f"{ours['attack']}{how} {100 * ours['acc']:.1f}%" in text
+    assert "no result" not in page_text(site / "methods" / "baeraser.html")
+
+
+def test_a_method_of_which_all_failed_says_how_many_and_has_no_empty_table() -> None:
+    where = {"data": "digits", "arch": "small_cnn", "attack": "badnets", "attack_method": "badnets"}
+    made = {"defence": "new", "defence_method": "new", "poison_rate": 0.1, "clean_images": 100}
+    row = {**where, **made, "cells": 0, "seeds": 0, "failed": 2}
+    page = method_page("new", None, [row], [])
+    assert page["absence"] == "This store has no result of this method: 2 cells failed."
+    assert (page["columns"], page["groups"]) == ([], [])
+    done = method_page("new", None, [{**row, "cells": 1, "seeds": 1, "asr": 0.25}], [])
+    assert done["absence"] == ""
+    assert [row["cells"] for group in done["groups"] for row in group["rows"]] == [[("25.0%", "")]]
+
+
+def test_a_methods_page_says_what_it_needs_and_costs_and_who_attacks(site: Path) -> None:
+    text = page_text(site / "methods" / "anp.html")
+    assert "Needs beyond clean imagesbatch normalisation" in text
+    assert "Costs by default62 passes of each of 2,500 clean images" in text
+    assert "The attackersupplies data: dirty labels" in page_text(site / "methods" / "badnets.html")
 
 
 def test_all_cards_make_pages(site: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lustral.core.versions import listed_methods
 from lustral.site.words import MISSING, PRINTS, count, file_name, is_number, plain, plus_minus, spaced, table_link
 from lustral.tables.rows import UNDEFENDED
 
@@ -18,12 +19,23 @@ CARD_FORMS = {  # fields of cards, in the order of the table: heading and how th
     "der": ("DER", "score"),
     "correct": ("right verdicts", "percent"),
     "acc_loss": ("ACC loss, points", "points"),
+    "acc_before": ("ACC before", "percent"),
     "asr_before": ("ASR before", "percent"),
     "asr_drop": ("ASR lowered by, points", "points"),
     "worst_asr": ("largest ASR", "percent"),
     "worst_acc_loss": ("largest ACC loss, points", "points"),
     "seconds": ("time", "seconds"),
     "image_passes": ("image passes", "passes"),
+    "num_victims": ("victims", "passes"),
+}
+CARD_SETTINGS: dict[
+    str, Callable[[float], str]
+] = {  # fields of cards that say how a number was made: they stand under the row's name
+    "poison_rate": lambda value: f"{100 * value:.4g}% poison",
+    "clean_images": lambda value: f"{count(value)} clean images",
+    "target_label": lambda value: f"target {plain(value)}",
+    "epochs": lambda value: f"{count(value)} epochs",
+    "seed": lambda value: f"seed {plain(value)}",
 }
 CARD_NAMES = {"accuracy_loss": "acc_loss", "worst_accuracy_loss": "worst_acc_loss", "asr0": "asr_before"}
 WORKED = 0.5  # attack success rate above which a victim counts in means
@@ -76,41 +88,83 @@ def method_page(
         settings: means over seeds, as ``lustral.site.data.settings_of`` returns them, of this method only.
         means: means over attacks, of this method only.
     """
-    is_attack = any(row["attack_method"] == method for row in settings)
-    groups = [("Published", _card_rows((card or {}).get("published"), "published"))]
-    groups.append(("Our number on the card", _card_rows((card or {}).get("ours"), "card")))
-    groups.append(
-        ("Our tables on the card: mean over attacks that had worked", _table_rows((card or {}).get("erasers")))
-    )
+    says = listed_methods().get(method, {})
+    file = "" if card is None else f"{file_name(method)}.json"
+    card = card or {}
+    is_attack = "threat_model" in says or any(row["attack_method"] == method for row in settings)
+    groups = _groups(card, settings, means, is_attack=is_attack)
+    found = {name for _, rows in groups for row in rows for name in row["values"]}
+    others = sorted(found - set(CARD_FORMS))
+    columns = [name for name in CARD_FORMS if name in found] + others
+    ours = card.get("ours")
+    ours = ours if isinstance(ours, Mapping) else {}
+    return {
+        "title": method,
+        "kind": "attack" if is_attack else "defence" if settings or says else "",
+        "about": _about(says),
+        "absence": _absence(settings),
+        "columns": [CARD_FORMS[name][0] if name in CARD_FORMS else spaced(name) for name in columns],
+        "groups": [
+            {"title": title, "rows": [{**row, "cells": [_card_cell(row, name) for name in columns]} for row in rows]}
+            for title, rows in groups
+            if rows and columns
+        ],
+        "source": _sources(card.get("published")),
+        "setting": plain(ours.get("setting")) if ours.get("setting") else "",
+        "command": str(ours["command"]) if ours.get("command") else "",
+        "file": file,
+        "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
+    }
+
+
+def _groups(
+    card: Mapping[str, Any],
+    settings: Sequence[Mapping[str, Any]],
+    means: Sequence[Mapping[str, Any]],
+    *,
+    is_attack: bool,
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the parts of a method's table: (title, rows)."""
+    groups = [
+        ("Published", _card_rows(card.get("published"), "published")),
+        ("Our number on the card", _card_rows(card.get("ours"), "card")),
+    ]
     if is_attack:
+        groups.append(("Our tables on the card: mean over victims", _table_rows(card.get("zoo"))))
         victims = [row for row in settings if row["defence"] == UNDEFENDED]
         groups.append(("This store: victims, mean over seeds", [_store_row(row) for row in victims]))
     else:
+        worked = "Our tables on the card: mean over attacks that had worked"
+        groups.append((worked, _table_rows(card.get("erasers"))))
         groups.append(("This store: mean over attacks", [_store_row(row) for row in means]))
         groups.append(("This store: mean over seeds", [_store_row(row) for row in settings]))
     if any("asr_drop" in row["values"] for _, rows in groups for row in rows):
         for row in (row for _, rows in groups for row in rows):
             _add_drop(row["values"])
-    found = {name for _, rows in groups for row in rows for name in row["values"]}
-    others = sorted(found - set(CARD_FORMS))
-    columns = [name for name in CARD_FORMS if name in found] + others
-    ours = (card or {}).get("ours")
-    ours = ours if isinstance(ours, Mapping) else {}
-    return {
-        "title": method,
-        "kind": "attack" if is_attack else "defence" if settings else "",
-        "columns": [CARD_FORMS[name][0] if name in CARD_FORMS else spaced(name) for name in columns],
-        "groups": [
-            {"title": title, "rows": [{**row, "cells": [_card_cell(row, name) for name in columns]} for row in rows]}
-            for title, rows in groups
-            if rows
-        ],
-        "source": _sources((card or {}).get("published")),
-        "setting": plain(ours.get("setting")) if ours.get("setting") else "",
-        "command": str(ours["command"]) if ours.get("command") else "",
-        "file": "" if card is None else f"{file_name(method)}.json",
-        "table": table_link("../", **{"attack_method" if is_attack else "defence_method": method}) if settings else "",
-    }
+    return groups
+
+
+def _about(says: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a method of the catalog says of itself: (name, text)."""
+    about = []
+    if "threat_model" in says:
+        about.append(("The attacker", says["threat_model"]))
+    if "needs" in says:
+        about.append(("Needs beyond clean images", says["needs"]))
+    if "cost_passes" in says:
+        passes = f"{plain(says['cost_passes'])} passes of each of 2,500 clean images through the network and back"
+        about.append(("Costs by default", passes))
+    return about
+
+
+def _absence(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Say that the store has no result of a method, and why; nothing where it has one."""
+    if any(row["cells"] > 0 for row in settings):
+        return ""
+    failed = sum(row["failed"] for row in settings)
+    if failed:
+        return f"This store has no result of this method: {count(failed)} {'cell' if failed == 1 else 'cells'} failed."
+    return "This store has no result of this method."
 
 
 def _add_drop(values: dict[str, Any]) -> None:
@@ -152,9 +206,11 @@ def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
         if isinstance(node, Mapping):
             label = str(node.get("name") or node.get("attack") or name)
             within = f"{label}, " if node.get("attack") else within
-            values = {CARD_NAMES.get(key, key): value for key, value in node.items() if is_number(value)}
+            numbers = {CARD_NAMES.get(key, key): value for key, value in node.items() if is_number(value)}
+            values = {key: value for key, value in numbers.items() if key not in CARD_SETTINGS}
             if values:
-                rows.append({"name": label, "values": values, "halves": {}, "href": "", "setting": "", "runs": ""})
+                setting = ", ".join(text(numbers[key]) for key, text in CARD_SETTINGS.items() if key in numbers)
+                rows.append({"name": label, "values": values, "halves": {}, "href": "", "setting": setting, "runs": ""})
             for key, value in node.items():
                 if isinstance(value, Mapping | list):
                     walk(value, f"{within}{key}" if isinstance(value, Mapping) else label, within)
@@ -167,13 +223,15 @@ def _card_rows(part: Any, fallback: str) -> list[dict[str, Any]]:
 
 
 def _table_rows(tables: Any) -> list[dict[str, Any]]:
-    """Return a row for each budget and variant of each of a card's tables: means over victims whose attack had worked."""
+    """Return a row for each budget and variant of each of a card's tables: means over its victims.
+
+    Where a defence was measured, only victims whose attack had worked count.
+    """
     rows = []
     for name, table in tables.items() if isinstance(tables, Mapping) else ():
         groups: dict[tuple[float | None, str], list[Mapping[str, Any]]] = {}
         for victim in table.get("victims", ()) if isinstance(table, Mapping) else ():
-            before = victim.get("asr_before") if isinstance(victim, Mapping) else None
-            if before is not None and is_number(before) and before > WORKED:
+            if isinstance(victim, Mapping) and _counts(victim):
                 variant = str(victim.get("name", "")).removeprefix(str(victim.get("attack"))).removeprefix(", ")
                 clean = victim.get("clean_images")
                 groups.setdefault((clean if is_number(clean) else None, variant), []).append(victim)
@@ -200,6 +258,14 @@ def _table_rows(tables: Any) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _counts(victim: Mapping[str, Any]) -> bool:
+    """Say whether a victim of a card's table belongs in its means: an attack's own, or one whose attack had worked."""
+    if "acc_before" not in victim and "asr_before" not in victim:
+        return True
+    before = victim.get("asr_before")
+    return before is not None and is_number(before) and before > WORKED
 
 
 def _sources(published: Any) -> list[str]:
