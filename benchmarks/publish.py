@@ -127,7 +127,7 @@ def row_of(name: str, cell: Mapping[str, Any], record: Mapping[str, Any]) -> Row
         "settings": spec["attack"]["settings"] if cell["defence"] == UNDEFENDED else spec["defence"]["settings"],
         "versions": {**spec.get("victim", {}).get("versions", {}), **spec["versions"]},
         "code": made["code"],
-        "machine": f"{made['device']}, {made['machine']}, {made['threads']} threads, torch {made['versions']['torch']}",
+        "machine": f"{made['device']}, {made['machine']}, threads: {made['threads']}, torch {made['versions']['torch']}",
         "at": made["at"][:10],
         **{f"{rate}0": counts(metrics["before"][rate]) for rate in RATES},
     }
@@ -240,13 +240,26 @@ def means(rows: Sequence[Row]) -> list[Mean]:
 
 
 def best(rows: Sequence[Row], most_loss: float) -> Mean | None:
-    """Return the eraser that leaves least for at most ``most_loss``, of those that met the most victims and search no trigger."""
-    found = means(rows)
-    most = max((mean.victims for mean in found), default=0)
-    fitting = [
-        mean for mean in found if mean.victims == most and mean.loss <= most_loss and mean.defence not in SEARCHERS
-    ]
+    """Return the eraser that leaves least for at most ``most_loss``, of those that search no trigger.
+
+    Erasers that met several victims are compared on the victims that all of them met: a plan may be half run.
+    """
+    own = [row for row in erased(rows) if row["defence"] not in SEARCHERS]
+    met: dict[str, set[tuple[Any, ...]]] = {}
+    for row in filter(worked, own):
+        met.setdefault(row["defence"], set()).add(victim_of(row))
+    several = {label: names for label, names in met.items() if len(names) > 1}
+    if not several:
+        return None
+    shared = set.intersection(*several.values())
+    compared = [row for row in own if victim_of(row) in shared or row["attack"] == BENIGN]
+    fitting = [mean for mean in means(compared) if mean.defence in several and mean.loss <= most_loss]
     return min(fitting, key=lambda mean: mean.asr, default=None)
+
+
+def victim_of(row: Row) -> tuple[Any, ...]:
+    """Return what names a victim of a plan: attack, seed and network."""
+    return row["attack"], row["seed"], row["arch"]
 
 
 # Tables
@@ -284,10 +297,10 @@ def victims(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
     """Return one row for each victim of a plan, its own where it was kept; by (attack, seed, arch), in the plan's order."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["defence"] != UNDEFENDED):
-        name = (row["attack"], row["seed"], row["arch"])
+        name = victim_of(row)
         if found.get(name, {}).get("status") != "done":
             found[name] = row
-    order = dict.fromkeys((row["attack"], row["seed"], row["arch"]) for row in rows)
+    order = dict.fromkeys(map(victim_of, rows))
     return {name: found[name] for name in order}
 
 
@@ -302,19 +315,35 @@ def heads(names: Sequence[tuple[Any, ...]]) -> list[str]:
 
 
 def victims_table(rows: Sequence[Row]) -> str:
-    """Return a plan's victims at birth, with the further rates that their attacks report."""
-    found = victims(rows)
-    lines = []
-    for head, row in zip(heads(list(found)), found.values(), strict=True):
-        rate = "—" if row["poison_rate"] is None else f"{100 * row['poison_rate']:g}"
-        told = [head, rate, "—" if row["target_label"] is None else row["target_label"]]
-        if row["status"] != "done":
-            lines.append([*told, NOTHING, "", "", "", ""])
+    """Return a plan's victims at birth, with the further rates that their attacks report; the seeds of an attack share a line."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in victims(rows).values():
+        groups.setdefault((row["attack"], row["arch"]), []).append(row)
+    names = heads([(attack, 0, arch) for attack, arch in groups])
+    lines: list[list[object]] = []
+    for head, group in zip(names, groups.values(), strict=True):
+        rate = "—" if group[0]["poison_rate"] is None else f"{100 * group[0]['poison_rate']:g}"
+        done = [row for row in group if row["status"] == "done"]
+        if not done:
+            lines.append([head, rate, NOTHING, *[""] * 5])
             continue
-        probes = [f"{name.replace('_', ' ')} {percent(value(pair))}" for name, pair in row.get("probes", {}).items()]
-        rates = [percent(value(row[f"{name}0"])) for name in RATES]
-        lines.append([*told, row["epochs"], *rates, ", ".join(probes) or "—"])
-    return table("victim | poison % | target | epochs | ACC | ASR | RA | further rates", lines)
+        rates = [spread([value(row[f"{name}0"]) for row in done]) for name in RATES]
+        probes = [
+            f"{name.replace('_', ' ')} {spread([value(row['probes'][name]) for row in done])}"
+            for name in done[0].get("probes", {})
+        ]
+        lines.append([head, rate, len(done), done[0]["epochs"], *rates, ", ".join(probes) or "—"])
+    return table("victims | poison % | seeds | epochs | ACC | ASR | RA | further rates", lines)
+
+
+def spread(rates: Sequence[float | None]) -> str:
+    """Return the mean of a rate over seeds in per cent, with the least and the largest where there are several."""
+    known = [rate for rate in rates if rate is not None]
+    if not known:
+        return "—"
+    ends = {percent(min(known)), percent(max(known))}
+    mean = percent(statistics.fmean(known))
+    return mean if len(ends) == 1 else f"{mean} ({percent(min(known))} to {percent(max(known))})"
 
 
 def means_table(rows: Sequence[Row]) -> str:
@@ -335,7 +364,7 @@ def means_table(rows: Sequence[Row]) -> str:
 def cells_table(rows: Sequence[Row]) -> str:
     """Return what every eraser left of each attack, and what it cost."""
     names = list(victims(rows))
-    by_cell = {(row["defence"], row["attack"], row["seed"], row["arch"]): row for row in rows}
+    by_cell = {(row["defence"], *victim_of(row)): row for row in rows}
     labels = dict.fromkeys(row["defence"] for row in rows if row["defence"] != UNDEFENDED)
     lines = []
     for label in labels:
@@ -372,9 +401,10 @@ def section(kept: Mapping[str, Any]) -> str:
 def choice_line(situation: str, mean: Mean | None, plan: str, note: str = "") -> list[object]:
     """Return a line of the table that helps to choose."""
     if mean is None:
-        return [situation, "not measured yet", "", "", "", f"`{plan}`"]
+        return [situation, "not measured yet", "", "", "", "", f"`{plan}`"]
     left = f"{percent(mean.before)} → {percent(mean.asr)} (worst {percent(mean.worst)})"
-    return [situation, f"`{mean.defence}`{note}", left, percent(mean.loss), percent(mean.benign), f"`{plan}`"]
+    eraser, lost = f"`{mean.defence}`{note}", (percent(mean.loss), percent(mean.benign))
+    return [situation, eraser, mean.victims, left, *lost, f"`{plan}`"]
 
 
 def choice_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
@@ -391,7 +421,7 @@ def choice_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
         choice_line("Other networks, 250 clean images", best(others, LARGE_LOSS), "erasers_architectures"),
         choice_line("For comparison: clean fine-tuning", mean_of("fine_tuning", main), "erasers"),
     ]
-    return table("situation | take | ASR before → left | ACC lost | ACC lost, benign model | table", lines)
+    return table("situation | take | victims | ASR before → left | ACC lost | ACC lost, benign | table", lines)
 
 
 def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:

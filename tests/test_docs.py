@@ -74,11 +74,8 @@ def known(path: str) -> bool:
     return (ROOT / path).exists() or (ROOT / "src" / "lustral" / path).exists()
 
 
-def imported(module: str) -> bool:
-    """Say whether a dotted name below the library begins with a module or package of it."""
-    first = ROOT / "src" / "lustral" / module.split(".")[0]
-    path = ROOT / "src" / "lustral" / module.replace(".", "/")
-    below = [path, path.parent]
-    return (first.exists() or first.with_suffix(".py").exists()) and any(
-        part.exists() or part.with_suffix(".py").exists() for part in below
-    )
+def imported(name: str) -> bool:
+    """Say whether a dotted name below the library is a module or package of it, or one of its names."""
+    source, path = ROOT / "src" / "lustral", ROOT / "src" / "lustral" / name.replace(".", "/")
+    places = [path] if path.parent == source else [path, path.parent]
+    return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)

@@ -81,7 +81,7 @@ def test_what_a_store_holds_of_a_plan_is_published(publish: ModuleType, tmp_path
 
     page = (root / "docs/results.md").read_text()
     accuracy = 100 * (victim["acc0"][0] / victim["acc0"][1])
-    assert f"| badnets | 10 | 3 | 4 | {accuracy:.1f} |" in page
+    assert f"| badnets | 10 | 1 | 4 | {accuracy:.1f} |" in page
     assert f"{accuracy - 100 * hits / images:.1f} |" in page
     assert "**1 of 3 cells are not run.**" in page
     assert "Not run at all: clp." in page
@@ -131,6 +131,22 @@ def test_means_count_attacks_that_worked_and_benign_models_apart(publish: Module
     assert publish.mean_of("clp", rows) is None
     assert publish.best(rows, 0.03).defence == "sau"
     assert publish.best(rows, 0.02) is None
+
+
+def test_erasers_are_compared_on_the_victims_that_all_of_them_met(publish: ModuleType) -> None:
+    half = [{**row(attack, left, 78), "defence": "anp"} for attack, left in (("badnets", 20), ("sig", 20))]
+    whole = [row(attack, left, 78) for attack, left in (("badnets", 10), ("sig", 10), ("bpp", 90))]
+    searcher = [{**row(attack, 0, 80), "defence": "baeraser"} for attack in ("badnets", "sig")]
+    once = {**row("badnets", 0, 80), "defence": "clp"}
+    found = publish.best([*half, *whole, *searcher, once], 0.03)
+    assert (found.defence, found.victims, found.asr) == ("sau", 2, pytest.approx(0.1))
+    assert publish.best([once], 0.03) is None
+
+
+def test_seeds_share_a_line(publish: ModuleType) -> None:
+    assert publish.spread([0.5, 0.7, None]) == "60.0 (50.0 to 70.0)"
+    assert publish.spread([0.5, 0.5]) == "50.0"
+    assert publish.spread([None]) == "—"
 
 
 def test_victims_that_an_eraser_returned_unchanged_can_be_left_out(publish: ModuleType) -> None:
