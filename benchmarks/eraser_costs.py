@@ -22,6 +22,8 @@ from lustral.core.files import write_json_atomic
 from lustral.core.randomness import child
 from lustral.training import default_trainer
 from lustral.vision.attacks import BadNets
+from lustral.vision.detectors import MaskArea
+from lustral.vision.erasing import erase
 from lustral.vision.records import DefenderView
 from lustral.vision.sources import load_source
 from lustral.vision.victims import implant
@@ -52,7 +54,7 @@ def main() -> None:
     view = DefenderView(model=victim.model, clean=train.subset(drawn))
     passes = json.loads(RESULT.read_text())["passes"] if chosen else {}
     for name in chosen or PURIFIERS:
-        cost = PURIFIERS[name]().purify(view, generator=child(0, "erase")).cost
+        cost = erase(PURIFIERS[name](), view, detector=MaskArea(), generator=child(0, "erase")).cost
         passes[name] = round(cost.image_passes / CLEAN, 1)
         print(f"{name:18} {passes[name]:7.1f} passes {cost.seconds:7.1f} s", flush=True)
     write_json_atomic(RESULT, {"clean_images": CLEAN, "passes": dict(sorted(passes.items()))})

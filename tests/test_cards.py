@@ -19,6 +19,7 @@ from lustral.store.store import Store
 from lustral.training import default_trainer
 from lustral.vision.attacks import BadNets
 from lustral.vision.detectors import MaskArea
+from lustral.vision.erasing import erase
 from lustral.vision.evaluation import evaluate
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.records import DefenderView
@@ -89,7 +90,7 @@ def test_baeraser_keeps_the_promise_of_its_card(data_root: Path) -> None:
     view = DefenderView(model=victim.model, clean=source.defender_pool())
     verdict = MaskArea().inspect(view, generator=child(11, "scan"))
     assert (verdict.outcome, verdict.suspect_labels) == ("backdoored", (6,))
-    purified = BaEraser().purify(view, generator=child(11, "erase"))
+    purified = erase(BaEraser(), view, detector=MaskArea(), generator=child(11, "erase"))
     after = evaluate(victim, purified.model, source.test, generator=child(11, "evaluation"))
     card = json.loads((CARDS / "baeraser.json").read_text())["ours"]["victims"]
     (promise,) = (row for row in card if row["attack"] == "badnets" and "name" not in row)

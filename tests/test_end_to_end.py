@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lustral.core.randomness import child
+from lustral.vision.erasing import erase
 from lustral.vision.evaluation import compare_evaluations, evaluate
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.records import DefenderView, Victim
 from lustral.vision.victims import load_victim, save_victim
-from toy import gentle_trainer, quick_detector, toy_images
+from toy import gentle_trainer, quick_detector, quick_inverter, toy_images
 
 
 def test_a_backdoor_is_planted_found_erased_and_seen_to_be_gone(backdoored: Victim, tmp_path: Path) -> None:
@@ -24,9 +25,10 @@ def test_a_backdoor_is_planted_found_erased_and_seen_to_be_gone(backdoored: Vict
     verdict = quick_detector().inspect(view, generator=child(1))
     assert (verdict.outcome, verdict.suspect_labels) == ("backdoored", (4,))
 
-    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2)
-    purified = eraser.purify(view, generator=child(1))
-    assert purified.verdict is not None
+    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2)
+    scanned = DefenderView(model=victim.model, clean=clean, verdict=verdict)
+    purified = erase(eraser, scanned, detector=quick_detector(), generator=child(1))
+    assert purified.verdict is verdict
     assert purified.audit is not None
     assert purified.audit.suspect_labels == ()
 

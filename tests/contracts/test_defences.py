@@ -26,6 +26,7 @@ from lustral.core.randomness import child
 from lustral.core.records import Progress
 from lustral.report import ReportData, write_erase_report
 from lustral.training import Trainer
+from lustral.vision.erasing import erase, takes_verdict
 from lustral.vision.evaluation import evaluate
 from lustral.vision.inverters import MaskSearch
 from lustral.vision.models import arch_of
@@ -65,10 +66,8 @@ FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
     "mask_area": quick_detector,
-    "baeraser": lambda: BaEraser(
-        detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2, audit=False
-    ),
-    "mesa": lambda: Mesa(detector=quick_detector(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
+    "baeraser": lambda: BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2),
+    "mesa": lambda: Mesa(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
     "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2), least_steps=1),
     "bn_refresh": lambda: BNRefresh(batch_size=64, passes=1),
     "anp": lambda: ANP(trainer=toy_trainer(epochs=4, learning_rate=0.2, augment=None), least_steps=1),
@@ -102,7 +101,7 @@ def brief(name: str) -> Any:
     """Return a method as short as it gets: for what a contract says of every step."""
     method = small(name)
     has = {item.name for item in dataclasses.fields(method)}
-    changes: dict[str, Any] = {"detector": KnownAnswer(), "least_steps": 1}
+    changes: dict[str, Any] = {"least_steps": 1} | ({"inverter": KnownAnswer()} if name in PURIFIERS else {})
     if "trainer" in has:
         changes["trainer"] = dataclasses.replace(method.trainer, epochs=1)
     return dataclasses.replace(method, **{key: value for key, value in changes.items() if key in has})
@@ -117,12 +116,14 @@ def run(
     settings: Callable[[str], Any] = small,
 ) -> Any:
     """Use a method the way its kind is used."""
-    method, rest = settings(name), {"generator": child(seed), "on_progress": on_progress}
+    method = settings(name)
+    rest: dict[str, Any] = {"generator": child(seed), "on_progress": on_progress}
     if name in INVERTERS:
         return method.invert(view, target_labels, **rest)
     if name in DETECTORS:
         return method.inspect(view, **rest)
-    return method.purify(view, **rest)
+    detector = KnownAnswer() if settings is brief else quick_detector()
+    return erase(method, view, detector=detector, audit=False, **rest)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -373,6 +374,15 @@ def test_a_purified_model_is_shown_with_and_without_what_it_measured(
     assert (kept.clean_accuracy is None) == (given.clean_accuracy is None), "there is no 'before' to compare with"
 
 
+@pytest.mark.parametrize("name", sorted(PURIFIERS))
+def test_purifiers_that_start_from_a_scan_say_so(name: str, toy_view: DefenderView) -> None:
+    method = brief(name)
+    assert takes_verdict(method) == takes_verdict(PURIFIERS[name]) == (name in ("baeraser", "mesa"))
+    if takes_verdict(method):
+        with pytest.raises(ValueError, match="scan the model first"):
+            method.purify(toy_view, generator=child(0))
+
+
 @pytest.mark.parametrize("name", CLAIM_ERASING)
 def test_purifiers_that_claim_it_erase_the_backdoor(
     name: str, results: Callable[[str], Any], backdoored: Victim
@@ -406,12 +416,12 @@ def test_a_rate_too_high_for_the_network_is_lowered_and_said_so(name: str, toy_v
 def test_unlearning_that_costs_too_much_starts_anew_at_a_lower_rate(
     name: str, bearable: float, divisor: float, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, asked = dataclasses.replace(small(name), detector=KnownAnswer()), list[float]()
+    method, asked = dataclasses.replace(small(name), inverter=KnownAnswer()), list[float]()
     if name == "baeraser":
         method = dataclasses.replace(method, rounds=1)
     rate = method.trainer.learning_rate
     monkeypatch.setattr(Trainer, "fit", scripted_fit(lambda tried: [tried <= 1.01 * bearable * rate], asked))
-    erased = method.purify(toy_view, generator=child(1))
+    erased = erase(method, toy_view, detector=KnownAnswer(), audit=False, generator=child(1))
     tried = [by for by in (1.0, 4.0, 16.0) if by <= divisor]
     assert asked == pytest.approx([rate / by for by in tried])
     assert [dict(entry.parts).get("rate_divisor", 1.0) for entry in erased.history] == [

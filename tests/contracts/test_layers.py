@@ -49,6 +49,7 @@ IN_VISION: dict[str, set[str]] = {
     "detectors": WORKING | {"measures", "inverters"},  # what an inverter finds is what a detector weighs ...
     "repair": WORKING | {"inverters"},
     "purifiers": WORKING | {"measures", "inverters", "detectors", "repair"},  # ... and what a purifier erases
+    "erasing": NOUNS | {"evaluation"},
     "victim_files": set(),
     "victims": WORKING | {"attacks", "victim_files"},
     "__init__": set(),

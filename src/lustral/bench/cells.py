@@ -26,7 +26,7 @@ from torch import Tensor
 import lustral
 from lustral.bench.grid import DEFENCES, Cell, table_columns
 from lustral.bench.sources import Sources
-from lustral.catalog import ATTACKS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
 from lustral.core.files import json_ready, write_bytes_atomic
 from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
@@ -34,6 +34,7 @@ from lustral.core.records import OnProgress, Progress
 from lustral.core.settings import build
 from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Store, content_key
 from lustral.training import EpochReport, Trainer
+from lustral.vision.erasing import erase
 from lustral.vision.evaluation import Evaluation, compare_evaluations, evaluate
 from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, at_most
@@ -206,8 +207,14 @@ class Workbench:
         detail: dict[str, Any] = {"per_class": {"before": per_class_before}}
         files: dict[str, bytes] = {}
         if method in PURIFIERS:
-            purified: Purified = defence.purify(
-                view, generator=child(seed, "erase", *seed_name(spec["seed"])), on_progress=on_progress
+            scan = spec["defence"].get("scan")
+            purified: Purified = erase(
+                defence,
+                view,
+                detector=None if scan is None else build(DETECTORS[scan["method"]], scan["settings"]),
+                generator=child(seed, "erase", *seed_name(spec["seed"])),
+                audit=scan is not None and scan["audit"],
+                on_progress=on_progress,
             )
             cost, verdict = purified.cost, purified.verdict
             after = self.evaluate(victim, purified.model, victim_spec)

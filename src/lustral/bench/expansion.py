@@ -11,15 +11,25 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from lustral.bench.grid import DEFENCES, OWN_COLUMNS, Cell, Grid, default_arch, result_spec, victim_spec
+from lustral.bench.grid import (
+    DEFENCES,
+    OWN_COLUMNS,
+    SCAN_METHOD,
+    Cell,
+    Grid,
+    default_arch,
+    result_spec,
+    victim_spec,
+)
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
-from lustral.catalog import ATTACKS
+from lustral.catalog import ATTACKS, DETECTORS
 from lustral.core.settings import SettingsError, build, describe, merge, suggest
 from lustral.core.versions import versions_of
 from lustral.tables.rows import BENIGN, UNDEFENDED
 from lustral.training import Trainer, default_trainer
+from lustral.vision.erasing import takes_verdict
 from lustral.vision.models import look_at, parse_architecture
 from lustral.vision.sources import DataSource, SourceError
 from lustral.vision.victims import NO_ATTACK
@@ -39,7 +49,8 @@ def expand(plan: Plan, sources: Sources) -> Grid:
     return _Expansion(plan, sources).run()
 
 
-_Budget = tuple[DefenceTable, Mapping[str, Any], Mapping[str, int], Sequence[int]]  # entry, settings, versions, images
+_Defence = tuple[DefenceTable, dict[str, Any], dict[str, int]]  # entry, method with settings and scan, versions
+_Budget = tuple[DefenceTable, dict[str, Any], dict[str, int], Sequence[int]]  # the same, and images
 
 
 @dataclass
@@ -55,9 +66,9 @@ class _Expansion:
 
     def run(self) -> Grid:
         defences = [
-            (entry, settings, versions_of(build(DEFENCES[entry.method], settings)))
+            defence
             for number, entry in enumerate(self.plan.defences, 1)
-            for settings in self.variants(f"defences[{number}] {entry.method}", entry, DEFENCES)
+            for defence in self.defences(f"defences[{number}] {entry.method}", entry)
         ]
         attacks = [
             (f"attacks[{number}] {entry.method}", entry, settings)
@@ -91,6 +102,22 @@ class _Expansion:
 
     def complain(self, text: str) -> None:
         self.problems[text] = None
+
+    def defences(self, where: str, entry: DefenceTable) -> Iterator[_Defence]:
+        """Yield the defences that an entry and its grid make, with the scan that a purifier starts from."""
+        scans = takes_verdict(DEFENCES.get(entry.method, object))
+        if not scans and (entry.scan or not entry.audit):
+            self.complain(f"{where}: it starts from no scan; take `scan` and `audit` away")
+        try:
+            detector = build(DETECTORS[SCAN_METHOD], entry.scan)
+        except SettingsError as error:
+            for line in str(error).splitlines():
+                self.complain(f"{where}: scan: {line}")
+            return
+        scan = {"scan": {"method": SCAN_METHOD, "settings": describe(detector), "audit": entry.audit}} if scans else {}
+        for settings in self.variants(where, entry, DEFENCES):
+            versions = versions_of(build(DEFENCES[entry.method], settings), *([detector] if scans else []))
+            yield entry, {"method": entry.method, "settings": settings, **scan}, versions
 
     def variants(
         self, where: str, entry: AttackTable | DefenceTable, catalog: Mapping[str, Any]
@@ -264,9 +291,9 @@ class _Expansion:
             start = Cell.of(victim.spec["start"])
             self.victims.setdefault(start.key, start)
         results = {}
-        for (entry, settings, versions, counts), defence_seed in product(budgets, self.plan.defence_seeds):
+        for (entry, defence, versions, counts), defence_seed in product(budgets, self.plan.defence_seeds):
             for count in counts:
-                spec = result_spec(victim.spec, entry.method, settings, count, defence_seed, versions)
+                spec = result_spec(victim.spec, defence, count, defence_seed, versions)
                 cell = Cell.of(spec, attack=victim.attack, defence=entry.label)
                 if not self.is_excluded(cell):
                     self.check_label("defence", str(cell.defence), spec["defence"])

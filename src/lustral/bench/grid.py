@@ -20,6 +20,7 @@ from lustral.vision.sources import DataSource
 from lustral.vision.victims import NO_ATTACK
 
 DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
+SCAN_METHOD = "mask_area"  # the detector that purifiers start from
 OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table
 
 
@@ -207,17 +208,24 @@ def victim_spec(
 
 def result_spec(
     victim: Mapping[str, Any],
-    method: str,
-    settings: Mapping[str, Any],
+    defence: Mapping[str, Any],
     clean_images: int,
     seed: int,
     versions: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Return the specification of a defence's result on a victim; ``versions`` are those of the defence and its settings."""
+    """Return the specification of a defence's result on a victim.
+
+    Args:
+        victim: its specification.
+        defence: method and settings; of a purifier that starts from a scan also "scan": the detector's, and whether it audits.
+        clean_images: what the defender has.
+        seed: of the defence.
+        versions: of the defence, its settings and its scan.
+    """
     return {
         "kind": "result",
         "victim": victim,
-        "defence": {"method": method, "settings": settings},
+        "defence": defence,
         "clean_images": clean_images,
         "seed": seed,
         "versions": {**versions, **versions_of(DataSource, Evaluation)},
@@ -240,7 +248,13 @@ def attack_label(victim: Mapping[str, Any]) -> str:
 
 def defence_label(defence: Mapping[str, Any]) -> str:
     """Return a defence's name with what differs from its defaults."""
-    return _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
+    label = _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
+    if "scan" not in defence:
+        return label
+    scan = defence["scan"]
+    by = _label(scan["method"], scan["settings"], DETECTORS[scan["method"]], ())
+    scanned = "" if by == SCAN_METHOD else f" scan: {by}"
+    return f"{label}{scanned}{'' if scan['audit'] else ' audit=False'}"
 
 
 def _label(method: str, settings: Mapping[str, Any], kind: Any, apart: Iterable[str]) -> str:

@@ -98,6 +98,8 @@ class DefenceTable(_Table):
         label: what tables call it; the method's name with what differs from its defaults if left out.
         settings: fields of the method that differ from its defaults.
         grid: fields with a list of values each; every combination is a defence.
+        scan: fields of the detector (mask_area) that differ from its defaults, for a purifier that starts from a scan.
+        audit: scan the result of such a purifier too.
         clean: clean budgets, instead of the plan's.
     """
 
@@ -105,6 +107,8 @@ class DefenceTable(_Table):
     label: str | None = None
     settings: dict[str, Any] = {}
     grid: dict[str, Some[Any]] = {}
+    scan: dict[str, Any] = {}
+    audit: bool = True
     clean: Some[Clean] = []
 
 

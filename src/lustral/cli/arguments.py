@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
@@ -15,9 +15,12 @@ from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 from lustral.training import Augment, Trainer
+from lustral.vision.detectors import MaskArea
+from lustral.vision.erasing import takes_verdict
 from lustral.vision.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
+Scans = TypeVar("Scans")
 DEFAULT_DETECTOR = "mask_area"
 DEFAULT_PURIFIER = "baeraser"
 
@@ -120,7 +123,25 @@ class Scan(Generic[Settings]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Erase(Generic[Settings]):
+class Scanning:
+    """How a method that starts from a scan gets it.
+
+    Attributes:
+        detector: of the scan and the audit. Where no flag of its inverter is given, it has the method's.
+        audit: scan the erased model too, with fresh randomness.
+    """
+
+    detector: Annotated[MaskArea, tyro.conf.AvoidSubcommands] = field(default_factory=MaskArea)
+    audit: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoScanning:
+    """Nothing: the method starts from no scan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase(Generic[Settings, Scans]):
     """Erase a backdoor. The help lists the settings of the --method that is named beside it; the last part of a
     setting's name is enough: --epochs for --trainer.epochs.
 
@@ -130,6 +151,7 @@ class Erase(Generic[Settings]):
             one; for cnpd model.safetensors), report.html and result.json.
         method: how to erase; `lustral erase --list` explains each.
         settings: of the method.
+        scanning: of a method that starts from a scan.
         list: explain each method in a line.
     """
 
@@ -137,6 +159,7 @@ class Erase(Generic[Settings]):
     out: Path
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PURIFIERS) + "}")] = DEFAULT_PURIFIER
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    scanning: Annotated[Scans, FLAT]
     list: Switch = False
     common: Annotated[Common, FLAT] = Common()
 
@@ -179,7 +202,7 @@ class Demo:
     common: Annotated[Common, FLAT] = Common()
 
 
-Command = Implant[Any] | Scan[Any] | Erase[Any] | Evaluate | Demo | Bench
+Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Evaluate | Demo | Bench
 
 
 def setting_names(kind: type, prefix: str = "") -> list[str]:
@@ -202,7 +225,7 @@ def setting_names(kind: type, prefix: str = "") -> list[str]:
 TRAINER_SETTINGS = setting_names(Trainer, "trainer.")
 TOP_FLAGS = {
     part.name.replace("_", "-")
-    for kind in (Common, FileFormat, Suspect, Implant, Scan, Erase, Demo)
+    for kind in (Common, FileFormat, Suspect, Implant, Scan, Scanning, Erase, Demo)
     for part in fields(kind)
 }
 
@@ -242,17 +265,24 @@ def parse(argv: Sequence[str]) -> Command:
     method = named_method(argv, DEFAULT_PURIFIER if verb == "erase" else DEFAULT_DETECTOR)
     detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
     purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
+    scanning = Scanning if takes_verdict(purifier) else NoScanning
     kinds: Mapping[str, Any] = {
         "demo": Demo,
         "scan": Scan[detector],  # type: ignore[valid-type]
-        "erase": Erase[purifier],  # type: ignore[valid-type]
+        "erase": Erase[purifier, scanning],  # type: ignore[valid-type]
         "evaluate": Evaluate,
         "implant": Implant[_attacks()],  # type: ignore[misc]
         "bench": Bench,
     }
-    settings = {"scan": setting_names(detector), "erase": setting_names(purifier), "implant": TRAINER_SETTINGS}
+    erasing = setting_names(purifier) + setting_names(scanning)
+    settings = {"scan": setting_names(detector), "erase": erasing, "implant": TRAINER_SETTINGS}
     every: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
-    command: Command = run_tyro(every, expand(argv, settings.get(verb, [])))
+    words = expand(argv, settings.get(verb, []))
+    command: Command = run_tyro(every, words)
+    own_inverter = any(word.startswith("--detector.inverter") for word in words)
+    if isinstance(command, Erase) and isinstance(command.scanning, Scanning) and not own_inverter:
+        follows = replace(command.scanning.detector, inverter=command.settings.inverter)
+        return replace(command, scanning=replace(command.scanning, detector=follows))
     return command
 
 
@@ -267,17 +297,23 @@ def parse_implant(argv: Sequence[str], recipe: Trainer) -> Implant[Any]:
 def expand(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     """Write out the flags that are the last part of a setting's name; of several settings, the least nested one.
 
+    What an inverter shares with the trainer beside it, such as ``--batch-size``, is the trainer's.
+
     >>> expand(["--epochs=5", "--seed", "1"], ["trigger-rate", "trainer.epochs", "detector.search.epochs"])
     ['--trainer.epochs=5', '--seed', '1']
     """
+
+    def nesting(name: str) -> tuple[int, bool]:
+        return name.count("."), name.startswith("inverter.")
+
     words = []
     for word in argv:
         flag, equals, value = word.partition("=")
         short = flag.removeprefix("--").replace("_", "-")
         longer = [name for name in names if name.endswith(f".{short}")]
         if flag.startswith("--") and longer and short not in {*names, *TOP_FLAGS}:
-            least = min(name.count(".") for name in longer)
-            nearest = [name for name in longer if name.count(".") == least]
+            least = min(map(nesting, longer))
+            nearest = [name for name in longer if nesting(name) == least]
             if len(nearest) > 1:
                 raise UsageError(f"{flag} could be {' or '.join('--' + name for name in nearest)}: write it out")
             word = f"--{nearest[0]}{equals}{value}"

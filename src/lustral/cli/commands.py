@@ -17,7 +17,7 @@ from torch import nn
 
 from lustral.bench.cells import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS
-from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Suspect, parse, parse_implant
+from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
 from lustral.cli.tables import (
@@ -37,6 +37,7 @@ from lustral.report.findings import erase_finding, scan_finding
 from lustral.store.store import Store
 from lustral.training import default_trainer
 from lustral.vision import victims
+from lustral.vision.erasing import erase as run_eraser
 from lustral.vision.evaluation import Evaluation, clean_accuracy, compare_evaluations
 from lustral.vision.evaluation import evaluate as measure
 from lustral.vision.figures import stamp_sheet
@@ -55,7 +56,7 @@ from lustral.vision.models import (
 from lustral.vision.models.architecture import innermost
 from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import CNPD, BaEraser
-from lustral.vision.records import ImageSet, Purified, Verdict, Victim
+from lustral.vision.records import ImageSet, Verdict, Victim
 from lustral.vision.sources import load_source, source_names
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     return EXIT_CODES[verdict.outcome]
 
 
-def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
+def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     """Erase a backdoor, write the clean model, and show what changed."""
     opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
     if isinstance(command.settings, CNPD) and opened.loaded.arch.startswith("transformers:"):
@@ -144,8 +145,12 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
         )
     out = prepare_folder(command.out)
     with screen.progress() as on_progress:
-        purified: Purified = command.settings.purify(
-            opened.view, generator=child(command.common.seed, "erase"), on_progress=on_progress
+        purified = run_eraser(
+            command.settings,
+            opened.view,
+            **vars(command.scanning),
+            generator=child(command.common.seed, "erase"),
+            on_progress=on_progress,
         )
     model = purified.model
     assert isinstance(model, Classifier)
@@ -320,10 +325,12 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     second = "2. The defender gets the model and some clean images"
     aside.show(Text.assemble((second, "bold"), ", scans, erases, and scans again."))
     suspect = Suspect(model=victim, data="digits", clean=command.clean)
-    return erase(Erase(suspect=suspect, out=command.out, settings=BaEraser(), common=common), argv, screen)
+    return erase(
+        Erase(suspect=suspect, out=command.out, settings=BaEraser(), scanning=Scanning(), common=common), argv, screen
+    )
 
 
-def provenance(command: Scan[Any] | Erase[Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:
+def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:
     """Return everything needed to repeat a run, ready for JSON."""
     return {
         "command": shown_command(argv),

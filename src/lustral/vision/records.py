@@ -188,6 +188,15 @@ class DefenderView:
     untrusted: ImageSet | None = None
     verdict: Verdict | None = None
 
+    def require_verdict(self) -> Verdict:
+        """Return the verdict; raise ``ValueError`` where none was handed over."""
+        if self.verdict is None:
+            raise ValueError(
+                "this method starts from a scan, and the view has no verdict: scan the model first and give what a detector's "
+                "`inspect` returns as DefenderView(verdict=...), or call lustral.vision.erasing.erase, which scans where it must"
+            )
+        return self.verdict
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingView:

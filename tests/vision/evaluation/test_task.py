@@ -14,6 +14,7 @@ from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.training import Trainer
 from lustral.vision.detectors import mask_area
+from lustral.vision.erasing import erase
 from lustral.vision.evaluation import TaskCheck, UnfitModel, check_task
 from lustral.vision.evaluation.task import find_order, looks_untrained
 from lustral.vision.inverters.mask_search import FoundMasks
@@ -114,7 +115,7 @@ def test_no_purifier_trains_a_model_that_is_wrong(name: str, benign_view: Defend
         view = misread(benign_view)[way]
         before = {key: value.clone() for key, value in view.model.state_dict().items()}
         with pytest.raises(UnfitModel, match="nothing was changed: the model is right on"):
-            PURIFIERS[name]().purify(view, generator=child(0))
+            erase(PURIFIERS[name](), view, detector=quick_detector(), generator=child(0))
         assert all(torch.equal(value, before[key]) for key, value in view.model.state_dict().items())
 
 
@@ -135,7 +136,7 @@ def test_a_network_that_was_never_trained_has_nothing_to_lose(kind: str, benign_
     assert found.is_lost
     assert found.never_trained
     trainer = Trainer(epochs=1, batch_size=64, learning_rate=0.05, precision="float32")
-    purified = FineTuning(trainer=trainer).purify(view, generator=child(0))
+    purified = erase(FineTuning(trainer=trainer), view, generator=child(0))
     assert "were they ever trained?" in " ".join(purified.notes)
     assert not looks_untrained(purified.model)
 
@@ -287,5 +288,5 @@ def test_weak_models_are_erased_with_a_word(benign_view: DefenderView) -> None:
     )
     view = DefenderView(model=benign_view.model, clean=replace(images, labels=labels))
     assert check_task(view.model, view.clean).is_weak
-    purified = BNRefresh(batch_size=64, passes=1).purify(view, generator=child(0))
+    purified = erase(BNRefresh(batch_size=64, passes=1), view, generator=child(0))
     assert "wrong normalisation, class order or data?" in purified.notes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lustral.core.randomness import child
+from lustral.core.randomness import child, fork
+from lustral.vision.erasing import TAKEN_OVER, erase
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.purifiers.baeraser import capped_ascent, clean_importance, needed_area, other_areas, weighted_l1
 from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger
-from toy import gentle_trainer, mask_verdict, quick_detector
+from toy import gentle_trainer, mask_verdict, quick_detector, quick_inverter
 
 
 def test_ascent_by_hand() -> None:
@@ -113,8 +115,10 @@ def test_published_settings(form: Any, clean_weight: float, penalty: str, penalt
 
 
 def test_the_published_schedule_runs_one_round(toy_view: DefenderView) -> None:
-    eraser = BaEraser(detector=quick_detector(), target_labels=(4,), audit=False).published()
-    purified = eraser.purify(toy_view, generator=child(0))
+    eraser = BaEraser(inverter=quick_inverter()).published()
+    accused = replace(toy_view, verdict=mask_verdict([], suspects=[4]))  # without a trigger: one is recovered
+    purified = eraser.purify(accused, generator=child(0))
+    assert purified.audit is None
     assert [h.count for h in purified.history] == list(range(11))
     assert {h.parts for h in purified.history} == {(("round", 1),)}
 
@@ -136,7 +140,7 @@ def test_a_trigger_that_does_not_fire_needed_more() -> None:
 
 
 def test_a_clean_verdict_leaves_the_model_as_it_was(benign_view: DefenderView) -> None:
-    purified = BaEraser(detector=quick_detector()).purify(benign_view, generator=child(3))
+    purified = erase(BaEraser(), benign_view, detector=quick_detector(), generator=child(3))
     assert purified.selected is None
     assert purified.history == ()
     assert purified.audit is None
@@ -146,18 +150,14 @@ def test_a_clean_verdict_leaves_the_model_as_it_was(benign_view: DefenderView) -
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_named_labels_are_erased_without_asking_the_scan(benign_view: DefenderView) -> None:
-    eraser = BaEraser(
-        detector=quick_detector(),
-        target_labels=(2,),
-        rounds=1,
-        trainer=gentle_trainer(epochs=1),
-        least_steps=1,
-        audit=False,
-    )
-    purified = eraser.purify(benign_view, generator=child(3))
+def test_labels_that_anyone_names_are_erased(benign_view: DefenderView) -> None:
+    eraser = BaEraser(inverter=quick_inverter(), rounds=1, trainer=gentle_trainer(epochs=1), least_steps=1)
+    accused = replace(benign_view, verdict=mask_verdict([], suspects=[2]))
+    purified = erase(eraser, accused, audit=False, generator=child(3))
     assert purified.selected is not None
     assert purified.audit is None
+    with pytest.raises(ValueError, match="expected a detector, got None"):
+        erase(eraser, accused, generator=child(3))
 
 
 def test_with_too_few_labels_to_compare_every_round_is_run() -> None:
@@ -170,19 +170,19 @@ def test_with_too_few_labels_to_compare_every_round_is_run() -> None:
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[-0.1], [0.1]]).expand(2, 432))
         model[1].bias.copy_(torch.tensor([21.6, -21.6]))
-    eraser = BaEraser(
-        detector=quick_detector(), target_labels=(1,), rounds=2, trainer=gentle_trainer(epochs=1), least_steps=1
-    )
-    purified = eraser.purify(DefenderView(model=model, clean=clean), generator=child(0))
+    eraser = BaEraser(inverter=quick_inverter(), rounds=2, trainer=gentle_trainer(epochs=1), least_steps=1)
+    view = DefenderView(model=model, clean=clean, verdict=mask_verdict([], suspects=[1]))
+    purified = erase(eraser, view, detector=quick_detector(), generator=child(0))
     assert {dict(entry.parts)["round"] for entry in purified.history} == {1, 2}
-    assert "Too few other labels" in purified.notes[0]
+    assert purified.notes[0] == TAKEN_OVER
+    assert "Too few other labels" in purified.notes[1]
     assert purified.audit is not None
     assert purified.audit.outcome == "cannot tell"
 
 
 def test_the_erasing_is_audited_and_told(toy_view: DefenderView) -> None:
-    eraser = BaEraser(detector=quick_detector(), trainer=gentle_trainer(), least_steps=1, rounds=2)
-    purified = eraser.purify(toy_view, generator=child(1))
+    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2)
+    purified = erase(eraser, toy_view, detector=quick_detector(), generator=child(1))
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)
     assert purified.audit is not None
@@ -194,6 +194,27 @@ def test_the_erasing_is_audited_and_told(toy_view: DefenderView) -> None:
     assert (chosen.area or 0.0) > 0
     assert purified.cost.image_passes > purified.verdict.cost.image_passes + purified.audit.cost.image_passes
     assert not purified.model.training
+
+
+def test_a_verdict_handed_over_is_not_searched_for_again(toy_view: DefenderView) -> None:
+    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(epochs=2), least_steps=1, rounds=1)
+    detector, stages = quick_detector(), list[str]()
+    whole = erase(eraser, toy_view, detector=detector, audit=False, generator=child(1))
+    verdict = detector.inspect(toy_view, generator=fork(child(1), "scan"))
+    given = erase(
+        eraser,
+        replace(toy_view, verdict=verdict),
+        audit=False,
+        generator=child(1),
+        on_progress=lambda report: stages.append(report.stage),
+    )
+    assert stages[0] == "unlearning"
+    assert given.verdict is verdict
+    assert whole.cost.image_passes == pytest.approx(given.cost.image_passes + verdict.cost.image_passes)
+    assert given.history == whole.history
+    assert given.notes == (TAKEN_OVER, *whole.notes)
+    a, b = whole.model.state_dict(), given.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"ascent_weight": -1.0}, {"distil_weight": -0.1}, {"holdout": 1.0}])

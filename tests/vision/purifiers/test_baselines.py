@@ -22,7 +22,7 @@ from lustral.vision.purifiers.fst import fresh_head, linear_head, rescale
 from lustral.vision.purifiers.nad import attention, stage_ends, watched
 from lustral.vision.purifiers.neural_cleanse import anomaly_index
 from lustral.vision.records import DefenderView
-from toy import gentle_trainer, passes_for_good, toy_images
+from toy import gentle_trainer, toy_images
 
 
 def test_accuracies_after_cutting_are_those_of_the_cut_network(toy_view: DefenderView) -> None:
@@ -80,8 +80,7 @@ def test_fst_keeps_the_norm_and_turns_away(toy_view: DefenderView) -> None:
     assert cosine < float(F.cosine_similarity(given.flatten(), kept.flatten(), dim=0))
 
 
-def test_networks_that_do_not_end_in_a_linear_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lustral.vision.repair.run.require_task", passes_for_good)  # it is untrained
+def test_networks_that_do_not_end_in_a_linear_layer_are_refused() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 10), nn.Flatten())
     with pytest.raises(ValueError, match="ends in a linear layer"):
         linear_head(conv, torch.rand(1, 3, 12, 12))

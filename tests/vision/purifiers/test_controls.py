@@ -11,22 +11,17 @@ from torch import nn
 from lustral.core.randomness import child, fork
 from lustral.core.records import Progress
 from lustral.training import Trainer
+from lustral.vision.erasing import erase
 from lustral.vision.images import split
 from lustral.vision.purifiers import BNRefresh, FineTuning, Mesa
 from lustral.vision.records import DefenderView, ImageSet
 from lustral.vision.repair.selection import held_out_accuracy
-from toy import gentle_trainer, passes_for_good, quick_detector, scripted_fit
+from toy import gentle_trainer, quick_detector, quick_inverter, scripted_fit
 
 
 def noise_set(count: int = 40) -> ImageSet:
     images = torch.randint(256, (count, 2, 3, 3), generator=child(0)).to(torch.uint8)
     return ImageSet(images=images, labels=torch.arange(count) % 2, num_classes=2)
-
-
-@pytest.fixture
-def without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks on noise do no task; what is measured here does not depend on it."""
-    monkeypatch.setattr("lustral.vision.purifiers.bn_refresh.require_task", passes_for_good)
 
 
 class TinyNet(nn.Module):
@@ -43,7 +38,6 @@ class TinyNet(nn.Module):
         return out
 
 
-@pytest.mark.usefixtures("without_a_task")
 def test_refreshed_statistics_are_plain_averages() -> None:
     data, model = noise_set(), TinyNet()
     purified = BNRefresh(batch_size=10, passes=1).purify(DefenderView(model=model, clean=data), generator=child(1))
@@ -60,7 +54,6 @@ def test_refreshed_statistics_are_plain_averages() -> None:
     assert purified.notes == ()
 
 
-@pytest.mark.usefixtures("without_a_task")
 def test_every_pass_counts_the_same() -> None:
     data, reports = noise_set(), list[Progress]()
     view = DefenderView(model=TinyNet(), clean=data)
@@ -70,7 +63,6 @@ def test_every_pass_counts_the_same() -> None:
     assert purified.cost.image_passes == pytest.approx(40.0)  # three forward passes count a third each
 
 
-@pytest.mark.usefixtures("without_a_task")
 def test_a_model_without_batch_norm_comes_back_with_a_note() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(18, 2))
     purified = BNRefresh().purify(DefenderView(model=model, clean=noise_set()), generator=child(1))
@@ -117,15 +109,16 @@ def test_fine_tuning_can_keep_the_most_accurate_epoch(toy_view: DefenderView, mo
 
 
 def test_mesa_retrains_what_the_scan_names(toy_view: DefenderView) -> None:
-    mesa = Mesa(detector=quick_detector(), trainer=gentle_trainer(epochs=2), least_steps=1)
-    purified = mesa.purify(toy_view, generator=child(1))
+    mesa = Mesa(inverter=quick_inverter(), trainer=gentle_trainer(epochs=2), least_steps=1)
+    purified = erase(mesa, toy_view, detector=quick_detector(), audit=False, generator=child(1))
+    assert purified.audit is None
     assert purified.verdict is not None
     assert purified.verdict.suspect_labels == (4,)
     assert [h.count for h in purified.history] == [0, 1, 2]
 
 
 def test_mesa_leaves_a_clean_model_as_it_was(benign_view: DefenderView) -> None:
-    purified = Mesa(detector=quick_detector()).purify(benign_view, generator=child(3))
+    purified = erase(Mesa(), benign_view, detector=quick_detector(), generator=child(3))
     assert purified.selected is None
     assert "returned unchanged" in purified.notes[0]
     before, after = benign_view.model.state_dict(), purified.model.state_dict()

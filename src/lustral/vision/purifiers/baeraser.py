@@ -33,12 +33,12 @@ from lustral.core.history import HistoryEntry
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen, set_training_mode
-from lustral.vision.detectors.mask_area import MaskArea
 from lustral.vision.detectors.small_areas import ordinary_area
-from lustral.vision.evaluation import require_task
 from lustral.vision.images import at_most, check_holdout, require_usable, split
+from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.measures import MASK_AREA, SEARCH_STEPS
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Verdict
+from lustral.vision.repair.run import NOTHING_TO_ERASE, returned_unchanged
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
 
@@ -91,7 +91,7 @@ class BaEraser:
     """Erase a backdoor by unlearning the recovered trigger distribution.
 
     Attributes:
-        detector: the scan that names the labels, and whose inverter recovers their triggers in every round.
+        inverter: recovers the triggers of the suspect labels anew after every round.
         schedule: "alternating" rounds, or "published": one recovery, one unlearning, with the published weights and step
             whatever the fields below say.
         form: "code" or "paper", see above.
@@ -112,15 +112,14 @@ class BaEraser:
         ordinary_rate: a label counts as erased when a fresh search needs an area that less than this share of a benign
             model's labels would fall short of, judged by the other labels of the scan; with fewer than two, never.
         holdout: share of the clean images kept from unlearning, to choose weights on.
-        target_labels: labels to erase without asking the scan; empty: the scan decides.
-        audit: scan the erased model again with fresh randomness.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[str] = "a backdoor whose trigger can be searched"
     cost_passes: ClassVar[float] = 68
+    takes_verdict: ClassVar[bool] = True
 
-    detector: MaskArea = field(default_factory=MaskArea)
+    inverter: MaxEntropy = field(default_factory=MaxEntropy)
     schedule: Literal["alternating", "published"] = "alternating"
     form: Literal["code", "paper"] = "code"
     clean_weight: float = 1.0
@@ -137,8 +136,6 @@ class BaEraser:
     accuracy_loss: float = 0.02
     ordinary_rate: float = 0.05
     holdout: float = 0.2
-    target_labels: tuple[int, ...] = ()
-    audit: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -175,47 +172,28 @@ class BaEraser:
         )
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
-        """Return a model without the backdoor; see ``Purifier``."""
+        """Return a model without the backdoor to the labels that ``view.verdict`` names; see ``Purifier``."""
         if self.schedule == "published" and self != self.published():
             return self.published().purify(view, generator=generator, on_progress=on_progress)
         require_usable(view.clean)
+        verdict = view.require_verdict()
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            check = require_task(view.model, view.clean)
-            verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
-            labels = self.target_labels or verdict.suspect_labels
-            model: nn.Module = copy.deepcopy(view.model).eval()
-            history: list[HistoryEntry] = []
-            chosen: int | None = None
-            notes: tuple[str, ...] = (NOTHING_TO_ERASE,)
-            if labels:
-                model, history, chosen, notes = self._erase(view, verdict, labels, generator, on_progress)
-            after = None
-            if self.audit and labels:
-                CostMeter.follow(view.model, model)
-                after = self.detector.inspect(
-                    DefenderView(model=model, clean=view.clean),
-                    generator=fork(generator, "audit"),
-                    on_progress=on_progress,
-                )
+            if not verdict.suspect_labels:
+                return returned_unchanged(view, meter.cost, NOTHING_TO_ERASE)
+            model, history, chosen, notes = self._erase(view, verdict, generator, on_progress)
         return Purified(
-            model=model,
-            history=tuple(history),
-            selected=chosen,
-            cost=meter.cost,
-            verdict=verdict,
-            audit=after,
-            notes=(*check.notes(view.clean.class_names), *notes),
+            model=model, history=tuple(history), selected=chosen, cost=meter.cost, verdict=verdict, notes=notes
         )
 
     def _erase(
         self,
         view: DefenderView,
         verdict: Verdict,
-        labels: tuple[int, ...],
         generator: Generator,
         on_progress: OnProgress | None,
     ) -> tuple[nn.Module, list[HistoryEntry], int | None, tuple[str, ...]]:
         """Alternate recovery and unlearning; return (model, history, selected entry, notes)."""
+        labels = verdict.suspect_labels
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
         others = other_areas(verdict, labels)
@@ -229,7 +207,7 @@ class BaEraser:
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[HistoryEntry]()
         if set(labels) != {trigger.target_label for trigger in bank}:
-            bank = self.detector.inverter.invert(
+            bank = self.inverter.invert(
                 fit_view, labels, held_out=held_out, generator=fork(generator, "recover", 0), on_progress=on_progress
             )
         best: tuple[tuple[float, ...], nn.Module, int, tuple[str, ...]] | None = None
@@ -256,7 +234,7 @@ class BaEraser:
             CostMeter.follow(view.model, model)
             if self.schedule == "published":
                 return model, history, selection.best_index, ()
-            fresh = self.detector.inverter.invert(
+            fresh = self.inverter.invert(
                 DefenderView(model=model, clean=fit),
                 labels,
                 held_out=held_out,
@@ -347,9 +325,6 @@ class BaEraser:
             train(divisor)
             return divisor
         return retry_at_lower_rates(selection, train, divisor)
-
-
-NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."
 
 
 def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:

@@ -18,7 +18,6 @@ from lustral.core.history import HistoryEntry
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress, Progress
 from lustral.training import autocast, set_training_mode
-from lustral.vision.evaluation import require_task
 from lustral.vision.images import require_usable
 from lustral.vision.records import DefenderView, Purified
 
@@ -50,7 +49,6 @@ class BNRefresh:
         model = copy.deepcopy(view.model)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         with CostMeter(model, clean_images=len(view.clean)) as meter, torch.no_grad():
-            doubts = require_task(model, view.clean).notes(view.clean.class_names)
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.reset_running_stats()
@@ -68,11 +66,6 @@ class BNRefresh:
                 norm.momentum = momentum
         if not norms:
             note = "The model has no batch normalisation: it was returned unchanged."
-            return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(*doubts, note))
-        return Purified(
-            model=model.eval(),
-            history=(HistoryEntry(count=self.passes, unit="passes"),),
-            selected=0,
-            cost=meter.cost,
-            notes=doubts,
-        )
+            return Purified(model=model.eval(), history=(), selected=None, cost=meter.cost, notes=(note,))
+        history = (HistoryEntry(count=self.passes, unit="passes"),)
+        return Purified(model=model.eval(), history=history, selected=0, cost=meter.cost)

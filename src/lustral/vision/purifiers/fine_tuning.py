@@ -11,7 +11,6 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
-from lustral.vision.evaluation import require_task
 from lustral.vision.images import check_holdout, require_usable, split
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.run import loss_notes
@@ -54,7 +53,6 @@ class FineTuning:
         require_usable(view.clean)
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            check = require_task(view.model, view.clean)
             selection = Selection(held_out=held_out, triggers=(), floor=held_out_accuracy(view.model, held_out))
             selection.note_given(view.model)
             last = self.trainer.fitted_to_size(len(fit), self.least_steps).fit(
@@ -74,5 +72,5 @@ class FineTuning:
             history=tuple(selection.history),
             selected=chosen,
             cost=meter.cost,
-            notes=(*check.notes(view.clean.class_names), *loss_notes(before - after)),
+            notes=loss_notes(before - after),
         )

@@ -7,7 +7,6 @@ no regulariser.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -19,10 +18,10 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
-from lustral.vision.detectors.mask_area import MaskArea
-from lustral.vision.evaluation import require_task
 from lustral.vision.images import check_holdout, require_usable, split
+from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, Purified
+from lustral.vision.repair.run import NOTHING_TO_ERASE, returned_unchanged
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
 
@@ -31,7 +30,7 @@ class Mesa:
     """Retrain on clean images, some of them triggered, all with their true labels.
 
     Attributes:
-        detector: the scan that names the labels, and whose inverter recovers the distribution.
+        inverter: recovers the distribution of a label that the verdict names without a trigger.
         trigger_rate: probability that an image is triggered; 0.01 in the paper, which has 8,000 images.
         trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation. Where no epoch holds the accuracy it starts
             anew at a quarter of the rate, twice at most.
@@ -39,20 +38,19 @@ class Mesa:
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
             standard error.
         holdout: share of the clean images kept from retraining, to choose the epoch on.
-        target_labels: labels to retrain without asking the scan; empty: the scan decides.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[str] = "a backdoor whose trigger can be searched"
     cost_passes: ClassVar[float] = 34
+    takes_verdict: ClassVar[bool] = True
 
-    detector: MaskArea = field(default_factory=MaskArea)
+    inverter: MaxEntropy = field(default_factory=MaxEntropy)
     trigger_rate: float = 0.2
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10, weight_decay=0.0))
     least_steps: int = 150
     accuracy_loss: float = 0.02
     holdout: float = 0.2
-    target_labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -61,23 +59,17 @@ class Mesa:
         check_holdout(self.holdout)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
-        """Return a retrained model; see ``Purifier``."""
+        """Return a model retrained on the labels that ``view.verdict`` names; see ``Purifier``."""
         require_usable(view.clean)
+        verdict = view.require_verdict()
+        labels, bank = verdict.suspect_labels, verdict.triggers
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
-            doubts = require_task(view.model, view.clean).notes(view.clean.class_names)
-            verdict = self.detector.inspect(view, generator=fork(generator, "scan"), on_progress=on_progress)
-            labels = self.target_labels or verdict.suspect_labels
             if not labels:
-                note = "The scan named no label, so the model was returned unchanged."
-                same = copy.deepcopy(view.model).eval()
-                return Purified(
-                    model=same, history=(), selected=None, cost=meter.cost, verdict=verdict, notes=(*doubts, note)
-                )
-            bank = verdict.triggers
+                return returned_unchanged(view, meter.cost, NOTHING_TO_ERASE)
             if set(labels) != {trigger.target_label for trigger in bank}:
                 bank = tuple(
-                    self.detector.inverter.invert(
+                    self.inverter.invert(
                         DefenderView(model=view.model, clean=fit),
                         labels,
                         held_out=held_out,
@@ -117,5 +109,5 @@ class Mesa:
             selected=selection.best_index,
             cost=meter.cost,
             verdict=verdict,
-            notes=(*doubts, *retry_notes(selection, divisor, self.accuracy_loss)),
+            notes=retry_notes(selection, divisor, self.accuracy_loss),
         )

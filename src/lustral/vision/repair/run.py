@@ -13,13 +13,13 @@ from torch import Generator, nn
 from lustral.core.cost import CostMeter
 from lustral.core.history import HistoryEntry, Part
 from lustral.core.randomness import fork
-from lustral.core.records import Objective, OnProgress, Progress
+from lustral.core.records import Cost, Objective, OnProgress, Progress
 from lustral.training import EpochReport, Trainer
-from lustral.vision.evaluation import require_task
 from lustral.vision.images import require_usable, split
 from lustral.vision.records import DefenderView, ImageSet, Purified
 from lustral.vision.repair.selection import held_out_accuracy
 
+NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."
 ACCEPTED_LOSS = 0.03  # of held-out accuracy; more is said in a note
 
 
@@ -36,6 +36,12 @@ def loss_notes(lost: float) -> tuple[str, ...]:
     return (
         f"Held-out accuracy fell by {100 * lost:.1f} points: measure it on images of your own before you use this model.",
     )
+
+
+def returned_unchanged(view: DefenderView, cost: Cost, note: str) -> Purified:
+    """Return a copy of the given model, and a note that says why nothing was done."""
+    same = copy.deepcopy(view.model).eval()
+    return Purified(model=same, history=(), selected=None, cost=cost, verdict=view.verdict, notes=(note,))
 
 
 def rate_cap_note(asked: Trainer, used: Trainer) -> tuple[str, ...]:
@@ -66,7 +72,6 @@ class PurifyRun:
     held_out: ImageSet = field(init=False)
     fit: ImageSet = field(init=False)
     before: float = field(init=False)
-    doubts: tuple[str, ...] = field(init=False, default=())
     _meter: CostMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,10 +81,9 @@ class PurifyRun:
         self._meter = CostMeter(self.view.model, clean_images=len(self.view.clean))
 
     def __enter__(self) -> Self:
-        """Start counting; raise ``UnfitModel`` where the model does not do its task on the clean images."""
+        """Start counting."""
         with ExitStack() as stack:
             stack.enter_context(self._meter)
-            self.doubts = require_task(self.view.model, self.view.clean).notes(self.view.clean.class_names)
             self.before = held_out_accuracy(self.view.model, self.held_out)
             stack.pop_all()  # all is well: the block goes on
         return self
@@ -157,5 +161,5 @@ class PurifyRun:
             history=history,
             selected=len(history) - 1 if history else None,
             cost=self._meter.cost,
-            notes=(*self.doubts, *notes, *loss_notes(lost)),
+            notes=(*notes, *loss_notes(lost)),
         )
