@@ -40,12 +40,13 @@ from lustral.core.records import Cost, Progress
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
 from lustral.vision.detectors.mask_area import NULL, SearchedLabel
+from lustral.vision.erasing import TAKEN_OVER
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import Classifier, build_classifier, load_model, save_model
 from lustral.vision.purifiers import BNRefresh, Mesa
-from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict, Victim
 from lustral.vision.sources import load_source
-from toy import mask_evidence
+from toy import clean_images, mask_evidence, mask_verdict
 
 CLASSES = 4
 SHAPE = (3, 16, 16)
@@ -183,6 +184,8 @@ def understand(line: str) -> Any:
         ("erase m.pt --data cifar10 --out o --method baeraser", Erase),
         ("erase m.pt --data cifar10 --out o", Erase),
         ("erase m.pt --method mesa --data cifar10 --out o --epochs 5 --json", Erase),
+        ("erase m.pt --data cifar10 --out o --verdict s/result.json --no-audit", Erase),
+        ("erase m.pt --data cifar10 --out o --method mesa --detector.inverter.steps 9 --false-alarm-rate 0.02", Erase),
         ("evaluate victim", Evaluate),
         ("evaluate victim --model erased/model.safetensors --data digits --json", Evaluate),
         ("demo", Demo),
@@ -249,6 +252,19 @@ def test_the_last_part_of_a_settings_name_is_enough() -> None:
     assert (command.settings.trainer.epochs, command.settings.trainer.learning_rate) == (5, 0.5)
 
 
+def test_the_scan_of_an_eraser_follows_its_inverter() -> None:
+    line = (
+        "erase m.pt --data d --out o --method mesa --batch-size 7 --hidden 9 --search.steps 3 --false-alarm-rate 0.02"
+    )
+    command = understand(line)
+    inverter, trainer = command.settings.inverter, command.settings.trainer
+    assert (trainer.batch_size, inverter.batch_size) == (7, MaxEntropy().batch_size)
+    assert (inverter.hidden, inverter.search.steps) == (9, 3)
+    assert command.scanning.detector == MaskArea(inverter=inverter, false_alarm_rate=0.02)
+    apart = understand(f"{line} --detector.inverter.hidden 5").scanning.detector.inverter
+    assert apart == MaxEntropy(hidden=5)
+
+
 def test_the_data_sets_recipe_is_the_trainers_default() -> None:
     line = ["implant", "badnets", "--data", "d", "--out", "o", "--epochs", "3", "--size", "2"]
     command = parse_implant(line, Trainer(epochs=77, batch_size=9))
@@ -265,6 +281,8 @@ def test_the_data_sets_recipe_is_the_trainers_default() -> None:
         ("scan m.pt --data d --seed three", "three"),
         ("erase m.pt --data d --out o --method baeresar", "did you mean 'baeraser'"),
         ("erase m.pt --data d --out o --form prose", "prose"),
+        ("erase m.pt --data d --out o --method sau --verdict=s", "sau starts from no scan.*baeraser or mesa"),
+        ("erase m.pt --data d --out o --target-labels 3", "target-labels"),
         ("erase m.pt --data d --out o --batch-norm none", "none"),
         ("implant badnet --data d --out o", "badnet"),
         ("implant badnets --data d --out o --poison-rate 2", "poison rate"),
@@ -355,7 +373,12 @@ def test_json_is_alone_on_standard_output(
     assert "NaN" not in printed
     assert "Infinity" not in printed
     assert json.loads((out / "result.json").read_text()) == record
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "result.json", "trigger-class-2.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html",
+        "result.json",
+        "trigger-class-2.png",
+        "triggers.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("change", ["labels", "mean"])
@@ -526,19 +549,67 @@ def test_implant_erase_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert "victim.json" in capsys.readouterr().err
 
 
+def test_a_scan_is_made_once(
+    backdoored: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean, model = clean_images(), tmp_path / "model.safetensors"
+    np.savez(tmp_path / "clean.npz", images=clean.images.permute(0, 2, 3, 1).numpy(), labels=clean.labels.numpy())
+    assert isinstance(backdoored.model, Classifier)
+    save_model(model, backdoored.model, arch="small_cnn:width=16", image_shape=clean.image_shape)
+    searched, search = list[int](), MaskSearch.run
+
+    def counting(self: MaskSearch, network: Any, images: Any, labels: Any, **rest: Any) -> Any:
+        searched.append(len(labels))
+        return search(self, network, images, labels, **rest)
+
+    monkeypatch.setattr(MaskSearch, "run", counting)
+    common = ["--data", tmp_path / "clean.npz", "--json", "--hidden", 32, "--samples", 48, "--search.steps", 150]
+    common += ["--inverter.batch-size", 16, "--search.batch-size", 16, "--inverter.steps", 15]
+    assert run("scan", model, "--out", tmp_path / "s", *common) == 1
+    scanned = json.loads(capsys.readouterr().out)["verdict"]
+    assert searched == [7]
+
+    erase = ["erase", model, *common, "--rounds", 1, "--epochs", 1, "--least-steps", 1, "--no-audit"]
+    found = {}
+    for name, verdict in (("whole", []), ("given", ["--verdict", tmp_path / "s" / "result.json"])):
+        searched.clear()
+        assert run(*erase, "--out", tmp_path / name, *verdict) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert searched == ([7, 1] if name == "whole" else [1])  # a round ends with a search for what it unlearned
+    passes = {name: record["purified"]["cost"]["image_passes"] for name, record in found.items()}
+    assert passes["whole"] == pytest.approx(passes["given"] + scanned["cost"]["image_passes"])
+    assert TAKEN_OVER in found["given"]["purified"]["notes"]
+    assert TAKEN_OVER not in found["whole"]["purified"]["notes"]
+    assert found["given"]["purified"]["verdict"] == scanned
+    assert found["given"]["scanning"]["verdict"] == str(tmp_path / "s" / "result.json")
+    assert TAKEN_OVER in (tmp_path / "given" / "report.html").read_text(encoding="utf-8")
+
+    changed = tmp_path / "given" / "model.safetensors"
+    line = ["erase", changed, *common[:2], "--out", tmp_path / "x"]
+    assert "another model" in error_of(capsys, *line, "--verdict", tmp_path / "s")
+    assert not (tmp_path / "x").exists()
+    line[1] = model
+    assert "no such file" in error_of(capsys, *line, "--verdict", tmp_path / "none")
+
+
 def test_the_demo_tells_the_whole_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lustral.cli.commands.BaEraser", BNRefresh)  # the real one takes a minute
-    monkeypatch.setattr("lustral.vision.victims.default_trainer", lambda **facts: Trainer(epochs=4, batch_size=64))
+    monkeypatch.setattr(MaskArea, "inspect", lambda *_, **__: mask_verdict([9.0] * 10))  # and so does a scan
+    monkeypatch.setattr("lustral.cli.commands.default_trainer", lambda **facts: Trainer(epochs=4, batch_size=64))
     assert run("demo", "--out", tmp_path / "out", "--clean", 60, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["clean_images"] == 60
     assert record["before"]["asr"]["n"] > 0
     assert record["after"]["asr"]["n"] > 0
-    assert {"victim", "model.safetensors", "report.html", "result.json"} <= {
+    assert {"victim", "scan", "model.safetensors", "report.html", "result.json"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
+    scanned = json.loads((tmp_path / "out" / "scan" / "result.json").read_text())
+    assert record["scanning"]["verdict"] == str(tmp_path / "out" / "scan" / "result.json")
+    assert scanned["clean_images"] == 60
+    assert scanned["seed"] == record["seed"]
     victim = json.loads((tmp_path / "out" / "victim" / "victim.json").read_text())
     assert (victim["settings"]["target_label"], victim["settings"]["size"]) == (3, 3)
 

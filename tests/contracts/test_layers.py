@@ -50,6 +50,7 @@ IN_VISION: dict[str, set[str]] = {
     "repair": WORKING | {"inverters"},
     "purifiers": WORKING | {"measures", "inverters", "detectors", "repair"},  # ... and what a purifier erases
     "erasing": NOUNS | {"evaluation"},
+    "verdict_files": {"records"},
     "victim_files": set(),
     "victims": WORKING | {"attacks", "victim_files"},
     "__init__": set(),

@@ -127,10 +127,12 @@ class Scanning:
     """How a method that starts from a scan gets it.
 
     Attributes:
+        verdict: result.json of `lustral scan --out` on this model, or its folder: then nothing is searched again.
         detector: of the scan and the audit. Where no flag of its inverter is given, it has the method's.
         audit: scan the erased model too, with fresh randomness.
     """
 
+    verdict: Path | None = None
     detector: Annotated[MaskArea, tyro.conf.AvoidSubcommands] = field(default_factory=MaskArea)
     audit: bool = True
 
@@ -266,6 +268,9 @@ def parse(argv: Sequence[str]) -> Command:
     detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
     purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
     scanning = Scanning if takes_verdict(purifier) else NoScanning
+    if verb == "erase" and scanning is NoScanning and any(word.partition("=")[0] == "--verdict" for word in argv):
+        takers = " or ".join(name for name, kind in PURIFIERS.items() if takes_verdict(kind))
+        raise UsageError(f"{method} starts from no scan: leave --verdict out, or choose --method {takers}")
     kinds: Mapping[str, Any] = {
         "demo": Demo,
         "scan": Scan[detector],  # type: ignore[valid-type]

@@ -26,7 +26,6 @@ from lustral.cli.tables import (
     finding_text,
     metrics_table,
     purified_record,
-    verdict_record,
     verdict_table,
 )
 from lustral.core.files import write_bytes_atomic, write_json_atomic
@@ -58,10 +57,10 @@ from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import CNPD, BaEraser
 from lustral.vision.records import ImageSet, Verdict, Victim
 from lustral.vision.sources import load_source, source_names
+from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, read_verdict, verdict_record, write_verdict
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_SCHEMA = 1
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 
 
@@ -98,7 +97,7 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     victims.save_victim(out, victim, test)
     attack = victim.provenance["attack"]
     screen.show(metrics_table({attack: victim.metrics}, f"{attack} on {source.name}"), f"Written to {out}")
-    screen.record({"schema": OUTPUT_SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
+    screen.record({"schema": RESULT_SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
     return 0
 
 
@@ -119,14 +118,14 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     )
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
-    record = {"schema": OUTPUT_SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
+    record: dict[str, Any] = {"schema": RESULT_SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if verdict.evidence:
         shown.append(verdict_table(verdict, names))
     shown += [finding_text(finding), cost_sentence(verdict.cost)]
     try:
         if out is not None:
-            write_json_atomic(out / "result.json", record)
+            record = write_verdict(out, verdict, model=opened.view.model, clean=page.clean, about=page.provenance)
             write_trigger_pictures(out, verdict, page.clean)
             write_scan_report(out / "report.html", page)
             shown.append(f"Report: {out / 'report.html'}")
@@ -143,12 +142,15 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         raise ValueError(
             f"cnpd returns another architecture, and no file can name one around {opened.loaded.arch}; choose another --method"
         )
+    scanning: dict[str, Any] = dict(vars(command.scanning))
+    taken: Path | None = scanning.pop("verdict", None)
+    view = opened.view if taken is None else dataclasses.replace(opened.view, verdict=read_verdict(taken, opened.view))
     out = prepare_folder(command.out)
     with screen.progress() as on_progress:
         purified = run_eraser(
             command.settings,
-            opened.view,
-            **vars(command.scanning),
+            view,
+            **scanning,
             generator=child(command.common.seed, "erase"),
             on_progress=on_progress,
         )
@@ -166,11 +168,13 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         provenance=provenance(command, argv, opened),
     )
     accuracies = defender_accuracies(opened, model)
-    record: dict[str, Any] = {"schema": OUTPUT_SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
+    record: dict[str, Any] = {"schema": RESULT_SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
     record["written"] = str(file)
     record["purified"] = purified_record(purified)
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
-    if purified.verdict is not None and purified.verdict.evidence:
+    if taken is not None:
+        shown.append(f"Scan: taken over from {taken}")
+    elif purified.verdict is not None and purified.verdict.evidence:
         shown.append(verdict_table(purified.verdict, page.class_names))
     shown.append(defender_table(accuracies, purified))
     if before is not None and after is not None:
@@ -215,7 +219,7 @@ def list_attacks(screen: Screen) -> int:
         table.add_row(name, line, ATTACKS[name].threat_model)
     screen.show(table)
     records = {name: {"does": line, "attacker": ATTACKS[name].threat_model} for name, line in lines.items()}
-    screen.record({"schema": OUTPUT_SCHEMA, "attacks": records})
+    screen.record({"schema": RESULT_SCHEMA, "attacks": records})
     return 0
 
 
@@ -241,7 +245,7 @@ def list_purifiers(screen: Screen) -> int:
         name: {"does": line, "needs": PURIFIERS[name].needs, "passes": PURIFIERS[name].cost_passes}
         for name, line in lines.items()
     }
-    screen.record({"schema": OUTPUT_SCHEMA, "methods": records})
+    screen.record({"schema": RESULT_SCHEMA, "methods": records})
     return 0
 
 
@@ -261,7 +265,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     columns = {"victim": before}
     shown: list[RenderableType] = []
     record: dict[str, Any] = {
-        "schema": OUTPUT_SCHEMA,
+        "schema": RESULT_SCHEMA,
         "command": shown_command(argv),
         "data": data,
         "before": before.to_dict(),
@@ -323,10 +327,17 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     assert isinstance(attacking, Implant)
     implant(attacking, line, aside)
     second = "2. The defender gets the model and some clean images"
-    aside.show(Text.assemble((second, "bold"), ", scans, erases, and scans again."))
-    suspect = Suspect(model=victim, data="digits", clean=command.clean)
+    aside.show(Text.assemble((second, "bold"), ", and scans."))
+    suspect, found = Suspect(model=victim, data="digits", clean=command.clean), command.out / "scan"
+    line = ["scan", str(victim), "--data", "digits", "--out", str(found), *line[-4:]]
+    line += [] if command.clean is None else ["--clean", str(command.clean)]
+    scanning = parse(line)
+    assert isinstance(scanning, Scan)
+    scan(scanning, line, aside)
+    aside.show(Text.assemble(("3. The defender erases what was found", "bold"), ", and scans again."))
+    taken = Scanning(verdict=found / RESULT_FILE)
     return erase(
-        Erase(suspect=suspect, out=command.out, settings=BaEraser(), scanning=Scanning(), common=common), argv, screen
+        Erase(suspect=suspect, out=command.out, settings=BaEraser(), scanning=taken, common=common), argv, screen
     )
 
 
@@ -345,8 +356,18 @@ def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened
         "device": str(opened.view.clean.device),
         "method": command.method,
         "settings": dataclasses.asdict(command.settings),
+        **scanning_record(command),
         "versions": victims.library_versions(),
     }
+
+
+def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:
+    """Return how an eraser gets and makes scans, ready for JSON; nothing of one that starts from no scan, and of a scan."""
+    if not (isinstance(command, Erase) and isinstance(command.scanning, Scanning)):
+        return {}
+    taken = command.scanning.verdict
+    record = dataclasses.asdict(command.scanning) | {"verdict": None if taken is None else str(taken)}
+    return {"scanning": record}
 
 
 def weights_sentence(path: Path, loaded: LoadedModel) -> str:

@@ -15,7 +15,8 @@ from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding
 from lustral.report.wording import duration, percent
 from lustral.vision.evaluation import Evaluation
-from lustral.vision.records import Purified, RecoveredTrigger, Verdict
+from lustral.vision.records import Purified, Verdict
+from lustral.vision.verdict_files import verdict_record
 
 MOST_ROWS = 20  # classes shown; the JSON has them all
 COLOURS = {"bad": "red", "good": "green", "unsure": "yellow"}
@@ -106,16 +107,6 @@ def defender_table(accuracies: Mapping[str, Mapping[str, Any]], purified: Purifi
     return table
 
 
-def verdict_record(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict ready for JSON; of the triggers their figures, not their pixels."""
-    record = {field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)}
-    return record | {
-        "evidence": [dataclasses.asdict(entry) for entry in verdict.evidence],
-        "triggers": [trigger_record(trigger) for trigger in verdict.triggers],
-        "cost": dataclasses.asdict(verdict.cost),
-    }
-
-
 def purified_record(purified: Purified) -> dict[str, Any]:
     """Return how a purified model came about, ready for JSON."""
     return {
@@ -132,14 +123,3 @@ def cost_sentence(cost: Cost) -> str:
     """Return what a method used, in a sentence."""
     used = f"{cost.image_passes:,.0f} image passes and {cost.clean_images:,} clean images"
     return f"It took {duration(cost.seconds)}, {used}."
-
-
-def trigger_record(trigger: RecoveredTrigger) -> dict[str, Any]:
-    """Return a recovered trigger's figures."""
-    return {
-        "target_label": trigger.target_label,
-        "area": trigger.area,
-        "attack_success_rate": trigger.attack_success_rate,
-        "entropy": trigger.entropy,
-        "num_samples": len(trigger.masks),
-    }

@@ -11,6 +11,8 @@ LARGEST_NETWORK = 2**29  # parameters of a network that is built before any file
 LARGEST_EXTRA = 2**28  # bytes of a network's tensors that no file holds: constants that are computed at birth
 LARGEST_RECORD = 2**22  # bytes of a victim's record
 LARGEST_TRIGGER = 2**28  # bytes of a learnt trigger's tensors
+LARGEST_VERDICT = 2**26  # bytes of a verdict: six figures for each of 50,000 classes
+LARGEST_TRIGGERS = 2**32  # bytes of recovered triggers: 384 samples of 224 x 224 pixels for each of 13 labels
 
 # of a data set
 GIB = 2**30

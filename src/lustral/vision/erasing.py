@@ -12,7 +12,7 @@ from torch import Generator
 
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
-from lustral.core.records import OnProgress
+from lustral.core.records import OnProgress, Progress
 from lustral.vision.evaluation import require_task
 from lustral.vision.images import require_usable
 from lustral.vision.interfaces import Detector, Purifier
@@ -68,6 +68,8 @@ def erase(
         stream = fork(generator, "scan")
         if view.verdict is not None:
             doubts = (*doubts, TAKEN_OVER)
+            if on_progress is not None:
+                on_progress(Progress(stage="scan taken over", done=1, total=1))
         else:
             assert detector is not None
             verdict = detector.inspect(view, generator=stream, on_progress=on_progress)

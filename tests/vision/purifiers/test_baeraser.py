@@ -208,7 +208,8 @@ def test_a_verdict_handed_over_is_not_searched_for_again(toy_view: DefenderView)
         generator=child(1),
         on_progress=lambda report: stages.append(report.stage),
     )
-    assert stages[0] == "unlearning"
+    assert stages[0] == "scan taken over"
+    assert stages[1] == "unlearning"
     assert given.verdict is verdict
     assert whole.cost.image_passes == pytest.approx(given.cost.image_passes + verdict.cost.image_passes)
     assert given.history == whole.history
