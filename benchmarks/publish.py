@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from lustral.bench.expansion import expand
-from lustral.bench.grid import table_columns
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
 from lustral.catalog import PURIFIERS
@@ -75,7 +74,7 @@ def keep(plan_file: Path, store: Store, results: Path) -> None:
     found = {name_of(record): (cell, record) for cell, record in stored(store)}
     rows = []
     for cell in expand(plan, Sources()).cells:
-        columns = {"defence": UNDEFENDED, "clean_images": 0} | table_columns(cell)
+        columns = {"defence": UNDEFENDED, "clean_images": 0} | dict(cell.columns)
         name = name_of({"spec": cell.spec, "facts": columns})
         if name in found:
             rows.append(row_of(name, *found[name]))

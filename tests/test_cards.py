@@ -138,11 +138,11 @@ def test_a_run_reproduces_the_number_on_a_card(
     words = [str(tmp_path / "store") if word == "STORE" else word for word in shlex.split(command)]
     assert main([*words[1:], "--where", *chosen]) == 0
     store = Store(str(tmp_path / "store")).open(create=False)
-    kind = "results" if any(word.startswith("defence=") for word in chosen) else "victims"
+    kind = "purifications" if any(word.startswith("defence=") for word in chosen) else "victims"
     (record,) = store.records(kind)
     metrics = record["metrics"]
     found = {rate: metrics["before"][rate]["value"] for rate in ("acc", "asr")}
-    if kind == "results":
+    if kind == "purifications":
         after = {rate: metrics["after"][rate]["value"] for rate in ("acc", "asr")}
         found = {**after, **{f"{rate}_before": value for rate, value in found.items()}}
     for rate, value in rates.items():

@@ -69,7 +69,7 @@ def test_what_a_store_holds_of_a_plan_is_published(publish: ModuleType, tmp_path
     publish.publish(root)
 
     victim, refreshed, missing = publish.read_kept(results / "small.json")["rows"]
-    (record,) = store.records("results")
+    (record,) = store.records("purifications")
     hits, images = record["metrics"]["after"]["acc"]["hits"], record["metrics"]["after"]["acc"]["n"]
     assert refreshed["acc"] == [hits, images]
     assert (refreshed["seed"], refreshed["clean_images"], refreshed["epochs"]) == (0, 60, 4)

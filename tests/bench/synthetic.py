@@ -93,7 +93,7 @@ def synthetic_store(
 
     Args:
         root: a folder that does not exist yet, or is empty.
-        results: records under "results".
+        results: scans and purifications.
         attacks: attacks beside the benign model; from the thirteenth on, variants with other settings.
         defences: defences; the second, eighth, ... is a detector.
         seeds: victims of each attack on each data set.
@@ -129,7 +129,7 @@ def synthetic_store(
         itertools.islice(_grid(clean, chosen_defences, victims), total)
     ):
         spec = {
-            "kind": "result",
+            "kind": "purification" if defence.kind == "purifier" else "scan",
             "victim": victim["spec"],
             "defence": {"method": defence.name, "settings": dict(defence.settings)},
             "clean_images": budget,
@@ -150,6 +150,16 @@ def synthetic_store(
             draw = random.Random(f"{seed} {victim['key']} {defence.label} {budget} {defence_seed}")
             writer.result(_result(spec, facts, victim, extra["attack"], defence, draw), draw)
     return Store(str(root)).open(create=False)
+
+
+def defended(store: Store) -> list[dict[str, Any]]:
+    """Return the records of all defences, by key."""
+    return sorted([*store.records("scans"), *store.records("purifications")], key=lambda record: str(record["key"]))
+
+
+def defended_keys(store: Store) -> set[str]:
+    """Return the keys of all defences."""
+    return store.keys("scans") | store.keys("purifications")
 
 
 def _grid(clean: Sequence[int], defences: Sequence[_Method], victims: Sequence[Any]) -> Iterator[Any]:
@@ -284,7 +294,7 @@ def _result(
         }
     return {
         "schema": 1,
-        "kind": "result",
+        "kind": spec["kind"],
         "status": "done",
         "title": _title(facts),
         "facts": facts,
@@ -420,7 +430,7 @@ class _Writer:
             files["detail.json"] = json.dumps(_detail(record, searches, draw)).encode()
         if self.pictures and searches and facts["attack"] != "benign":
             files["recovered.png"] = self.sheet(facts["attack"])
-        self.put("results", record, files)
+        self.put(f"{record['kind']}s", record, files)
 
     def failure(self, record: dict[str, Any]) -> None:
         self.put("failures", record, {})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lustral.bench.kinds import KINDS, Audits
 from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
 from lustral.cli.bench_console import Board
@@ -143,7 +144,7 @@ def test_a_run_from_nothing(ran: Ran) -> None:
     assert all(f" computed {number}/6 " in line for number, line in enumerate(lines, 1))
     assert " badnets on digits, seed 0 in " in lines[0]
     store = open_store(ran.store)
-    assert (len(store.keys("victims")), len(store.keys("results")), store.keys("failures")) == (2, 4, set())
+    assert (len(store.keys("victims")), len(store.keys("purifications")), store.keys("failures")) == (2, 4, set())
     assert not list((ran.store / "claims").glob("*"))
 
 
@@ -179,8 +180,8 @@ def test_plans_that_cannot_be_one_run(plan: Path, tmp_path: Path, capsys: pytest
 
 def test_a_run_that_goes_on(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = open_store(store)
-    for key in list(opened.keys("results"))[:2]:
-        opened.remove("results", key)
+    for key in list(opened.keys("purifications"))[:2]:
+        opened.remove("purifications", key)
     assert counts(answer_of(capsys, "run", plan, "--store", store)) == {"computed": 2, "present": 4}
     capsys.readouterr()
     assert bench("run", plan, "--store", store, "--quiet") == 0
@@ -215,8 +216,8 @@ def test_a_failing_defence_is_a_record_and_not_the_end(
     plan: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_store(store)
-    for key in opened.keys("results"):
-        opened.remove("results", key)
+    for key in opened.keys("purifications"):
+        opened.remove("purifications", key)
 
     def no_such_luck(self: BNRefresh, *_: Any, **__: Any) -> None:
         raise RuntimeError("the weights [/are] gone")
@@ -232,7 +233,7 @@ def test_a_failing_defence_is_a_record_and_not_the_end(
             assert 'raise RuntimeError("the weights [/are] gone")' in failure["traceback"]
             assert "in no_such_luck" in failure["traceback"]
             assert failure["facts"]["defence"] == "bn_refresh"
-        assert {record["facts"]["defence_method"] for record in opened.records("results")} == {"fine_tuning"}
+        assert {record["facts"]["defence_method"] for record in opened.records("purifications")} == {"fine_tuning"}
 
         assert bench("run", plan, "--store", store, "--retry-failed") == 1
         captured = capsys.readouterr()
@@ -259,15 +260,17 @@ def test_results_of_a_failed_victim_are_not_run(
     monkeypatch.setattr("lustral.bench.cells.implant", too_large)
     answer = answer_of(capsys, "run", plan, "--store", tmp_path / "new", code=1)
     assert counts(answer) == {"failed": 2, "blocked": 4}
-    assert "4 not run because their victim failed" in text_of(capsys, "run", plan, "--store", tmp_path / "new", code=1)
+    assert "4 not run because what they need failed" in text_of(
+        capsys, "run", plan, "--store", tmp_path / "new", code=1
+    )
 
 
 def test_an_interruption_says_how_far_it_got(
     plan: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_store(store)
-    for key in opened.keys("results"):
-        opened.remove("results", key)
+    for key in opened.keys("purifications"):
+        opened.remove("purifications", key)
 
     def interrupt(self: FineTuning, *_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -292,7 +295,7 @@ def test_a_plan_is_shown_with_what_is_done(plan: Path, store: Path, capsys: pyte
     assert "unknown; none of the 6 cells has a precedent" in text_of(capsys, "plan", plan)
     answer = answer_of(capsys, "plan", plan, "--store", store)
     assert (answer["done"], answer["left"], answer["seconds"]) == (6, 0, 0.0)
-    keys = {key for kind in ("victims", "results") for key in open_store(store).keys(kind)}
+    keys = {key for kind in ("victims", "purifications") for key in open_store(store).keys(kind)}
     assert {cell["key"] for cell in answer["cells"]} == keys
     shown = text_of(capsys, "plan", plan, "--store", store, "--cells")
     assert "Remaining time: nothing is left to do." in shown
@@ -319,17 +322,19 @@ def test_brackets_in_names_are_no_markup(plan: Path, store: Path, capsys: pytest
     named = changed(plan, 'method = "bn_refresh"', 'method = "bn_refresh"\nlabel = "BN [x] [/y]"')
     assert "BN [x] [/y] against benign" in " ".join(text_of(capsys, "plan", named, "--cells").split())
     opened = open_store(store)
-    for key in opened.keys("results"):
-        opened.remove("results", key)
+    for key in opened.keys("purifications"):
+        opened.remove("purifications", key)
     capsys.readouterr()
     assert bench("run", named, "--store", store) == 0
     assert "BN [x] [/y] against benign" in capsys.readouterr().err
     empty = changed(plan, 'method = "bn_refresh"', 'method = "bn_refresh"\nsettings.passes = 1', "other.toml")
     assert "BN [x] [/y] against benign" in text_of(capsys, "gc", "--store", store, "--keep", empty, "--dry-run")
-    (record,) = (r for r in opened.records("results") if r["title"].startswith("BN [x] [/y] against benign"))
+    (record,) = (r for r in opened.records("purifications") if r["title"].startswith("BN [x] [/y] against benign"))
     Path(opened.folder(record), "detail.json").unlink()
     record["metrics"]["after"]["acc"]["value"] = 0.0
-    Path(opened.path("results", record["key"])).write_bytes(canonical({**record, "checksum": checksum_of(record)}))
+    Path(opened.path("purifications", record["key"])).write_bytes(
+        canonical({**record, "checksum": checksum_of(record)})
+    )
     assert f"fault {opened.folder(record)}/detail.json is missing" in text_of(
         capsys, "verify", "--store", store, code=1
     )
@@ -362,26 +367,27 @@ def test_all_complaints_about_a_plan_are_one_line(
 def test_verify(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = answer_of(capsys, "verify", "--store", store, "--plan", plan, "--sample", 2)
     assert (report["faults"], report["missing"], report["failed"], len(report["measured"])) == ([], [], [], 2)
-    assert report["records"] == {"victims": 2, "results": 4, "audits": 0, "assets": 0, "failures": 0}
+    assert report["records"] == {"victims": 2, "scans": 0, "purifications": 4, "audits": 0, "assets": 0, "failures": 0}
     shown = text_of(capsys, "verify", "--store", store, "--sample", 0)
     assert (
-        "Looked at 2 victims, 4 results, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again." in shown
+        "Looked at 2 victims, 0 scans, 4 purifications, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again."
+        in shown
     )
     assert "No fault." in shown
 
 
 def test_verify_finds_faults(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = open_store(store)
-    first, second, *_ = sorted(opened.keys("results"))
-    path = Path(opened.path("results", first))
+    first, second, *_ = sorted(opened.keys("purifications"))
+    path = Path(opened.path("purifications", first))
     path.write_bytes(path.read_bytes().replace(b'"seed":0', b'"seed":1', 1))
     report = answer_of(capsys, "verify", "--store", store, "--sample", 0, code=1)
     (fault,) = report["faults"]
     assert f"{first}.json has changed since it was written" in fault
     assert "1 faults." in text_of(capsys, "verify", "--store", store, "--sample", 0, code=1)
-    opened.remove("results", first)
-    title = opened.read("results", second)["title"]
-    opened.remove("results", second)
+    opened.remove("purifications", first)
+    title = opened.read("purifications", second)["title"]
+    opened.remove("purifications", second)
     assert answer_of(capsys, "verify", "--store", store, "--sample", 0)["faults"] == []
     shown = text_of(capsys, "verify", "--store", store, "--plan", plan, "--sample", 0, code=1)
     assert f"missing: {title}" in shown
@@ -411,7 +417,7 @@ def test_gc_says_and_removes(plan: Path, store: Path, capsys: pytest.CaptureFixt
     would = answer_of(capsys, *line, "--dry-run")
     assert would["dry_run"] is True
     assert would["leftovers"] == [str(orphan)]
-    assert sorted(kind for kind, _, _ in would["records"]) == ["results", "results", "victims"]
+    assert sorted(kind for kind, _, _ in would["records"]) == ["purifications", "purifications", "victims"]
     shown = text_of(capsys, *line, "--dry-run")
     assert "3 records and 1 leftovers would go." in shown
     assert str(orphan) in shown
@@ -449,22 +455,24 @@ def test_gc_keeps_everything_where_a_plan_cannot_be_read(
 def test_repeat(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = open_store(store)
     before = sorted(store.rglob("*"))
-    for kind in ("victims", "results"):
+    for kind in ("victims", "purifications"):
         key = sorted(opened.keys(kind))[0]
         answer = answer_of(capsys, "repeat", key[:10], "--store", store)
         assert (answer["key"], answer["differences"]) == (key, [])
         assert answer["metrics"] == opened.read(kind, key)["metrics"]
     shown = text_of(capsys, "repeat", key, "--store", store)
-    assert opened.read("results", key)["title"] in " ".join(shown.split())
+    assert opened.read("purifications", key)["title"] in " ".join(shown.split())
     assert "The rates are the stored ones." in shown
     assert sorted(store.rglob("*")) == before
 
 
 def test_repeat_finds_a_difference(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = open_store(store)
-    (record,) = (r for r in opened.records("results") if r["title"].startswith("bn_refresh against badnets"))
+    (record,) = (r for r in opened.records("purifications") if r["title"].startswith("bn_refresh against badnets"))
     record["metrics"]["after"]["acc"]["hits"] = 1
-    Path(opened.path("results", record["key"])).write_bytes(canonical({**record, "checksum": checksum_of(record)}))
+    Path(opened.path("purifications", record["key"])).write_bytes(
+        canonical({**record, "checksum": checksum_of(record)})
+    )
     answer = answer_of(capsys, "repeat", record["key"], "--store", store, code=1)
     assert len(answer["differences"]) == 1
     assert answer["differences"][0].startswith("acc was 1 of 360")
@@ -476,7 +484,7 @@ def test_cells_that_cannot_be_repeated(store: Path, capsys: pytest.CaptureFixtur
     assert "is the start of 6 names" in error_of(capsys, "repeat", "", "--store", store)
     opened = open_store(store)
     (victim,) = (r for r in opened.records("victims") if r["facts"]["attack"] == "badnets")
-    (result,) = (r for r in opened.records("results") if r["title"].startswith("bn_refresh against badnets"))
+    (result,) = (r for r in opened.records("purifications") if r["title"].startswith("bn_refresh against badnets"))
     opened.remove("victims", victim["key"])
     message = error_of(capsys, "repeat", result["key"], "--store", store, "--quiet")
     assert f"the victim {victim['key'][:12]} is not in the store; run the plan" in message
@@ -535,13 +543,13 @@ def test_a_run_takes_no_other_folder_for_a_store(plan: Path, capsys: pytest.Capt
 
 
 def test_a_damaged_store_is_an_error_in_one_line(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = next((store / "results").rglob("*.json"))
+    path = next((store / "purifications").rglob("*.json"))
     for content in (path.read_bytes()[:-9], b"null"):
         path.write_bytes(content)
         for words in (("gc", "--store", store), ("plan", plan, "--store", store)):
             assert f"{path} is not a readable record" in error_of(capsys, *words)
     (store / "store.json").write_text('{"layout": 99}')
-    assert "has layout 99, this version reads 1" in error_of(capsys, "verify", "--store", store)
+    assert "has layout 99; this version reads 1 and 2" in error_of(capsys, "verify", "--store", store)
 
 
 def test_a_device_that_is_not_there(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -579,7 +587,7 @@ def test_the_board_on_a_terminal(plan: Path, monkeypatch: pytest.MonkeyPatch) ->
     with Board(screen, grid) as board:
         for cell in grid.cells:
             board.report(cell, Progress(stage="training", done=1, total=2))
-            board.settle(Event(cell=cell, state="computed", seconds=1.0))
+            board.record_event(Event(cell=cell, state="computed", seconds=1.0))
     assert shown.getvalue().count("BN [x] [/y] against") >= 2
     assert "6/6" in shown.getvalue()
 
@@ -588,7 +596,7 @@ def test_threads_are_the_plans_and_given_back(plan: Path, store: Path) -> None:
     before = torch.get_num_threads()
     assert bench("run", plan, "--store", store, "--quiet") == 0
     assert torch.get_num_threads() == before
-    assert {record["made"]["threads"] for record in open_store(store).records("results")} == {1}
+    assert {record["made"]["threads"] for record in open_store(store).records("purifications")} == {1}
 
 
 # audit
@@ -599,7 +607,7 @@ def test_audits_are_shown_and_kept(
 ) -> None:
     once = Trainer(epochs=1, batch_size=64, learning_rate=0.01, channels_last=False)
     quick = Reactivation(trainer=once, clean_epochs=1, push_images=20, push_trainer=once, hidden=8, path=(0.0, 1.0))
-    monkeypatch.setattr("lustral.vision.evaluation.Reactivation", lambda: quick)
+    monkeypatch.setitem(KINDS, "audits", Audits(settings=quick))
     answer = answer_of(capsys, "audit", plan, "--store", store, "--where", "defence=bn_refresh")
     assert (answer["computed"], answer["present"], answer["blocked"]) == (1, 0, 0)
     answer = answer_of(capsys, "audit", plan, "--store", store)
@@ -609,6 +617,10 @@ def test_audits_are_shown_and_kept(
         for name in ("fine_tuning trainer.epochs=1 least_steps=4", "bn_refresh")
     }
     assert "2 present" in text_of(capsys, "audit", plan, "--store", store)
+    answer = answer_of(capsys, "run", plan, "--store", store, "--audit")
+    assert (answer["cells"], answer["computed"], answer["present"]) == (8, 0, 8)
+    key = next(iter(open_store(store).keys("audits")))
+    assert bench("repeat", key, "--store", store, "--quiet") == 0
 
 
 def test_an_audit_without_a_benign_model_is_refused(

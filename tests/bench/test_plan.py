@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plans import QUICK, quick_grid
+from lustral.bench.columns import attack_label, defence_label
 from lustral.bench.expansion import expand
-from lustral.bench.grid import Cell, Grid, attack_label, default_arch, defence_label
+from lustral.bench.grid import Grid
+from lustral.bench.kinds import cell_of
 from lustral.bench.plan import Plan, PlanError, parse_plan, read_plan
 from lustral.bench.sources import Sources
+from lustral.bench.survey import default_arch
 from lustral.bench.trust import Trust
 from lustral.catalog import ATTACKS
 from lustral.store.store import content_key
@@ -288,8 +291,8 @@ def test_a_plan_file_reads_as_written(tmp_path: Path) -> None:
     plan = read_plan(path)
     assert (plan.clean, plan.trainer, plan.attacks[0].grid) == ([0.05, 60], {"epochs": 2}, {"size": [2, 3]})
     grid = expand(plan, SOURCES)
-    assert Counter(cell.kind for cell in grid.cells) == {"victims": 2, "results": 4}
-    assert {cell.spec["clean_images"] for cell in grid.cells if cell.kind == "results"} == {72, 60}
+    assert Counter(cell.kind for cell in grid.cells) == {"victims": 2, "purifications": 4}
+    assert {cell.spec["clean_images"] for cell in grid.cells if cell.kind == "purifications"} == {72, 60}
     assert {cell.spec["trainer"]["epochs"] for cell in grid.cells if cell.kind == "victims"} == {2}
 
 
@@ -307,7 +310,7 @@ def test_the_plans_that_come_along_can_be_run() -> None:
 
 def kinds(grid: Grid) -> tuple[int, int]:
     count = Counter(cell.kind for cell in grid.cells)
-    return count["victims"], count["results"]
+    return count["victims"], count["purifications"]
 
 
 def test_the_product_is_exact() -> None:
@@ -449,13 +452,31 @@ def test_a_label_belongs_to_no_key() -> None:
 
 def test_keys_do_not_change_between_runs() -> None:
     """A change of these names makes every store start from nothing: that must be on purpose."""
-    victim = Cell.of({"kind": "victim", "attack": {"method": "none", "settings": {}}, "start": None, "data": {}})
-    assert victim.key == content_key(victim.spec)
+    assert all(cell.key == content_key(cell.spec) for cell in grid_of().cells)
     assert [cell.key for cell in grid_of().cells] == [cell.key for cell in quick_grid().cells]
     reordered = {key: QUICK[key] for key in reversed(QUICK)}
     assert [cell.key for cell in expand(parse_plan(reordered), Sources()).cells] == [
         cell.key for cell in grid_of().cells
     ]
+
+
+def test_victims_keep_the_names_that_stores_know_them_by() -> None:
+    """Other names mean that every victim of every store is trained again: raise a class's version only for that."""
+    attacks = [
+        {"method": "badnets", "target_labels": [3]},
+        {"method": "none"},
+        {"method": "blended", "fine_tune": True, "settings": {"alpha": 0.1}},
+    ]
+    data = [{**QUICK["data"][0], "arch": ["small_cnn:width=8", "preact_resnet18:width=16"]}]
+    cells = grid_of(seeds=[0], data=data, attacks=attacks, defences=[]).cells
+    assert {(cell.spec["attack"]["method"], cell.spec["arch"]): cell.key for cell in cells} == {
+        ("badnets", "small_cnn:width=8"): "f886ad8abde8161067d8340f91f8644e1fca5e24ea195a94161c601d343e252d",
+        ("none", "small_cnn:width=8"): "31f2e8601b89514e065e1452c42ce06dcbe118fdd5ccd76fd84fefd42e60f6d7",
+        ("blended", "small_cnn:width=8"): "be01a1a5d8a3741b559c9857aa493f6c6bd4b09bbf4cda65a84192077abe5f46",
+        ("badnets", "preact_resnet18:width=16"): "a5c3713db81c4e78b3dc6464267758b836bafb364673691b60e0d8ee87609abc",
+        ("none", "preact_resnet18:width=16"): "f38b1bf60951ef077e75301950a313cb0e3f20350b4adc7af2f95925759626a4",
+        ("blended", "preact_resnet18:width=16"): "bd8f824ed930e72092342d5fe82f72d14ad4db25a5e88de1187f912661bca13c",
+    }
 
 
 @pytest.mark.parametrize(
@@ -472,7 +493,7 @@ def test_keys_do_not_change_between_runs() -> None:
 )
 def test_whatever_changes_the_outcome_changes_the_key(changes: dict[str, Any]) -> None:
     attacks = [{"method": "badnets"}]
-    here = {cell.key for cell in grid_of(attacks=attacks, seeds=[0]).cells if cell.kind == "results"}
+    here = {cell.key for cell in grid_of(attacks=attacks, seeds=[0]).cells if cell.kind == "purifications"}
     there = {cell.key for cell in grid_of(**({"attacks": attacks, "seeds": [0]} | changes)).cells}
     assert not here & there
 
@@ -530,8 +551,8 @@ def test_labels() -> None:
     assert attack_label(cells[0].spec) == "blended alpha=0.1"
     assert defence_label(cells[1].spec["defence"]) == "fine_tuning trainer.epochs=1 least_steps=4"
     assert (default_arch("digits"), default_arch("cifar10")) == ("small_cnn", "preact_resnet18:width=16")
-    assert Cell.of(cells[1].spec, attack="a", defence="d").title == "d against a on digits, seed 0"
-    assert Cell.of(cells[1].spec).victim_key == cells[0].key
+    assert cell_of(cells[1].spec, attack="a", defence="d").title == "d against a on digits, seed 0"
+    assert cell_of(cells[1].spec).victim_key == cells[0].key
 
 
 def test_reading_a_plan_draws_no_random_numbers() -> None:
@@ -552,7 +573,7 @@ def test_a_plan_is_frozen() -> None:
 def test_a_part_of_a_grid_by_its_columns() -> None:
     grid = quick_grid()
     part = grid.where({"defence_method": ("bn_refresh",), "attack": ("badnets",), "seed": ("1",)})
-    assert [cell.kind for cell in part.cells] == ["victims", "results"]
+    assert [cell.kind for cell in part.cells] == ["victims", "purifications"]
     assert part.cells[1].victim_key == part.cells[0].key
     assert part.cells[1].spec["defence"]["method"] == "bn_refresh"
     victims = grid.where({"attack": ("benign",)})  # no column of a defence: victims and all results on them

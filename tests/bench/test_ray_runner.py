@@ -17,7 +17,7 @@ import torch
 from bench.plans import quick_grid
 from bench.test_runner import outcome
 from lustral.bench.runner import Event, RunSummary, run_local
-from lustral.bench.upkeep import verify
+from lustral.bench.verification import verify
 from lustral.store.store import Store
 
 ray: Any = pytest.importorskip("ray", reason="needs the extra lustral[ray]")

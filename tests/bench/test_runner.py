@@ -17,7 +17,7 @@ import torch
 
 from bench.plans import QUICK, quick_grid, work_through
 from lustral.bench.runner import Event, RunSummary, run_local
-from lustral.bench.upkeep import verify
+from lustral.bench.verification import verify
 from lustral.store.store import Store
 from lustral.vision.purifiers import BNRefresh, FineTuning
 
@@ -31,7 +31,7 @@ processes.set_forkserver_preload(["bench.plans"])
 def outcome(store: Store) -> dict[str, Any]:
     """Return what tables are made of: every rate of every cell, by name."""
     found: dict[str, Any] = {}
-    for kind in ("victims", "results"):
+    for kind in ("victims", "scans", "purifications"):
         for record in store.records(kind):  # type: ignore[arg-type]
             for when in {"before", "after"} & record["metrics"].keys():
                 found[f"{record['key']} {when}"] = {name: record["metrics"][when][name]["hits"] for name in RATES}
@@ -159,7 +159,7 @@ def test_results_of_a_failed_victim_are_blocked(tmp_path: Path, monkeypatch: pyt
 
     store = Store(str(tmp_path / "store")).open(create=True)
     with monkeypatch.context() as patch:
-        patch.setattr("lustral.bench.cells.implant", fail)
+        patch.setattr("lustral.bench.kinds.victims.implant", fail)
         assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(failed=2, blocked=4)
     assert run_local(quick_grid(seeds=[0]), store, device=CPU) == RunSummary(failed=2, blocked=4)
     assert run_local(quick_grid(seeds=[0]), store, device=CPU, retry_failed=True) == RunSummary(computed=6)
@@ -190,5 +190,5 @@ def test_threads_are_the_plans_and_given_back(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert {record["made"]["threads"] for record in store.records("results")} == {1}
+    assert {record["made"]["threads"] for record in store.records("purifications")} == {1}
     assert QUICK["run"] == {"threads": 1}

@@ -1,5 +1,6 @@
 """A plan or a store of a stranger's runs no code and opens no place of the machine, unless the command line allows it."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -7,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lustral.bench.cells import CellError
 from lustral.bench.expansion import expand
 from lustral.bench.plan import PlanError, parse_plan
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust, TrustError
+from lustral.bench.workbench import Workbench
 from lustral.cli.entry import main
 from lustral.store.store import Store
 
@@ -66,7 +70,7 @@ def test_code_runs_only_where_it_is_allowed(world: World, capsys: pytest.Capture
     store, plan = str(world.store), str(world.plan)
     assert main(["bench", "run", plan, "--store", store, "--quiet", "--device", "cpu", "--allow-code"]) == 0
     assert world.ran()
-    (key,) = Store(store).open(create=False).keys("results")
+    (key,) = Store(store).open(create=False).keys("purifications")
     lines = {
         "run": [plan, "--store", store],
         "audit": [plan, "--store", store],
@@ -129,7 +133,7 @@ def test_a_stored_specification_is_looked_at_before_anything_is_done(world: Worl
     spec = json.loads(json.dumps({"kind": "victim", "data": {"name": "digits"}, "arch": world.arch, "start": None}))
     for hidden in (
         spec,
-        {"kind": "result", "victim": spec},
+        {"kind": "purification", "victim": spec},
         {**spec, "arch": "small_cnn", "start": {"arch": world.arch}},
     ):
         with pytest.raises(TrustError, match="--allow-code"):
@@ -137,3 +141,22 @@ def test_a_stored_specification_is_looked_at_before_anything_is_done(world: Worl
         Trust(code=True).require(hidden)
     with pytest.raises(TrustError, match="--allow-paths"):
         Trust(code=True).require({**spec, "data": {"name": "/"}})
+
+
+def test_other_code_in_the_file_makes_another_victim(world: World, tmp_path: Path) -> None:
+    sources = Sources(trust=Trust(code=True))
+    plan = parse_plan(plan_of(data=[{"name": "digits", "image_size": 8, "arch": [world.arch, "small_cnn:width=4"]}]))
+    first, named = expand(plan, sources).cells
+    file = tmp_path / "net.py"
+    assert first.spec["code"] == {world.arch: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert "code" not in named.spec
+    assert expand(plan, sources).cells[0].key == first.key
+    file.write_text(file.read_text() + "# a note\n")
+    second, still = expand(plan, sources).cells
+    assert (second.key != first.key, still.key) == (True, named.key)
+    bench = Workbench(store=Store(str(world.store)).open(create=True), device=torch.device("cpu"), sources=sources)
+    with pytest.raises(CellError, match=r"net\.py:net has changed since this cell was named"):
+        bench.do(first)
+    file.unlink()
+    with pytest.raises(CellError, match="cannot be read"):
+        bench.do(second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,19 @@ from safetensors.torch import load, save
 
 from bench.plans import QUICK, quick_grid
 from bench.synthetic import synthetic_store
-from lustral.bench.cells import StoreAssets
-from lustral.bench.grid import Cell, Grid
+from lustral.bench.grid import Grid
+from lustral.bench.kinds import KINDS as KINDS_OF_CELLS
+from lustral.bench.kinds import cell_of
 from lustral.bench.runner import Event, RunSummary, run_local
-from lustral.bench.upkeep import (
-    UNREADABLE,
-    Waste,
-    differences,
-    estimate,
-    find_waste,
-    inconsistencies,
-    remove_waste,
-    repeat,
-    verify,
-)
+from lustral.bench.verification import differences, inconsistencies, repeat, verify
+from lustral.bench.workbench import StoreAssets
 from lustral.core.files import canonical
 from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.core.versions import current_versions
-from lustral.store.store import KINDS, Kind, Store, StoreError, checksum_of
+from lustral.store.estimate import estimate
+from lustral.store.store import KINDS, Kind, Store, StoreError, checksum_of, content_key
+from lustral.store.waste import UNREADABLE, Waste, find_waste, remove_waste
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
 from lustral.vision.evaluation import Evaluation, compare_evaluations
@@ -79,7 +73,7 @@ def victim_of(store: Store, attack: str = "badnets") -> dict[str, Any]:
 def result_of(store: Store, defence: str = "fine_tuning", attack: str = "badnets") -> dict[str, Any]:
     (record,) = (
         record
-        for record in store.records("results")
+        for record in store.records("purifications")
         if (record["facts"]["defence_method"], record["facts"]["attack"]) == (defence, attack)
     )
     return record
@@ -88,6 +82,10 @@ def result_of(store: Store, defence: str = "fine_tuning", attack: str = "badnets
 def rewrite(store: Store, kind: Kind, record: dict[str, Any]) -> None:
     """Write a record back as somebody would who wants it to look right."""
     Path(store.path(kind, record["key"])).write_bytes(canonical({**record, "checksum": checksum_of(record)}))
+
+
+def specs(*grids: Grid) -> list[Mapping[str, Any]]:
+    return [cell.spec for grid in grids for cell in grid.cells]
 
 
 def flip(path: str, position: int = -5) -> None:
@@ -108,10 +106,10 @@ def test_nothing_is_wrong_with_a_good_store(store: Store, grid: Grid) -> None:
     before, steps = whole(store), []
     report = verify(store, grid=grid, sample=99, on_step=lambda *step: steps.append(step))
     assert (report.faults, report.missing, report.failed) == ([], [], [])
-    assert report.records == {"victims": 2, "results": 4, "audits": 0, "assets": 0, "failures": 0}
+    assert report.records == {"victims": 2, "scans": 0, "purifications": 4, "audits": 0, "assets": 0, "failures": 0}
     assert report.files == sum(len(record["files"]) for kind in KINDS for record in store.records(kind)) == 16
     assert sorted(report.measured) == sorted(cell.title for cell in grid.cells)
-    assert {what for what, _, _ in steps} == {"checking victims", "checking results", "measuring again"}
+    assert {what for what, _, _ in steps} == {"checking victims", "checking purifications", "measuring again"}
     assert steps[-1] == ("measuring again", 6, 6)
     assert whole(store) == before
 
@@ -125,7 +123,7 @@ def test_the_sample_is_as_large_as_asked_and_drawn_by_the_seed(store: Store) -> 
         verify(store, sample=-1)
 
 
-@pytest.mark.parametrize("kind", ["victims", "results"])
+@pytest.mark.parametrize("kind", ["victims", "purifications"])
 def test_a_flipped_bit_in_any_record(store: Store, kind: Kind) -> None:
     for key in store.keys(kind):
         path = store.path(kind, key)
@@ -138,7 +136,7 @@ def test_a_flipped_bit_in_any_record(store: Store, kind: Kind) -> None:
 
 
 def test_a_flipped_bit_in_any_file(store: Store) -> None:
-    for kind in ("victims", "results"):
+    for kind in ("victims", "purifications"):
         for record in list(store.records(kind)):
             for name in record["files"]:
                 path = f"{store.folder(record)}/{name}"
@@ -165,7 +163,7 @@ def test_a_missing_victim(store: Store, grid: Grid) -> None:
     report = verify(store, grid=grid, sample=99)
     missing = [fault for fault in report.faults if f"its victim {victim['key'][:12]} is missing" in fault]
     assert len(missing) == 2
-    assert all(fault.startswith("results/") and "against badnets on digits, seed 0" in fault for fault in missing)
+    assert all(fault.startswith("purifications/") and "against badnets on digits, seed 0" in fault for fault in missing)
     assert report.missing == ["badnets on digits, seed 0"]
 
 
@@ -180,7 +178,7 @@ def test_a_missing_start_of_a_fine_tuned_victim(store: Store) -> None:
 
 def test_the_count_against_the_plan(store: Store, grid: Grid) -> None:
     removed = result_of(store)
-    store.remove("results", removed["key"])
+    store.remove("purifications", removed["key"])
     report = verify(store, grid=grid, sample=0)
     assert (report.faults, report.missing, report.failed) == ([], [removed["title"]], [])
     store.put("failures", removed["key"], {"spec": removed["spec"], "title": removed["title"], "error": "x"})
@@ -193,12 +191,12 @@ def test_the_count_against_the_plan(store: Store, grid: Grid) -> None:
 
 def test_a_record_under_another_name(store: Store) -> None:
     record = result_of(store)
-    other = Path(store.path("results", "f" * 64))
+    other = Path(store.path("purifications", "f" * 64))
     other.parent.mkdir(exist_ok=True)
-    shutil.copy(store.path("results", record["key"]), other)
+    shutil.copy(store.path("purifications", record["key"]), other)
     assert any("another name" in fault for fault in verify(store, sample=0).faults)
     other.unlink()
-    shutil.copytree(Path(store.root, "results"), Path(store.root, "victims"), dirs_exist_ok=True)
+    shutil.copytree(Path(store.root, "purifications"), Path(store.root, "victims"), dirs_exist_ok=True)
     assert sum("filed as another kind" in fault for fault in verify(store, sample=0).faults) == 4
 
 
@@ -206,7 +204,7 @@ def test_a_record_under_another_name(store: Store) -> None:
 def test_a_record_that_lacks_a_field(store: Store, field: str) -> None:
     record = result_of(store)
     del record[field]
-    rewrite(store, "results", record)
+    rewrite(store, "purifications", record)
     (fault,) = verify(store, sample=99).faults
     assert record["key"][:12] in fault
     assert field in fault
@@ -214,9 +212,26 @@ def test_a_record_that_lacks_a_field(store: Store, field: str) -> None:
 
 def test_a_result_hung_on_another_victim(store: Store) -> None:
     record = result_of(store)
-    rewrite(store, "results", {**record, "victim_key": victim_of(store, "benign")["key"]})
+    rewrite(store, "purifications", {**record, "victim_key": victim_of(store, "benign")["key"]})
     (fault,) = verify(store, sample=0).faults
     assert "names another victim" in fault
+
+
+def test_the_victims_of_the_first_layout_stay_in_use(store: Store, grid: Grid) -> None:
+    """There, a purification was a "result", whose specification has another name."""
+    former = result_of(store)
+    for key in store.keys("purifications"):
+        store.remove("purifications", key)
+    spec = {**former["spec"], "kind": "result"}
+    store.put("results", content_key(spec), {**former, "kind": "result", "spec": spec})
+    Path(store.root, "store.json").write_bytes(canonical({"layout": 1}))
+    events: list[Event] = []
+    opened = Store(store.url).open(create=True)
+    assert run_local(grid, opened, device=CPU, on_event=events.append) == RunSummary(computed=4, present=2)
+    assert {event.cell.kind for event in events if event.state == "present"} == {"victims"}
+    report = verify(opened, grid=grid, sample=0)
+    assert (report.faults, report.missing, report.records["purifications"]) == ([], [], 4)
+    assert estimate(grid.cells, opened)[0].done == 6
 
 
 # Numbers that were improved
@@ -239,7 +254,7 @@ def test_a_model_that_does_not_measure_as_written(store: Store, name: str) -> No
     after = record["metrics"]["after"]
     lie = after[name]["n"] if after[name]["hits"] < after[name]["n"] / 2 else 0
     record["metrics"]["after"] = better(after, **{name: lie})
-    rewrite(store, "results", recompared(record))
+    rewrite(store, "purifications", recompared(record))
     assert not verify(store, sample=0).faults
     (fault,) = verify(store, sample=99).faults
     assert f"{name} was {lie} of {after[name]['n']}, measured again it is {after[name]['hits']}" in fault
@@ -258,7 +273,7 @@ def test_a_victim_that_does_not_measure_as_written(store: Store) -> None:
     for defence in ("fine_tuning", "bn_refresh"):
         result = result_of(store, defence)
         result["metrics"]["before"] = victim["metrics"]["before"]
-        rewrite(store, "results", recompared(result))
+        rewrite(store, "purifications", recompared(result))
     assert not verify(store, sample=0).faults
     faults = verify(store, sample=99).faults
     assert faults
@@ -300,7 +315,7 @@ def test_numbers_must_follow_from_the_counts(store: Store, change: Callable[[Any
     """Tables read the values, not the counts."""
     record = result_of(store)
     change(record["metrics"])
-    rewrite(store, "results", record)
+    rewrite(store, "purifications", record)
     (fault,) = verify(store, sample=0).faults
     assert f"{place} is " in fault
     assert record["key"][:12] in fault
@@ -309,21 +324,22 @@ def test_numbers_must_follow_from_the_counts(store: Store, change: Callable[[Any
 @pytest.mark.parametrize("metrics", [{}, [], "x", None, {"after": {}}])
 def test_a_record_without_rates_is_no_good_one(metrics: Any) -> None:
     with pytest.raises(UNREADABLE):
-        inconsistencies(metrics)
+        inconsistencies(metrics, ("before", "after"))
 
 
 def test_numbers_that_a_later_version_adds_are_not_missed(store: Store) -> None:
     record = result_of(store)
     del record["metrics"]["compare"]["rir"]
     del record["metrics"]["after"]["probes"]
-    rewrite(store, "results", record)
+    rewrite(store, "purifications", record)
     assert not verify(store, sample=99).faults
 
 
 def test_the_numbers_of_a_made_up_store_are_consistent(tmp_path: Path) -> None:
     made_up = synthetic_store(tmp_path, results=40, attacks=3, defences=3, seeds=2)
-    for kind in ("victims", "results"):
-        assert all(not inconsistencies(record["metrics"]) for record in made_up.records(kind))
+    for kind in ("victims", "scans", "purifications"):
+        rates = KINDS_OF_CELLS[kind].rates
+        assert all(not inconsistencies(record["metrics"], rates) for record in made_up.records(kind))
     assert not verify(made_up, sample=0).faults
 
 
@@ -336,12 +352,12 @@ def test_weights_of_another_model(store: Store) -> None:
         content = save(weights, file.metadata())
     path.write_bytes(content)
     record["files"]["model.safetensors"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    rewrite(store, "results", record)
+    rewrite(store, "purifications", record)
     assert not verify(store, sample=0).faults
     assert any("acc was" in fault and record["title"] in fault for fault in verify(store, sample=99).faults)
     path.write_bytes(b"no weights")
     record["files"]["model.safetensors"] |= {"sha256": hashlib.sha256(b"no weights").hexdigest()}
-    rewrite(store, "results", record)
+    rewrite(store, "purifications", record)
     (fault,) = verify(store, sample=99).faults
     assert "cannot be measured again" in fault
 
@@ -393,8 +409,8 @@ def test_a_run_ends_though_its_victim_is_taken_away(store: Store, grid: Grid, mo
             store.remove("victims", event.cell.key)
 
     monkeypatch.setattr("lustral.bench.runner.time.sleep", wait)
-    for key in store.keys("results"):
-        store.remove("results", key)
+    for key in store.keys("purifications"):
+        store.remove("purifications", key)
     assert run_local(grid, store, device=CPU, on_event=take_away) == RunSummary(present=2, failed=4)
     assert all("is not in the store; run the plan" in record["error"] for record in store.records("failures"))
 
@@ -420,25 +436,25 @@ def test_what_gets_its_record_meanwhile_is_no_leftover(store: Store, monkeypatch
 
 def test_a_finished_store_holds_no_waste(store: Store, grid: Grid) -> None:
     assert find_waste(store, grace_seconds=0) == Waste()
-    assert find_waste(store, keep=[grid], failures=True, grace_seconds=0) == Waste()
+    assert find_waste(store, keep=specs(grid), failures=True, grace_seconds=0) == Waste()
 
 
 def test_what_no_plan_names_goes(store: Store, grid: Grid) -> None:
     benign = quick_grid(**{**SMALL, "attacks": [{"method": "none"}]})
     refreshed = quick_grid(**{**SMALL, "attacks": SMALL["attacks"][:1], "defences": [{"method": "bn_refresh"}]})
     gone = result_of(store)
-    waste = find_waste(store, keep=[benign, refreshed])
-    assert waste.records == [("results", gone["key"], gone["title"])]
-    assert len(find_waste(store, keep=[grid, benign]).records) == 0
+    waste = find_waste(store, keep=specs(benign, refreshed))
+    assert waste.records == [("purifications", gone["key"], gone["title"])]
+    assert len(find_waste(store, keep=specs(grid, benign)).records) == 0
     before = whole(store)
-    waste = find_waste(store, keep=[benign])
-    assert {kind for kind, _, _ in waste.records} == {"victims", "results"}
+    waste = find_waste(store, keep=specs(benign))
+    assert {kind for kind, _, _ in waste.records} == {"victims", "purifications"}
     assert len(waste.records) == 3
     assert whole(store) == before  # looking removes nothing
     remove_waste(store, waste)
     report = verify(store, grid=benign, sample=0)
-    assert (report.faults, report.missing, report.records["victims"], report.records["results"]) == ([], [], 1, 2)
-    assert find_waste(store, keep=[benign], grace_seconds=0) == Waste()
+    assert (report.faults, report.missing, report.records["victims"], report.records["purifications"]) == ([], [], 1, 2)
+    assert find_waste(store, keep=specs(benign), grace_seconds=0) == Waste()
     assert set(whole(store)) < set(before)
     remove_waste(store, waste)  # again: somebody else was faster
     assert run_local(grid, store, device=CPU) == RunSummary(computed=3, present=3)
@@ -447,22 +463,22 @@ def test_what_no_plan_names_goes(store: Store, grid: Grid) -> None:
 def test_assets_and_files_of_kept_cells_stay(store: Store, grid: Grid) -> None:
     store.put("assets", "a" * 64, {"title": "surrogate", "spec": {}}, {"trigger.safetensors": b"dear"})
     benign = quick_grid(**{**SMALL, "attacks": [{"method": "none"}]})
-    remove_waste(store, find_waste(store, keep=[benign], failures=True, grace_seconds=0))
+    remove_waste(store, find_waste(store, keep=specs(benign), failures=True, grace_seconds=0))
     assert store.file(store.read("assets", "a" * 64), "trigger.safetensors") == b"dear"
 
 
 def test_failures_go_only_when_asked(store: Store, grid: Grid) -> None:
     failed, stranger = result_of(store), "f" * 64
-    store.remove("results", failed["key"])
+    store.remove("purifications", failed["key"])
     for key, spec in ((failed["key"], failed["spec"]), (stranger, {})):
         store.put("failures", key, {"spec": spec, "title": "failed", "error": "x"})
     assert find_waste(store).records == []
-    assert find_waste(store, keep=[grid]).records == [("failures", stranger, "failed")]
+    assert find_waste(store, keep=specs(grid)).records == [("failures", stranger, "failed")]
     waste = find_waste(store, failures=True)
     assert sorted(key for _, key, _ in waste.records) == sorted([failed["key"], stranger])
     remove_waste(store, waste)
     assert store.keys("failures") == set()
-    assert len(store.keys("results")) == 3
+    assert len(store.keys("purifications")) == 3
 
 
 def test_leftovers_go_after_their_grace(store: Store) -> None:
@@ -481,7 +497,7 @@ def test_leftovers_go_after_their_grace(store: Store) -> None:
 def test_nothing_goes_from_a_damaged_store(store: Store) -> None:
     """The files of a record that cannot be read look like leftovers."""
     record = result_of(store)
-    flip(store.path("results", record["key"]))
+    flip(store.path("purifications", record["key"]))
     before = whole(store)
     with pytest.raises(StoreError, match=record["key"]):
         find_waste(store, failures=True, grace_seconds=0)
@@ -500,10 +516,10 @@ def took(store: Store, kind: Kind, seconds: float, **facts: str) -> None:
 def test_an_estimate_goes_by_what_like_cells_took(store: Store) -> None:
     took(store, "victims", 10.0, attack="badnets")
     took(store, "victims", 30.0, attack="benign")
-    took(store, "results", 5.0, defence_method="fine_tuning")
-    took(store, "results", 2.0, defence_method="bn_refresh")
+    took(store, "purifications", 5.0, defence_method="fine_tuning")
+    took(store, "purifications", 2.0, defence_method="bn_refresh")
     larger = quick_grid(**{**SMALL, "seeds": [0, 1, 2]})
-    found, states = estimate(larger, store)
+    found, states = estimate(larger.cells, store)
     assert (found.done, found.failed, found.left, found.unknown) == (6, 0, 12, 0)
     assert found.seconds == pytest.approx(2 * (10 + 30 + 2 * (5 + 2)))
     assert [states[cell.key] for cell in larger.cells[:3]] == ["done"] * 3
@@ -511,27 +527,27 @@ def test_an_estimate_goes_by_what_like_cells_took(store: Store) -> None:
 
 
 def test_an_estimate_without_a_precedent(store: Store, grid: Grid) -> None:
-    assert estimate(grid, None)[0].unknown == 6
-    assert set(estimate(grid, None)[1].values()) == {"to do"}
+    assert estimate(grid.cells, None)[0].unknown == 6
+    assert set(estimate(grid.cells, None)[1].values()) == {"to do"}
     took(store, "victims", 10.0, attack="badnets")
     took(store, "victims", 30.0, attack="benign")
-    took(store, "results", 7.0)
+    took(store, "purifications", 7.0)
     other_attack = quick_grid(**{**SMALL, "attacks": [{"method": "blended"}], "defences": []})
-    assert estimate(other_attack, store)[0].seconds == 30.0  # the upper median of victims on the same data
+    assert estimate(other_attack.cells, store)[0].seconds == 30.0  # the upper median of victims on the same data
     elsewhere = {**SMALL["data"][0], "arch": ["small_cnn:width=4"]}
     other_arch = quick_grid(**{**SMALL, "data": [elsewhere], "attacks": [{"method": "badnets"}], "defences": []})
-    assert estimate(other_arch, store)[0].seconds == 10.0  # the same method
+    assert estimate(other_arch.cells, store)[0].seconds == 10.0  # the same method
     neither = quick_grid(**{**SMALL, "data": [elsewhere], "attacks": [{"method": "blended"}]})
-    found, _ = estimate(neither, store)
+    found, _ = estimate(neither.cells, store)
     assert (found.left, found.unknown, found.seconds) == (3, 1, 14.0)  # defences are known, the attack is not
 
 
 def test_failed_cells_are_not_to_be_waited_for(store: Store, grid: Grid) -> None:
     record = result_of(store)
     store.put("failures", record["key"], {"spec": record["spec"], "title": "", "error": "x"})
-    assert estimate(grid, store)[0].done == 6  # it was done after all
-    store.remove("results", record["key"])
-    found, states = estimate(grid, store)
+    assert estimate(grid.cells, store)[0].done == 6  # it was done after all
+    store.remove("purifications", record["key"])
+    found, states = estimate(grid.cells, store)
     assert (found.done, found.failed, found.left, found.seconds) == (5, 1, 0, 0.0)
     assert states[record["key"]] == "failed"
 
@@ -553,8 +569,8 @@ def test_a_cell_that_does_not_repeat(store: Store, grid: Grid, monkeypatch: pyte
     record = result_of(store)
     count = record["metrics"]["after"]["asr"]["n"]
     record["metrics"]["after"] = better(record["metrics"]["after"], asr=count, ra=0)
-    rewrite(store, "results", recompared(record))
-    _, found = repeat(Cell.of(record["spec"]), store, device=CPU, num_threads=1)
+    rewrite(store, "purifications", recompared(record))
+    _, found = repeat(cell_of(record["spec"]), store, device=CPU, num_threads=1)
     assert [line.partition(" ")[0] for line in found] == ["asr", "ra"]
 
     def do_nothing(self: Trainer, model: Any, *_: Any, **__: Any) -> Any:
@@ -586,7 +602,7 @@ def test_a_verdict_that_does_not_repeat(store: Store, monkeypatch: pytest.Monkey
     detecting = quick_grid(**{**SMALL, "attacks": SMALL["attacks"][:1], "defences": [{"method": "mask_area"}]})
     assert run_local(detecting, store, device=CPU) == RunSummary(computed=1, present=1)
     cell = detecting.cells[1]
-    assert store.read("results", cell.key)["metrics"]["detection"]["correct"] is True
+    assert store.read("scans", cell.key)["metrics"]["detection"]["correct"] is True
     assert not verify(store, sample=99).faults  # there are no weights to measure
     assert repeat(cell, store, device=CPU, num_threads=1)[1] == []
     _, found = repeat(cell, store, device=CPU, num_threads=1)
@@ -614,9 +630,9 @@ def test_what_older_versions_made_is_kept_until_asked_and_not_repeated(
     monkeypatch.setattr(BNRefresh, "version", 99)
     newer = quick_grid(**SMALL)
     assert not {cell.key for cell in newer.cells} >= {cell.key for cell in grid.cells}
-    assert find_waste(store, keep=[newer], grace_seconds=0) == Waste()
+    assert find_waste(store, keep=specs(newer), grace_seconds=0) == Waste()
     old = find_waste(store, old=True, grace_seconds=0).records
     assert {key for _, key, _ in old} == {cell.key for cell in grid.cells} - {cell.key for cell in newer.cells}
-    refreshed = Cell.of(result_of(store, "bn_refresh")["spec"])
+    refreshed = cell_of(result_of(store, "bn_refresh")["spec"])
     with pytest.raises(StoreError, match=r"made by older versions \(BNRefresh 1, now 99\)"):
         repeat(refreshed, store, device=CPU, num_threads=1)

@@ -304,7 +304,7 @@ def open_plan(folder: Path, aside: Path, draw: Random) -> None:
 def damage_store(tree: Tree, draw: Random) -> Tree:
     """Edit a record or a file of one; checksums mostly fit."""
     how = draw.random()
-    records = [name for name in tree if name.split("/")[0] in ("results", "victims", "failures")]
+    records = [name for name in tree if name.split("/")[0] in ("scans", "purifications", "victims", "failures")]
     name = draw.choice(records)
     if how < 0.06:
         places = [*tree, "claims", "files/00", name.rpartition("/")[0]]  # gc watches a claim for a minute, by intent

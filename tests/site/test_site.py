@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bench.synthetic import synthetic_store
+from bench.synthetic import defended, defended_keys, synthetic_store
 from lustral.core.characters import visible
 from lustral.core.history import HistoryEntry
 from lustral.site.charts import curves
@@ -117,7 +117,7 @@ def page_text(path: Path) -> str:
 def test_every_record_has_a_page(store: Store, site: Path, written: SiteSummary) -> None:
     failed = {record["kind"]: record["key"] for record in store.records("failures")}
     assert {path.stem for path in (site / "victims").iterdir()} == store.keys("victims") | {failed["victim"]}
-    assert {path.stem for path in (site / "cells").iterdir()} == store.keys("results") | store.keys("failures") - {
+    assert {path.stem for path in (site / "cells").iterdir()} == defended_keys(store) | store.keys("failures") - {
         failed["victim"]
     }
     assert (written.cells, written.victims) == (153, 31)
@@ -181,7 +181,7 @@ def test_the_scripts_never_turn_text_into_markup(site: Path) -> None:
 def test_every_picture_is_written_once(store: Store, site: Path, written: SiteSummary) -> None:
     digests = {
         entry["sha256"]
-        for kind in ("victims", "results")
+        for kind in ("victims", "scans", "purifications")
         for record in store.records(kind)
         for name, entry in record["files"].items()
         if name.endswith(".png")
@@ -191,7 +191,7 @@ def test_every_picture_is_written_once(store: Store, site: Path, written: SiteSu
 
 
 def test_a_result_shows_its_victims_trigger_and_the_recovered_one(store: Store, site: Path) -> None:
-    result = next(record for record in store.records("results") if "recovered.png" in record["files"])
+    result = next(record for record in defended(store) if "recovered.png" in record["files"])
     victim = store.read("victims", result["victim_key"])
     page = Page(site / "cells" / f"{result['key']}.html")
     shown = [Path(address).stem for tag, address in page.addresses if tag == "img"]
@@ -200,7 +200,7 @@ def test_a_result_shows_its_victims_trigger_and_the_recovered_one(store: Store, 
 
 
 def test_a_cells_page_holds_its_numbers_specification_and_command(store: Store, site: Path) -> None:
-    record = next(r for r in store.records("results") if "after" in r["metrics"] and r["facts"]["attack"] != "benign")
+    record = next(r for r in defended(store) if "after" in r["metrics"] and r["facts"]["attack"] != "benign")
     text = page_text(site / "cells" / f"{record['key']}.html")
     for when in ("before", "after"):
         for name in ("acc", "asr", "ra", "natural_rate"):
@@ -214,14 +214,12 @@ def test_a_cells_page_holds_its_numbers_specification_and_command(store: Store, 
     shown = re.search(r"Full specification</summary><pre tabindex=\"0\">(.*?)</pre>", source, re.S)
     assert shown is not None
     assert json.loads(html.unescape(shown[1])) == record["spec"]
-    siblings = [r["key"] for r in store.records("results") if r["victim_key"] == record["victim_key"] and r != record]
+    siblings = [r["key"] for r in defended(store) if r["victim_key"] == record["victim_key"] and r != record]
     assert all(f"../cells/{key}.html" in source for key in siblings)
 
 
 def test_a_detectors_page_says_whether_it_was_right(store: Store, site: Path) -> None:
-    record = next(
-        r for r in store.records("results") if "detection" in r["metrics"] and r["metrics"]["detection"]["alarm"]
-    )
+    record = next(r for r in defended(store) if "detection" in r["metrics"] and r["metrics"]["detection"]["alarm"])
     found, text = record["metrics"]["detection"], page_text(site / "cells" / f"{record['key']}.html")
     assert f"Right{'yes' if found['correct'] else 'no'}" in text
     assert "Evidence for each label" in text
@@ -297,11 +295,11 @@ def test_the_benign_model_is_in_no_mean_over_attacks(store: Store) -> None:
 
 def test_cells_script_has_one_row_per_record_victims_first(store: Store, site: Path) -> None:
     rows = script_data(site, "cells.js", "cells")
-    keys = store.keys("victims") | store.keys("results") | store.keys("failures")
+    keys = store.keys("victims") | defended_keys(store) | store.keys("failures")
     assert sorted(row["key"] for row in rows) == sorted(keys)
     kinds = [row["kind"] for row in rows]
     assert kinds == sorted(kinds, reverse=True)
-    result = next(record for record in store.records("results") if "after" in record["metrics"])
+    result = next(record for record in defended(store) if "after" in record["metrics"])
     row = next(row for row in rows if row["key"] == result["key"])
     assert row["acc_low"] == pytest.approx(result["metrics"]["after"]["acc"]["low"], rel=1e-5)
     assert (row["victim_key"], row["seed"]) == (result["victim_key"], result["facts"]["seed"])
@@ -398,7 +396,7 @@ def evil_store(root: Path) -> Store:
     keys: dict[str, str] = {}
     for kind, record in (
         ("victims", victim),
-        ("results", next(r for r in store.records("results") if "after" in r["metrics"])),
+        ("purifications", next(r for r in defended(store) if "after" in r["metrics"])),
     ):
         spec = {**record["spec"], "evil": EVIL, "seed": 99}
         facts = {name: EVIL if isinstance(value, str) else value for name, value in record["facts"].items()}
@@ -413,7 +411,7 @@ def evil_store(root: Path) -> Store:
         changed = {
             **record,
             "spec": spec,
-            "facts": facts | {"defence_kind": "purifier"} if kind == "results" else facts,
+            "facts": facts | {"defence_kind": "purifier"} if kind == "purifications" else facts,
             "title": EVIL,
             "class_names": [EVIL],
             "victim_key": keys.get("victims"),
@@ -454,8 +452,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_keys_that_are_no_keys_are_refused(tmp_path: Path) -> None:
     store = synthetic_store(tmp_path / "bench", results=2, attacks=1, defences=1, seeds=1, data=("digits",), failures=0)
-    record = next(store.records("results"))
-    path = Path(store.path("results", record["key"]))
+    record = defended(store)[0]
+    path = Path(store.path(f"{record['kind']}s", record["key"]))
     path.write_text(json.dumps({**record, "key": "../../escaped"}))
     with pytest.raises(SiteError, match="64 hexadecimal digits"):
         write_site(store, tmp_path / "site")
@@ -465,7 +463,7 @@ def test_keys_that_are_no_keys_are_refused(tmp_path: Path) -> None:
 def test_missing_and_damaged_files_are_said_on_the_page_and_the_overview(tmp_path: Path) -> None:
     store = synthetic_store(tmp_path / "bench", results=8, attacks=1, defences=1, seeds=1, data=("digits",), failures=0)
     victim = next(record for record in store.records("victims") if "trigger.png" in record["files"])
-    result = next(store.records("results"))
+    result = defended(store)[0]
     (Path(store.folder(victim)) / "trigger.png").write_bytes(b"something else")
     (Path(store.folder(result)) / "detail.json").unlink()
     summary = write_site(store, tmp_path / "site")
@@ -546,8 +544,9 @@ def left_in(folder: Path) -> set[str]:
 def test_a_site_is_replaced_by_the_next_one(tmp_path: Path) -> None:
     store = small_store(tmp_path / "bench")
     write_site(store, tmp_path / "out" / "site", title="first")
-    gone = next(iter(store.keys("results")))
-    store.remove("results", gone)
+    gone = next(iter(defended_keys(store)))
+    store.remove("scans", gone)
+    store.remove("purifications", gone)
     write_site(store, tmp_path / "out" / "site", title="second")
     assert "second" in page_text(tmp_path / "out" / "site" / "index.html")
     assert not (tmp_path / "out" / "site" / "cells" / f"{gone}.html").exists()
@@ -605,7 +604,7 @@ def test_a_killed_run_leaves_the_old_site(tmp_path: Path) -> None:
     before = (out / "index.html").read_bytes()
     assert subprocess.run([sys.executable, "-c", code, "kill"], check=False).returncode == -signal.SIGKILL
     assert (out / "index.html").read_bytes() == before
-    assert left_in(out / "cells") >= {f"{key}.html" for key in Store(str(tmp_path / "bench")).keys("results")}
+    assert left_in(out / "cells") >= {f"{key}.html" for key in defended_keys(Store(str(tmp_path / "bench")))}
 
 
 def test_leftovers_of_killed_runs_go_and_a_site_set_aside_comes_back(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_site import evil_store
 
-from bench.synthetic import synthetic_store
+from bench.synthetic import defended, defended_keys, synthetic_store
 from lustral.site.pages import write_site
 from lustral.store.store import Store
 
@@ -137,7 +137,7 @@ def test_filters_narrow_the_table_and_stay_in_the_address(tab: Tab, store: Store
     assert set(column(page, "Defence")) == {"mesa"}
     expected = [
         record
-        for record in store.records("results")
+        for record in defended(store)
         if (record["facts"]["attack"], record["facts"]["defence"]) == ("badnets", "mesa")
     ]
     assert f"of {len(expected)} found" in page.locator("#status").inner_text()
@@ -149,7 +149,7 @@ def test_filters_narrow_the_table_and_stay_in_the_address(tab: Tab, store: Store
     again = tab.open(f"table.html{kept}")
     assert column(again, "Seed") == rows
     assert again.get_by_label("Attack", exact=True).input_value() == "badnets"
-    key = sorted(store.keys("results"))[0]
+    key = sorted(defended_keys(store))[0]
     again.get_by_role("button", name="Clear filters").click()
     again.get_by_label("Search").fill(key[:12])
     assert again.locator("#cells tbody a").get_attribute("href") == f"cells/{key}.html"
@@ -187,7 +187,7 @@ def test_a_row_opens_its_cell(tab: Tab) -> None:
 
 
 def test_the_command_can_be_copied(tab: Tab, store: Store) -> None:
-    key = sorted(store.keys("results"))[0]
+    key = sorted(defended_keys(store))[0]
     page = tab.open(f"cells/{key}.html")
     page.get_by_role("button", name="Copy").click()
     page.get_by_role("button", name=re.compile("Copied|Selected")).wait_for()
@@ -195,7 +195,7 @@ def test_the_command_can_be_copied(tab: Tab, store: Store) -> None:
 
 
 def test_a_filter_from_a_link_can_be_taken_away(tab: Tab, store: Store) -> None:
-    victim = next(record["victim_key"] for record in store.records("results"))
+    victim = next(record["victim_key"] for record in defended(store))
     page = tab.open(f"table.html#victim_key={victim}")
     before = page.locator("#cells tbody tr").count()
     assert before == 2 * 8 + 1  # budgets, defences, and the victim itself
@@ -408,8 +408,8 @@ def test_defences_can_be_highlighted(tab: Tab) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_page_is_wider_than_its_window(browser: Any, site: Path, store: Store, width: int) -> None:
     tab = Tab(browser, site, viewport={"width": width, "height": 844})
-    result = next(record["key"] for record in store.records("results") if "recovered.png" in record["files"])
-    failed = next(record["key"] for record in store.records("failures") if record["kind"] == "result")
+    result = next(record["key"] for record in defended(store) if "recovered.png" in record["files"])
+    failed = next(record["key"] for record in store.records("failures") if record["kind"] != "victim")
     paths = [*PAGES, f"cells/{result}.html", f"cells/{failed}.html", "methods/baeraser.html", "methods/badnets.html"]
     paths += [f"victims/{next(iter(store.keys('victims')))}.html"]
     for path in paths:
@@ -442,7 +442,7 @@ def test_hostile_text_does_nothing(browser: Any, tmp_path: Path) -> None:
 )
 def test_screenshots(browser: Any, site: Path, store: Store) -> None:
     folder = Path(os.environ["LUSTRAL_SCREENSHOTS"])
-    result = next(record["key"] for record in store.records("results") if "recovered.png" in record["files"])
+    result = next(record["key"] for record in defended(store) if "recovered.png" in record["files"])
     for name, path, width, scheme in (
         ("index-light", "index.html", 1280, "light"),
         ("index-dark", "index.html", 1280, "dark"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.synthetic import synthetic_store
+from bench.synthetic import defended, synthetic_store
 from lustral.cli import main
 from lustral.core.files import canonical
 from lustral.store.store import Store, checksum_of
@@ -127,7 +127,7 @@ def test_a_record_that_holds_something_else(
         for path, content in before.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        rewrite(store, "results", put(*place, value=value))
+        rewrite(store, "purifications", put(*place, value=value))
         check(run_all(store, plan, capsys))
 
 
@@ -149,7 +149,7 @@ def test_a_record_that_holds_something_else(
     ],
     ids=range(11),
 )
-@pytest.mark.parametrize("kind", ["results", "failures"])
+@pytest.mark.parametrize("kind", ["purifications", "failures"])
 def test_a_record_that_is_none(
     content: bytes, kind: Any, store: Store, plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,29 +169,29 @@ def test_a_record_that_is_none(
 def test_files_that_hold_something_else(
     part: str, content: bytes, store: Store, plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for record in [*store.records("results")]:
+    for record in [*defended(store)]:
         if part in record["files"]:
             Path(store.folder(record), part).write_bytes(content)
             record["files"][part] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
             record["checksum"] = checksum_of(record)
-            Path(store.path("results", record["key"])).write_bytes(canonical(record))
+            Path(store.path(f"{record['kind']}s", record["key"])).write_bytes(canonical(record))
     check(run_all(store, plan, capsys))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["record", "file", "folder", "files", "results", "claim", "marker"])
+@pytest.mark.parametrize("what", ["record", "file", "folder", "files", "kind", "claim", "marker"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
 def test_links_pipes_and_devices(
     what: str, kind: str, store: Store, plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, outside = Path(store.root), plan.parent / "outside"
-    record = next(record for record in store.records("results") if "detail.json" in record["files"])
+    record = next(record for record in defended(store) if "detail.json" in record["files"])
     path = {
-        "record": Path(store.path("results", record["key"])),
+        "record": Path(store.path(f"{record['kind']}s", record["key"])),
         "file": Path(store.folder(record), "detail.json"),
         "folder": Path(store.folder(record)),
         "files": root / "files" / record["key"][:2],
-        "results": root / "results" / record["key"][:2],
+        "kind": root / f"{record['kind']}s" / record["key"][:2],
         "claim": root / "claims" / f"{record['key']}.json",
         "marker": root / "store.json",
     }[what]

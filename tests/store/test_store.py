@@ -88,7 +88,7 @@ def test_what_goes_in_comes_out(any_store: Store) -> None:
     key, written = put(any_store, rates=[0.5, math.nan], name="Käse")
     assert written
     assert any_store.has("victims", key)
-    assert not any_store.has("results", key)
+    assert not any_store.has("purifications", key)
     assert any_store.keys("victims") == {key}
     record = any_store.read("victims", key)
     assert (record["spec"], record["rates"], record["name"], record["key"]) == (spec_of(0), [0.5, None], "Käse", key)
@@ -111,7 +111,7 @@ def test_records_come_sorted_and_need_no_files(any_store: Store) -> None:
     assert [record["key"] for record in found] == sorted(keys)
     assert all(record["files"] == {} and "folder" not in record for record in found)
     assert [json.loads(content)["key"] for _, content in any_store.contents("victims")] == sorted(keys)
-    assert list(any_store.records("results")) == []
+    assert list(any_store.records("purifications")) == []
 
 
 def test_another_store_object_sees_the_same(any_store: Store) -> None:
@@ -187,8 +187,8 @@ def test_different_specifications_have_different_names(one: dict[str, Any], othe
 @QUICK
 def test_any_record_reads_back_as_it_was(content: dict[str, Any]) -> None:
     store = Store(f"memory://{secrets.token_hex(8)}").open(create=True)
-    store.put("results", KEY, {"content": content})
-    assert store.read("results", KEY)["content"] == content
+    store.put("purifications", KEY, {"content": content})
+    assert store.read("purifications", KEY)["content"] == content
     store.disk.fs.rm(store.root, recursive=True)
 
 
@@ -339,8 +339,8 @@ def test_an_unreadable_marker(store: Store, marker: bytes) -> None:
 
 
 def test_another_layout_is_refused(any_store: Store) -> None:
-    any_store.disk.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": 2}))
-    with pytest.raises(StoreError, match="layout 2, this version reads 1"):
+    any_store.disk.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": 3}))
+    with pytest.raises(StoreError, match="layout 3; this version reads 1 and 2: use the version"):
         any_store.open(create=False)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench.synthetic import synthetic_store
+from bench.synthetic import defended, defended_keys, synthetic_store
 from lustral.core.files import canonical
 from lustral.core.rates import wilson_interval
 from lustral.store.store import Store, StoreError, content_key
@@ -28,7 +28,7 @@ def cell(**columns: Any) -> dict[str, Any]:
     """A finished result with what a test says about it."""
     row: dict[str, Any] = {
         "key": f"cell {next(NUMBERS)}",
-        "kind": "result",
+        "kind": "purification",
         "status": "done",
         "data": "digits",
         "arch": "small_cnn",
@@ -407,7 +407,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_every_record_is_one_row(store: Store) -> None:
     cells = load_cells(store)
     assert cells.schema == ROW_SCHEMA
-    keys = set().union(*(store.keys(kind) for kind in ("victims", "results", "failures")))
+    keys = set().union(*(store.keys(kind) for kind in ("victims", "scans", "purifications", "failures")))
     assert sorted(cells.column("key").to_pylist()) == sorted(keys)
 
 
@@ -415,11 +415,11 @@ def test_rows_repeat_what_the_records_say(store: Store) -> None:
     rows = {row["key"]: row for row in load_cells(store).to_pylist()}
     victims = {record["key"]: record for record in store.records("victims")}
     kinds = set()
-    for record in store.records("results"):
+    for record in defended(store):
         row, metrics, facts = rows[record["key"]], record["metrics"], record["facts"]
         kinds.add(facts["defence_kind"])
         assert {name: row[name] for name in facts} == facts
-        assert (row["kind"], row["status"], row["title"]) == ("result", "done", record["title"])
+        assert (row["kind"], row["status"], row["title"]) == (record["kind"], "done", record["title"])
         assert row["victim_key"] == record["victim_key"]
         assert row["victim_seconds"] == victims[record["victim_key"]]["cost"]["seconds"]
         assert (row["acc0"], row["asr0"]) == tuple(metrics["before"][name]["value"] for name in ("acc", "asr"))
@@ -457,8 +457,8 @@ def test_victims_are_rows_without_a_defence(store: Store) -> None:
 
 def test_a_failure_that_succeeded_later_is_no_failure(tmp_path: Path) -> None:
     store = synthetic_store(tmp_path / "bench", results=6, attacks=1, defences=1, seeds=2, failures=1, details=False)
-    result = next(store.records("results"))
-    note = next(record for record in store.records("failures") if record["kind"] == "result")
+    result = defended(store)[0]
+    note = next(record for record in store.records("failures") if record["kind"] != "victim")
     path = Path(store.path("failures", result["key"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(canonical({**note, "key": result["key"], "facts": result["facts"]}))
@@ -473,18 +473,18 @@ def test_an_empty_store_is_an_empty_table(tmp_path: Path) -> None:
 
 def test_stores_behind_a_url_are_read_too(store: Store) -> None:
     remote = Store("memory://summary-test").open(create=True)
-    for kind in ("victims", "results", "failures"):
+    for kind in ("victims", "scans", "purifications", "failures"):
         for path, content in store.contents(kind):
             remote.disk.fs.pipe_file(f"{remote.root}/{kind}/ab/{Path(path).name}", content)
     assert sorted(load_cells(remote).to_pylist(), key=str) == sorted(load_cells(store).to_pylist(), key=str)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b'{"key": "a", "kind": "result"}', b'{"kind": "result", "facts"'], ids=repr
+    "content", [b"", b"{}", b"[1]", b'{"key": "a", "kind": "scan"}', b'{"kind": "scan", "facts"'], ids=repr
 )
 def test_records_that_cannot_be_read_are_named(content: bytes, tmp_path: Path) -> None:
     store = synthetic_store(tmp_path / "bench", results=2, attacks=1, defences=1, seeds=1, failures=0, details=False)
-    path = Path(store.path("results", "ab" * 32))
+    path = Path(store.path("purifications", "ab" * 32))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"abab\.json is not a readable record of this version"):
@@ -493,9 +493,9 @@ def test_records_that_cannot_be_read_are_named(content: bytes, tmp_path: Path) -
 
 def test_a_column_of_another_type_is_an_error_of_the_store(tmp_path: Path) -> None:
     store = synthetic_store(tmp_path / "bench", results=2, attacks=1, defences=1, seeds=1, failures=0, details=False)
-    record = next(store.records("results"))
+    record = defended(store)[0]
     record["facts"]["seed"] = "many"
-    Path(store.path("results", record["key"])).write_bytes(canonical(record))
+    Path(store.path(f"{record['kind']}s", record["key"])).write_bytes(canonical(record))
     with pytest.raises(StoreError, match="unexpected seed"):
         load_cells(store)
 
@@ -532,15 +532,15 @@ def test_ten_thousand_results_take_two_seconds(tmp_path: Path) -> None:
 
 
 def test_synthetic_records_are_valid(store: Store) -> None:
-    assert len(store.keys("results")) == 300
+    assert len(defended_keys(store)) == 300
     assert len(store.keys("victims")) == 2 * 5 * 3
     assert len(store.keys("failures")) == 2 + 1
-    for kind in ("victims", "results", "failures"):
+    for kind in ("victims", "scans", "purifications", "failures"):
         for record in store.records(kind, check=True):
             assert record["key"] == content_key(record["spec"])
             for name in record["files"]:
                 assert store.file(record, name)  # compares with its checksum
-            if kind == "results":
+            if kind in ("scans", "purifications"):
                 assert record["victim_key"] == content_key(record["spec"]["victim"])
     assert store.leftovers(grace_seconds=-1) == []
 
@@ -549,12 +549,12 @@ def test_synthetic_stores_repeat(tmp_path: Path) -> None:
     first, second = (
         synthetic_store(tmp_path / name, results=20, attacks=2, defences=3, seeds=1) for name in ("one", "two")
     )
-    assert list(first.records("results")) == list(second.records("results"))
+    assert list(defended(first)) == list(defended(second))
 
 
 def aged(store: Store, change: Callable[[dict[str, Any]], None]) -> Store:
     """Write every record again with a changed specification."""
-    for kind in ("victims", "results"):
+    for kind in ("victims", "scans", "purifications"):
         for record in [*store.records(kind)]:
             store.remove(kind, record["key"])
             change(record["spec"])
@@ -572,9 +572,9 @@ def small_store(tmp_path: Path) -> Store:
 def test_results_of_older_versions_are_left_out_and_counted(small_store: Store) -> None:
     whole = load_cells(small_store)
     assert without_outdated(whole) == (whole, None)
-    result = next(record for record in small_store.records("results"))
+    result = next(record for record in small_store.records("purifications"))
     result["spec"]["versions"]["Evaluation"] = 0
-    small_store.put("results", content_key(result["spec"]), result)
+    small_store.put("purifications", content_key(result["spec"]), result)
     now, note = without_outdated(load_cells(small_store))
     assert now.equals(whole)
     assert note is not None

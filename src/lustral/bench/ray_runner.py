@@ -1,7 +1,7 @@
 """The same cells on a Ray cluster: one task each, with its share of CPUs and GPUs.
 
-Ray places the tasks and starts them again when a worker dies; the store decides what is done. A result's task starts when its
-victim's has ended. Workers must see the store and the data sets under the same names.
+Ray places the tasks and starts them again when a worker dies; the store decides what is done. A task starts when those of the
+cells that it needs have ended. Workers must see the store and the data sets under the same names.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lustral.bench.cells import Workbench, failure
-from lustral.bench.grid import Cell, Grid
-from lustral.bench.runner import Event, OnEvent, RunSummary, run_cell, threads, wait_for
+from lustral.bench.cells import Cell
+from lustral.bench.grid import Grid
+from lustral.bench.recording import failure
+from lustral.bench.runner import Event, OnEvent, RunSummary, finished_keys, obstacle, run_cell, threads, wait_for
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
+from lustral.bench.workbench import Workbench
 from lustral.core.records import Progress
 from lustral.store.store import Store
 
@@ -43,7 +45,7 @@ def _import_ray() -> Any:
 
 def work(
     url: str,
-    fields: Mapping[str, Any],
+    cell: Cell,
     device_name: str,
     num_threads: int,
     keep_models: bool,
@@ -52,7 +54,6 @@ def work(
     board: Any,
 ) -> tuple[str, float, str | None]:
     """Do one cell in a worker process; returns (state, seconds, error)."""
-    cell = Cell.of(fields["spec"], attack=fields["attack"], defence=fields["defence"])
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     bench = _benches.setdefault(
         (url, str(device), keep_models, trust),
@@ -62,6 +63,9 @@ def work(
     def report(progress: Progress) -> None:
         board.note.remote(cell.key, progress.stage, progress.done, progress.total)
 
+    stopped = obstacle(cell, bench.store, {}, ())
+    if stopped is not None:
+        return stopped.state, 0.0, stopped.error
     with threads(num_threads):
         event = wait_for(lambda: run_cell(cell, bench, retry_failed=retry, on_progress=report))
     return event.state, event.seconds, event.error
@@ -160,21 +164,22 @@ def _run(
             on_event(event)
 
     board = ray.remote(num_cpus=0)(Board).remote()
-    task = ray.remote(num_cpus=plan.threads, num_gpus=plan.gpus, max_retries=RETRIES)(_after_victim)
-    finished = store.keys("victims") | store.keys("results")
-    running: dict[Any, Cell] = {}
-    of_victim: dict[str, Any] = {}
+    task = ray.remote(num_cpus=plan.threads, num_gpus=plan.gpus, max_retries=RETRIES)(_after_needs)
+    present, running, tasks = finished_keys(store), dict[Any, Cell](), dict[str, Any]()
     for cell in grid.cells:
-        if cell.key in finished:
+        if cell.key in present:
             record_event(Event(cell=cell, state="present"))
             continue
-        fields = {"spec": cell.spec, "attack": cell.attack, "defence": cell.defence}
-        before = of_victim.get(cell.victim_key or "")
-        settings = (store.url, fields, device, plan.threads, plan.keep_models, retry_failed, trust, board)
-        reference = task.options(name=cell.title).remote(before, *settings)
+        stopped = obstacle(cell, store, states, by_key)
+        if stopped is not None and stopped.state == "blocked":
+            record_event(stopped)
+            continue
+        settings = (store.url, cell, device, plan.threads, plan.keep_models, retry_failed, trust, board)
+        needs = [need for need in cell.needs if need.key in tasks]
+        before = [tasks[need.key] for need in needs]
+        reference = task.options(name=cell.title).remote([need.noun for need in needs], settings, *before)
         running[reference] = cell
-        if cell.kind == "victims":
-            of_victim[cell.key] = reference
+        tasks[cell.key] = reference
     try:
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
@@ -192,10 +197,11 @@ def _run(
     return RunSummary.of(list(states.values()))
 
 
-def _after_victim(before: Any, *settings: Any) -> tuple[str, float, str | None]:
-    """Do a cell whose victim's task has ended with ``before`` (None: the victim was there, or it is one)."""
-    if before is not None and before[0] in ("failed", "blocked"):
-        return "blocked", 0.0, "its victim failed"
+def _after_needs(nouns: list[str], settings: tuple[Any, ...], *before: Any) -> tuple[str, float, str | None]:
+    """Do a cell when the tasks of what it needs have ended with ``before``; what was there has none."""
+    for noun, (state, _, _) in zip(nouns, before, strict=True):
+        if state in ("failed", "blocked"):
+            return "blocked", 0.0, f"its {noun} failed"
     return work(*settings)
 
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from lustral.bench.cells import Workbench, failure
-from lustral.bench.grid import Cell, Grid
+from lustral.bench.cells import Cell
+from lustral.bench.grid import Grid
+from lustral.bench.recording import failure
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
+from lustral.bench.workbench import Workbench
 from lustral.core.records import OnProgress, Progress
-from lustral.store.store import Store
+from lustral.store.store import CELLS, Store
 
 State = Literal["computed", "present", "failed", "blocked", "busy"]
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -33,8 +35,8 @@ class Event:
 
     Attributes:
         cell: which.
-        state: "computed" now, "present" before, "failed" (now or before), "blocked" because its victim failed, "busy"
-            because another runner is at it.
+        state: "computed" now, "present" before, "failed" (now or before), "blocked" because a cell that it needs failed or is
+            nowhere, "busy" because another runner is at it.
         seconds: time spent on it now.
         error: for a failure, its last line.
     """
@@ -101,8 +103,31 @@ def _known(cell: Cell, store: Store, retry_failed: bool) -> Event | None:
     if not retry_failed:
         with suppress(KeyError):
             return Event(cell=cell, state="failed", error=store.read("failures", cell.key)["error"])
-    if cell.victim_key is not None and not retry_failed and store.has("failures", cell.victim_key):
-        return Event(cell=cell, state="blocked", error="its victim failed")
+        failed = next((need for need in cell.needs if store.has("failures", need.key)), None)
+        if failed is not None:
+            return Event(cell=cell, state="blocked", error=f"its {failed.noun} failed")
+    return None
+
+
+def obstacle(cell: Cell, store: Store, states: Mapping[str, str], coming: Collection[str]) -> Event | None:
+    """Return why a cell cannot be done now: "blocked", or "busy" while another runner is at what it needs; None if it can.
+
+    Args:
+        cell: which.
+        store: where what it needs should be.
+        states: what has become of the cells of this run so far.
+        coming: keys of all cells of this run.
+    """
+    for need in cell.needs:
+        state = states.get(need.key)
+        if state in ("failed", "blocked"):
+            return Event(cell=cell, state="blocked", error=f"its {need.noun} failed")
+        if state is None and not store.has(need.kind, need.key):
+            if need.key in coming:
+                return Event(cell=cell, state="busy")
+            return Event(cell=cell, state="blocked", error=f"its {need.noun} is not in the store")
+        if need.file is not None and need.file not in store.read(need.kind, need.key)["files"]:
+            return Event(cell=cell, state="blocked", error=f"its {need.noun} has no {need.file}")
     return None
 
 
@@ -121,7 +146,7 @@ def run_local(
     Cells that another runner is computing are left for later; the run ends when every cell is settled.
 
     Args:
-        grid: the cells, victims before their results.
+        grid: the cells, each after those that it needs. What a cell needs and neither the grid nor the store has blocks it.
         store: where they go.
         device: where to compute.
         retry_failed: try cells again that have failed before.
@@ -137,10 +162,17 @@ def run_local(
         if on_event is not None:
             on_event(event)
 
-    finished = store.keys("victims") | store.keys("results")
-    waiting = []
+    def attempt(cell: Cell) -> Event:
+        stopped = obstacle(cell, store, states, coming)
+        if stopped is not None:
+            return stopped
+        report = None if on_progress is None else _reporter(cell, on_progress)
+        return run_cell(cell, bench, retry_failed=retry_failed, on_progress=report)
+
+    coming, waiting = {cell.key for cell in grid.cells}, []
+    present = finished_keys(store)
     for cell in grid.cells:
-        if cell.key in finished:
+        if cell.key in present:
             record_event(Event(cell=cell, state="present"))
         else:
             waiting.append(cell)
@@ -148,15 +180,7 @@ def run_local(
         while waiting:
             left = []
             for cell in waiting:
-                if states.get(cell.victim_key or "") in ("failed", "blocked"):
-                    record_event(Event(cell=cell, state="blocked", error="its victim failed"))
-                    continue
-                victim = cell.victim_key
-                if victim is not None and victim not in states and not store.has("victims", victim):
-                    left.append(cell)  # another runner is training it
-                    continue
-                report = None if on_progress is None else _reporter(cell, on_progress)
-                event = run_cell(cell, bench, retry_failed=retry_failed, on_progress=report)
+                event = attempt(cell)
                 if event.state == "busy":
                     left.append(cell)
                 else:
@@ -165,6 +189,11 @@ def run_local(
                 time.sleep(WAIT_SECONDS)
             waiting = left
     return RunSummary.of(list(states.values()))
+
+
+def finished_keys(store: Store) -> set[str]:
+    """Return the keys of all cells that the store has."""
+    return set().union(*(store.keys(kind) for kind in CELLS))
 
 
 def _reporter(cell: Cell, on_progress: Callable[[Cell, Progress], None]) -> OnProgress:
@@ -192,9 +221,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def pending(grid: Grid, store: Store) -> Iterator[Cell]:
-    """Yield the cells of a grid that the store does not have."""
-    finished = store.keys("victims") | store.keys("results")
-    return (cell for cell in grid.cells if cell.key not in finished)

@@ -54,5 +54,8 @@ class Trust:
     def require(self, spec: Mapping[str, Any]) -> None:
         """Check a cell's specification: see ``require_code`` and ``require_data``."""
         self.require_code({name: part for name, part in spec.items() if name != "data"})
-        victim = spec["victim"] if spec["kind"] == "result" else spec
-        self.require_data(victim["data"]["name"])
+        for part in spec.values():
+            if isinstance(part, Mapping) and "kind" in part:
+                self.require(part)  # a cell that it needs
+        if "data" in spec:
+            self.require_data(spec["data"]["name"])

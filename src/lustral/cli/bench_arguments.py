@@ -38,6 +38,7 @@ class BenchRun:
         where: COLUMN=VALUE: only these cells, and the victims they need; commas part values: defence=sau,tsbd.
         shard: I/N: only part I of N, e.g. of a batch scheduler's array.
         retry_failed: try cells again that have failed before.
+        audit: try to wake up the purified models, too; see ``lustral bench audit``.
     """
 
     plans: tyro.conf.Positional[tuple[Path, ...]]
@@ -48,6 +49,7 @@ class BenchRun:
     where: tuple[str, ...] = ()
     shard: str = "1/1"
     retry_failed: Switch = False
+    audit: Switch = False
     allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 
@@ -60,11 +62,15 @@ class BenchAudit:
         plans: plan files (.toml), run before; they need an attack with method "none" to compare with.
         store: folder or URL of its results.
         where: COLUMN=VALUE: only audits of these results; commas part values: defence=sau,tsbd.
+        ray: send the audits to a Ray cluster: "auto", or its address; in this process if left out.
+        retry_failed: try audits again that have failed before.
     """
 
     plans: tyro.conf.Positional[tuple[Path, ...]]
     store: str
     where: tuple[str, ...] = ()
+    ray: str | None = None
+    retry_failed: Switch = False
     allowed: Annotated[Allowed, FLAT] = Allowed()
     common: Annotated[Common, FLAT] = Common()
 

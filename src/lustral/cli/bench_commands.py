@@ -29,10 +29,13 @@ from lustral.cli.console import Screen
 from lustral.cli.parsing import UsageError
 from lustral.core.characters import visible
 from lustral.core.settings import shortened
-from lustral.store.store import Kind, Store, StoreError
+from lustral.store.former import former_note
+from lustral.store.store import CELLS, Store, StoreError
+from lustral.store.waste import UNREADABLE
 
 if TYPE_CHECKING:
     from lustral.bench.grid import Grid
+    from lustral.bench.runner import RunSummary
     from lustral.bench.trust import Trust
 
 OUTPUT_SCHEMA = 1
@@ -69,15 +72,34 @@ def run(command: BenchRun, screen: Screen) -> int:
     """Compute what is missing; exit code 1 if cells failed."""
     index, count = read_shard(command.shard)
     trust = trusted(command.allowed)
-    grid = open_grid(command.plans, command.where, trust=trust).shard(index, count)
+    grid = open_grid(command.plans, command.where, trust=trust, audits=command.audit).shard(index, count)
+    store = Store(absolute(command.store)).open(create=True)
+    tell_former(store, screen)
+    summary = work_through(grid, store, command, screen)
+    screen.show(
+        f"{summary.computed} cells computed, {summary.present} were there, {summary.failed} failed, "
+        f"{summary.blocked} not run because what they need failed."
+    )
+    if summary.failed:
+        screen.show(
+            f"Failed cells are kept with their tracebacks; --retry-failed tries them again: {command.store}/failures"
+        )
+    if command.site is not None:
+        write_pages(store, command.site, command.cards, grid.plan.name, screen)
+    counts = dataclasses.asdict(summary)
+    screen.record({"schema": OUTPUT_SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
+    return SOME_FAILED if summary.failed else 0
+
+
+def work_through(grid: Grid, store: Store, command: BenchRun | BenchAudit, screen: Screen) -> RunSummary:
+    """Compute the cells of a grid that are missing, here or on a cluster, and show how it goes."""
     from lustral.bench.runner import run_local
     from lustral.cli.opening import pick_device
 
-    device = pick_device(command.common.device)
-    store = Store(absolute(command.store)).open(create=True)
+    device, trust = pick_device(command.common.device), trusted(command.allowed)
     with Board(screen, grid) as board:
         if command.ray is None:
-            summary = run_local(
+            return run_local(
                 grid,
                 store,
                 device=device,
@@ -86,98 +108,61 @@ def run(command: BenchRun, screen: Screen) -> int:
                 on_event=board.record_event,
                 on_progress=board.report,
             )
-        else:
-            from lustral.bench.ray_runner import run_on_ray
+        from lustral.bench.ray_runner import run_on_ray
 
-            summary = run_on_ray(
-                grid,
-                store,
-                address=command.ray,
-                device=command.common.device,
-                retry_failed=command.retry_failed,
-                trust=trust,
-                on_event=board.record_event,
-                on_progress=board.report,
-            )
-    counts = dataclasses.asdict(summary)
-    screen.show(
-        f"{summary.computed} cells computed, {summary.present} were there, {summary.failed} failed, "
-        f"{summary.blocked} not run because their victim failed."
-    )
-    if summary.failed:
-        screen.show(
-            f"Failed cells are kept with their tracebacks; --retry-failed tries them again: {command.store}/failures"
+        return run_on_ray(
+            grid,
+            store,
+            address=command.ray,
+            device=command.common.device,
+            retry_failed=command.retry_failed,
+            trust=trust,
+            on_event=board.record_event,
+            on_progress=board.report,
         )
-    if command.site is not None:
-        write_pages(store, command.site, command.cards, grid.plan.name, screen)
-    screen.record({"schema": OUTPUT_SCHEMA, "store": command.store, "cells": len(grid.cells), **counts})
-    return SOME_FAILED if summary.failed else 0
 
 
 def audit(command: BenchAudit, screen: Screen) -> int:
-    """Try to wake purified models up."""
-    from lustral.bench.audits import audits_of, run_audits
-    from lustral.cli.opening import pick_device
-    from lustral.vision.evaluation import Reactivation
-
-    settings = Reactivation()
-    trust = trusted(command.allowed)
-    grid = open_grid(command.plans, trust=trust)
-    chosen = {cell.key for cell in grid.where(read_filters(command.where)).cells}
-    audits = [each for each in audits_of(grid, settings) if each.result.key in chosen]
-    store = Store(absolute(command.store)).open(create=False)
-    shown = Table(
-        "defence",
-        "attack",
-        "seed",
-        "ASR",
-        "retuned",
-        "benign",
-        "resistance",
-        "pushed",
-        title="Reactivation, in per cent",
-    )
-    counts, rows = dict.fromkeys(("computed", "present", "busy", "blocked"), 0), []
-    with screen.progress() as on_progress:
-        found = run_audits(
-            audits,
-            store,
-            settings,
-            device=pick_device(command.common.device),
-            trust=trust,
-            on_progress=lambda _: on_progress,
-        )
-        for each, state, record in found:
-            counts[state] += 1
-            if record is not None:
-                checks = record["metrics"]
-                rows.append({"title": each.result.title, "key": each.key, **checks})
-                rates = [
-                    checks["before"]["purified"]["asr"],
-                    checks["retuned"]["purified"]["asr"],
-                    checks["retuned"]["benign"]["asr"],
-                    checks["resistance"],
-                    checks["pushed"]["purified"]["asr"],
-                ]
-                named = (str(each.result.defence), each.result.attack, str(each.result.spec["victim"]["seed"]))
-                shown.add_row(*named, *("n/a" if rate is None else f"{100 * rate:.1f}" for rate in rates))
+    """Try to wake purified models up; exit code 1 if audits failed."""
+    grid = open_grid(command.plans, command.where, trust=trusted(command.allowed), audits=True).of_kind("audits")
+    store = Store(absolute(command.store)).open(create=False, write=True)
+    tell_former(store, screen)
+    summary = work_through(grid, store, command, screen)
+    names = ("defence", "attack", "seed", "ASR", "retuned", "benign", "resistance", "pushed")
+    shown, rows = Table(*names, title="Reactivation, in per cent"), []
+    for cell in grid.cells:
+        if not store.has("audits", cell.key):
+            continue
+        checks = store.read("audits", cell.key)["metrics"]
+        rows.append({"title": cell.title.removeprefix("audit of "), "key": cell.key, **checks})
+        rates = [
+            checks["before"]["purified"]["asr"],
+            checks["retuned"]["purified"]["asr"],
+            checks["retuned"]["benign"]["asr"],
+            checks["resistance"],
+            checks["pushed"]["purified"]["asr"],
+        ]
+        named = (str(cell.defence), cell.attack, str(cell.columns["seed"]))
+        shown.add_row(*named, *("n/a" if rate is None else f"{100 * rate:.1f}" for rate in rates))
+    counts = dataclasses.asdict(summary)
     screen.show(shown, f"{', '.join(f'{number} {state}' for state, number in counts.items())}.")
     screen.record({"schema": OUTPUT_SCHEMA, **counts, "audits": rows})
-    return 0
+    return SOME_FAILED if summary.failed else 0
 
 
 def plan(command: BenchPlan, screen: Screen) -> int:
     """Show what a plan holds and how much of it is done."""
     grid = open_grid(command.plans, command.where, trust=trusted(command.allowed))
-    from lustral.bench.upkeep import estimate
+    from lustral.store.estimate import estimate
 
     store = None
     if command.store is not None:
         store = Store(absolute(command.store)).open(create=False)
-    whole, states = estimate(grid, store)
-    kinds = {kind: [cell for cell in grid.cells if cell.kind == kind] for kind in ("victims", "results")}
+        tell_former(store, screen)
+    whole, states = estimate(grid.cells, store)
     shown = Table("", "cells", "done", "failed", "to do", title=f"Plan {grid.plan.name}")
-    for kind, cells in kinds.items():
+    for kind in dict.fromkeys(cell.kind for cell in grid.cells):
+        cells = grid.of_kind(kind).cells
         counts = [sum(states[cell.key] == state for cell in cells) for state in ("done", "failed", "to do")]
         shown.add_row(kind, str(len(cells)), *map(str, counts))
     screen.show(shown)
@@ -199,11 +184,11 @@ def table(command: BenchTable, screen: Screen) -> int:
     """Average over seeds."""
     from lustral.tables import exports, rows, summary
 
-    cells, by, note = rows.load_cells(Store(absolute(command.store)).open(create=False)), words(command.by), None
+    store, by, note = Store(absolute(command.store)).open(create=False), words(command.by), None
     if command.old:
-        by = tuple(dict.fromkeys([*by, "outdated"]))
+        cells, by = rows.load_cells(store), tuple(dict.fromkeys([*by, "outdated"]))
     else:
-        cells, note = rows.without_outdated(cells)
+        cells, note = rows.current_cells(store)
     query = summary.Query(
         by=by,
         metrics=words(command.metric),
@@ -226,7 +211,7 @@ def compare_evaluations(command: BenchCompare, screen: Screen) -> int:
     """Compare two defences on the same victims."""
     from lustral.tables import comparison, exports, rows
 
-    cells, note = rows.without_outdated(rows.load_cells(Store(absolute(command.store)).open(create=False)))
+    cells, note = rows.current_cells(Store(absolute(command.store)).open(create=False))
     found = comparison.compare(
         cells,
         command.first,
@@ -253,13 +238,14 @@ def site(command: BenchSite, screen: Screen) -> int:
 
 def verify(command: BenchVerify, screen: Screen) -> int:
     """Check a store; exit code 1 on any fault."""
-    from lustral.bench import upkeep
+    from lustral.bench.verification import verify as check
     from lustral.cli.opening import pick_device
 
     store = Store(absolute(command.store)).open(create=False)
+    tell_former(store, screen)
     grid = None if command.plan is None else open_grid([command.plan], trust=trusted(command.allowed))
     with screen.steps() as on_step:
-        report = upkeep.verify(
+        report = check(
             store,
             grid=grid,
             sample=command.sample,
@@ -281,17 +267,20 @@ def verify(command: BenchVerify, screen: Screen) -> int:
 
 def gc(command: BenchGc, screen: Screen) -> int:
     """Clean a store up."""
-    from lustral.bench import upkeep
+    from lustral.store.waste import find_waste, remove_waste
 
     store = Store(absolute(command.store)).open(create=False)
-    keep = [open_grid([path], trust=trusted(command.allowed)) for path in command.keep]
-    waste = upkeep.find_waste(store, keep=keep, failures=command.failures, old=command.old, grace_seconds=command.grace)
+    if not command.old:
+        tell_former(store, screen)
+    grids = [open_grid([path], trust=trusted(command.allowed)) for path in command.keep]
+    keep = [cell.spec for grid in grids for cell in grid.cells] if grids else None
+    waste = find_waste(store, keep=keep, failures=command.failures, old=command.old, grace_seconds=command.grace)
     for kind, key, title in waste.records:
         screen.show(f"{kind} {key[:12]} {title}")
     for path in waste.leftovers:
         screen.show(path)
     if not command.dry_run:
-        upkeep.remove_waste(store, waste)
+        remove_waste(store, waste)
     verb = "would go" if command.dry_run else "removed"
     screen.show(f"{len(waste.records)} records and {len(waste.leftovers)} leftovers {verb}.")
     screen.record({"schema": OUTPUT_SCHEMA, "dry_run": command.dry_run, **dataclasses.asdict(waste)})
@@ -300,19 +289,19 @@ def gc(command: BenchGc, screen: Screen) -> int:
 
 def repeat(command: BenchRepeat, screen: Screen) -> int:
     """Compute a stored cell again; exit code 1 if its rates differ."""
-    from lustral.bench import upkeep
-    from lustral.bench.grid import Cell
+    from lustral.bench import verification
+    from lustral.bench.kinds import cell_of
     from lustral.cli.opening import pick_device
 
     store = Store(absolute(command.store)).open(create=False)
     stored = find_record(store, command.key)
     try:
-        num_threads = upkeep.threads_of(stored)
-        cell = Cell.of(stored["spec"], attack=stored["facts"]["attack"], defence=stored["facts"].get("defence"))
-    except upkeep.UNREADABLE as error:
+        num_threads = verification.threads_of(stored)
+        cell = cell_of(stored["spec"], attack=stored["facts"]["attack"], defence=stored["facts"].get("defence"))
+    except UNREADABLE as error:
         raise StoreError(f"{command.key} is not a readable record ({shortened(error)})") from error
     with screen.progress() as on_progress:
-        again, found = upkeep.repeat(
+        again, found = verification.repeat(
             cell,
             store,
             device=pick_device(command.common.device),
@@ -327,6 +316,13 @@ def repeat(command: BenchRepeat, screen: Screen) -> int:
         screen.show("The rates are the stored ones.")
     screen.record({"schema": OUTPUT_SCHEMA, "key": cell.key, "metrics": again["metrics"], "differences": found})
     return FAULTS if found else 0
+
+
+def tell_former(store: Store, screen: Screen) -> None:
+    """Say what an earlier version left in a store, if it did."""
+    note = former_note(store)
+    if note is not None:
+        screen.show(note)
 
 
 def write_pages(store: Store, out: Path, cards: Path | None, title: str, screen: Screen) -> None:
@@ -353,9 +349,11 @@ def trusted(allowed: Allowed) -> Trust:
     return Trust(code=allowed.allow_code, paths=allowed.allow_paths)
 
 
-def open_grid(paths: Sequence[Path], where: Sequence[str] = (), *, trust: Trust | None = None) -> Grid:
-    """Read plans and turn them into cells, or into those that ``--where`` admits."""
-    from lustral.bench.expansion import expand
+def open_grid(
+    paths: Sequence[Path], where: Sequence[str] = (), *, trust: Trust | None = None, audits: bool = False
+) -> Grid:
+    """Read plans and turn them into cells, with audits or without, or into those that ``--where`` admits."""
+    from lustral.bench.expansion import expand, with_audits
     from lustral.bench.grid import Grid
     from lustral.bench.plan import read_plan
     from lustral.bench.sources import Sources
@@ -363,13 +361,13 @@ def open_grid(paths: Sequence[Path], where: Sequence[str] = (), *, trust: Trust 
     sources = Sources() if trust is None else Sources(trust=trust)
     if not paths:
         raise UsageError("expected at least one plan file, e.g. benchmarks/plans/toy.toml")
-    return Grid.joined([expand(read_plan(path), sources) for path in paths]).where(read_filters(where))
+    grid = Grid.joined([expand(read_plan(path), sources) for path in paths])
+    return (with_audits(grid) if audits else grid).where(read_filters(where))
 
 
 def find_record(store: Store, key: str) -> dict[str, Any]:
-    """Return the record of a result or victim by the start of its name."""
-    kinds: tuple[Kind, ...] = ("results", "victims")
-    matches = [(kind, full) for kind in kinds for full in store.keys(kind) if full.startswith(key)]
+    """Return the record of a cell by the start of its name."""
+    matches = [(kind, full) for kind in CELLS for full in store.keys(kind) if full.startswith(key)]
     if len(matches) != 1 or not key:
         advice = "give more of the name" if matches else "`lustral bench plan PLAN --cells` lists names"
         raise StoreError(f"{key!r} is the start of {len(matches)} names in {store.url}; expected one: {advice}")

@@ -14,7 +14,8 @@ from lustral.cli.console import Screen
 from lustral.core.characters import visible
 
 if TYPE_CHECKING:
-    from lustral.bench.grid import Cell, Grid
+    from lustral.bench.cells import Cell
+    from lustral.bench.grid import Grid
     from lustral.bench.runner import Event
     from lustral.core import records
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lustral.bench.cells import StoreAssets
+from lustral.bench.workbench import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
 from lustral.cli.console import Screen

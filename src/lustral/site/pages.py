@@ -31,7 +31,7 @@ from lustral.site.page_writer import OnPages, PageWriter
 from lustral.site.records import PICTURES, Picture, Relatives, png_size, record_page
 from lustral.site.words import count, duration, file_name, page_of, table_link
 from lustral.store.store import DETAIL_FILE, MOST_RECORD_BYTES, Kind, Store, StoreError, read_json
-from lustral.tables.rows import BENIGN, UNDEFENDED, load_cells, without_outdated
+from lustral.tables.rows import BENIGN, MEASURED, UNDEFENDED, current_cells
 
 TITLE = "Backdoor benchmark"
 ASSETS = ("site.css", "theme.js", "common.js", "heat.js", "table.js", "charts.js")
@@ -96,7 +96,7 @@ def write_site(
     recover(out)
     require_ours(out)
     contents = read_cards(cards)
-    cells, note = without_outdated(load_cells(store))
+    cells, note = current_cells(store)
     rows = sorted(cells.to_pylist(), key=_order)
     _require_keys(rows)
     with replacing(out) as folder:
@@ -240,9 +240,9 @@ class _Site:
 
     def read(self, row: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         """Return a row's record; if it is gone or damaged, as much as the row tells."""
-        kind: Kind = "failures" if row["status"] != "done" else "victims" if row["kind"] == "victim" else "results"
+        folders: dict[str, Kind] = {kind.removesuffix("s"): kind for kind in MEASURED}
         try:
-            return self.store.read(kind, row["key"])
+            return self.store.read("failures" if row["status"] != "done" else folders[row["kind"]], row["key"])
         except KeyError:
             problems.append(f"The record {row['key'][:12]} went away while the site was being made.")
         except StoreError as error:
@@ -306,7 +306,7 @@ class _Site:
     def overview(self) -> dict[str, Any]:
         """Return what the first page shows beside the heat maps."""
         done = [row for row in self.rows if row["status"] == "done"]
-        results = [row for row in done if row["kind"] == "result"]
+        results = [row for row in done if row["kind"] != "victim"]
         victims = [row for row in done if row["kind"] == "victim"]
         failures = len(self.rows) - len(done)
         spent = sum(row["seconds"] or 0.0 for row in results) + sum(row["victim_seconds"] or 0.0 for row in victims)
@@ -337,7 +337,7 @@ def _holding(data: str, arch: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
     """Return the line of one data set and network."""
     mine = [row for row in rows if row["data"] == data and row["arch"] == arch]
     done = [row for row in mine if row["status"] == "done"]
-    results = [row for row in done if row["kind"] == "result"]
+    results = [row for row in done if row["kind"] != "victim"]
     rates = sorted({row["poison_rate"] for row in done} - {None})
     budgets = sorted({row["clean_images"] for row in results})
     texts = [

@@ -174,7 +174,7 @@ def record_page(
         "title": record["title"],
         "badge": _badge(row),
         "facts": _facts(row),
-        "victim": base if row["kind"] == "result" else None,
+        "victim": base if row["kind"] != "victim" else None,
         "start": base if row["kind"] == "victim" else None,
         "warnings": [*_warnings(before, after), *problems, *damage],
         "notes": [str(note) for note in detail.get("notes") or ()],
@@ -248,7 +248,7 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("target label", row["target_label"]),
         ("seed", row["seed"]),
     ]
-    if row["kind"] == "result":
+    if row["kind"] != "victim":
         facts += [
             ("defence", row["defence"]),
             ("clean images", count(row["clean_images"])),
@@ -438,6 +438,6 @@ def _made(made: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _method_links(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = [row["attack_method"]] if row["attack"] != BENIGN else []
-    if row["kind"] == "result":
+    if row["kind"] != "victim":
         names.append(row["defence_method"])
     return [(name, f"../methods/{file_name(name)}.html") for name in names]

@@ -2,7 +2,7 @@
 
     ROOT/store.json                     what this folder is
     ROOT/victims/ab/abcd....json        a record: specification, results, and the files that belong to it
-    ROOT/results/..., ROOT/audits/..., ROOT/assets/..., ROOT/failures/...
+    ROOT/scans/..., ROOT/purifications/..., ROOT/audits/..., ROOT/assets/..., ROOT/failures/...
     ROOT/files/ab/abcd....-TOKEN/NAME   those files; TOKEN is the attempt that wrote them
     ROOT/claims/abcd....json            who is working on what
 
@@ -14,7 +14,6 @@ is a path or any fsspec URL. Nothing here imports torch: tables and pages are ma
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import secrets
 import tempfile
@@ -24,33 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lustral.core.files import canonical, is_deep, json_ready, write_bytes_atomic
+from lustral.core.files import canonical, json_ready, write_bytes_atomic
 from lustral.core.settings import shortened
 from lustral.store.claims import Claims
 from lustral.store.disk import Disk
 from lustral.store.disk import StoreError as StoreError
+from lustral.store.parsing import checksum_of as checksum_of
+from lustral.store.parsing import content_key as content_key
+from lustral.store.parsing import parse_record
+from lustral.store.parsing import read_json as read_json
 
-Kind = Literal["victims", "results", "audits", "assets", "failures"]
-KINDS: tuple[Kind, ...] = ("victims", "results", "audits", "assets", "failures")
-LAYOUT = 1
+Kind = Literal["victims", "scans", "purifications", "audits", "assets", "failures", "results"]
+CELLS: tuple[Kind, ...] = ("victims", "scans", "purifications", "audits")  # what needs others comes after them
+KINDS: tuple[Kind, ...] = (*CELLS, "assets", "failures")
+FORMER: tuple[Kind, ...] = ("results",)  # of the first layout; see ``former.py``
+LAYOUT = 2
+READABLE = (1, LAYOUT)  # the victims of the first layout are today's
 MOST_RECORD_BYTES = 16 << 20  # ours have some kilobytes
 MOST_FILE_BYTES = 4 << 30  # of a file that belongs to a record
-DEEPEST = 64  # mappings and lists inside each other
 KEY = re.compile(r"[0-9a-f]{64}")
 MODEL_FILE = "model.safetensors"  # files that belong to a record
 DETAIL_FILE = "detail.json"
 TRIGGER_PICTURE = "trigger.png"
 RECOVERED_PICTURE = "recovered.png"
-
-
-def content_key(spec: Mapping[str, Any]) -> str:
-    """Return the name of a specification: the SHA-256 of its canonical JSON, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical(spec)).hexdigest()
-
-
-def checksum_of(record: Mapping[str, Any]) -> str:
-    """Return the checksum of a record: over everything but the checksum itself."""
-    return hashlib.sha256(canonical({k: v for k, v in record.items() if k != "checksum"})).hexdigest()
 
 
 @dataclass
@@ -72,11 +67,16 @@ class Store:
         self.root = self.disk.root
         self.claims = Claims(disk=self.disk, folder=f"{self.root}/claims")
 
-    def open(self, *, create: bool) -> Store:
+    def open(self, *, create: bool, write: bool = False) -> Store:
         """Check that the root is a store, or make it one.
 
+        Args:
+            create: make a store where there is none, and write into it.
+            write: whether cells will be written: a store of a former layout is marked as one of this layout first, so that no
+                earlier version takes what it does not know for leftovers.
+
         Raises:
-            StoreError: there is no store, or it was written by another version.
+            StoreError: there is no store, or it was written by a later version.
         """
         marker = f"{self.root}/store.json"
         if not self.disk.fs.exists(marker):
@@ -92,8 +92,13 @@ class Store:
             layout = read_json(self.disk.read(marker, most=MOST_RECORD_BYTES))["layout"]
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{marker} is not readable ({error!r}); {self.url} is no store") from error
-        if layout != LAYOUT:
-            raise StoreError(f"{self.url} has layout {layout}, this version reads {LAYOUT}")
+        if layout not in READABLE or isinstance(layout, bool):
+            raise StoreError(
+                f"{self.url} has layout {shortened(layout)}; this version reads {' and '.join(map(str, READABLE))}: use the "
+                "version of lustral that wrote it, or name another store"
+            )
+        if layout != LAYOUT and (create or write):
+            self.disk.write_file(marker, canonical({"layout": LAYOUT}))
         return self
 
     def path(self, kind: Kind, key: str) -> str:
@@ -120,7 +125,7 @@ class Store:
             content = self.disk.read(self.path(kind, key), most=MOST_RECORD_BYTES)
         except FileNotFoundError as error:
             raise KeyError(f"no {kind} record {key}") from error
-        return _parse(content, self.path(kind, key))
+        return parse_record(content, self.path(kind, key))
 
     def records(self, kind: Kind, *, check: bool = True) -> Iterator[dict[str, Any]]:
         """Yield all records of a kind, sorted by key; damaged ones raise ``StoreError``.
@@ -130,7 +135,7 @@ class Store:
             check: compare each with its checksum; without, only what is not JSON counts as damaged.
         """
         for path, content in self.contents(kind):
-            yield _parse(content, path, check=check)
+            yield parse_record(content, path, check=check)
 
     def contents(self, kind: Kind) -> Iterator[tuple[str, bytes]]:
         """Yield (path, bytes) of all records of a kind, sorted by key."""
@@ -241,7 +246,7 @@ class Store:
         forgotten = self.claims.forgotten(claims, now)
         if any(self.disk.exists(path) for path in claims.keys() - forgotten):
             return sorted(path for path in forgotten if ages[path] <= now - grace_seconds)
-        named = {record["folder"] for kind in KINDS for record in self.records(kind) if "folder" in record}
+        named = {record["folder"] for kind in (*KINDS, *FORMER) for record in self.records(kind) if "folder" in record}
         found: dict[str, float] = {path: claims[path] for path in forgotten}
         for path, age in ages.items():
             parts = path.removeprefix(self.root + "/").split("/")
@@ -256,45 +261,3 @@ class Store:
     def discard(self, path: str) -> None:
         """Remove one of the ``leftovers``."""
         self.disk.remove_tree(path)
-
-
-def read_json(content: bytes) -> Any:
-    """Return JSON of a stranger: raises ``ValueError`` for NaN, infinity and what is nested too deeply too."""
-    try:
-        found = json.loads(content, parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if content.count(b"[") + content.count(b"{") > DEEPEST and is_deep(found, DEEPEST):
-        raise ValueError("nested too deeply")
-    return found
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _parse(content: bytes, path: str, *, check: bool = True) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = read_json(content)
-        for name in (record["key"], record.get("folder", "-"), *record["files"]):
-            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:  # a store may come from anywhere
-                raise StoreError(f"{path} names a file outside of its folder: {shortened(name)}")
-        _require_types(record)
-        if check and (record["checksum"] != checksum_of(record) or content != canonical(record)):  # to the byte
-            raise StoreError(f"{path} has changed since it was written: its checksum differs")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path} is not a readable record ({shortened(error)})") from error
-    return record
-
-
-def _require_types(record: Mapping[str, Any]) -> None:
-    """Raise ``TypeError`` where what every record holds is something else."""
-    if not isinstance(record["key"], str):
-        raise TypeError("expected a name as text")
-    if not isinstance(record["files"], dict) or (record["files"] and not isinstance(record["folder"], str)):
-        raise TypeError("expected files by name, and their folder")
-    for name, file in record["files"].items():
-        if not (isinstance(file["sha256"], str) and isinstance(file["bytes"], int)):
-            raise TypeError(f"expected a checksum and a size of {shortened(name)}")

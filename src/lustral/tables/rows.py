@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 from pydantic_core import from_json
 
 from lustral.core.settings import shortened
-from lustral.core.versions import outdated
+from lustral.store.former import former_note, is_former
 from lustral.store.store import Kind, Store, StoreError
+from lustral.store.waste import age_of
 
+MEASURED: tuple[Kind, ...] = ("victims", "scans", "purifications")  # cells with rates of a victim: each is a row
 BENIGN = "benign"  # what the records call the attack of a clean model
 UNDEFENDED = "none"  # the defence in the rows of victims as they are
 RATES = ("acc", "asr", "ra")  # the records hold Wilson intervals of these
@@ -58,21 +60,21 @@ IDENTITY = ("data", "arch", "attack", "poison_rate")  # of an attack; target lab
 
 
 def load_cells(store: Store) -> pa.Table:
-    """Read every record of a store into one table with the columns of ``ROW_SCHEMA``.
+    """Read the records of a store into one table with the columns of ``ROW_SCHEMA``.
 
-    A row is a result; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is attacked, no
-    cost, "erased" null); or a cell of either kind that failed (status "failed", nothing measured). ``victim_key`` is the
+    A row is a scan or a purification; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is
+    attacked, no cost, "erased" null); or one of them that failed (status "failed", nothing measured). ``victim_key`` is the
     victim that was measured, so a victim's own key in its row. ``acc`` and the like are after the defence and null for
-    detectors. ``outdated`` says which class has another version by now; null: none.
+    detectors. ``outdated`` says which class has another version by now; null: none. Audits have no row, and records of the
+    store's first layout none either (``current_cells`` counts them).
 
     Raises:
         StoreError: a record cannot be read.
     """
-    victims = list(_rows(store, "victims", _victim_row))
-    training = {row["key"]: row["victim_seconds"] for row in victims}
-    rows = [*victims, *_rows(store, "results", _result_row)]
+    rows = [row for kind in MEASURED for row in _rows(store, kind, _row)]
+    training = {row["key"]: row["victim_seconds"] for row in rows if row["kind"] == "victim"}
     done = {row["key"] for row in rows}  # a second try may have succeeded, and the note of the first still be there
-    rows += [row for row in _rows(store, "failures", _common) if row["key"] not in done]
+    rows += [row for row in _rows(store, "failures", _failed_row) if row["key"] not in done]
     for row in rows:
         row["victim_seconds"] = training.get(row["victim_key"])
     columns = zip(*map(itemgetter(*ROW_SCHEMA.names), rows), strict=True) if rows else [()] * len(ROW_SCHEMA)
@@ -85,10 +87,15 @@ def load_cells(store: Store) -> pa.Table:
     return pa.table(arrays, schema=ROW_SCHEMA)
 
 
-def age_of(spec: Mapping[str, Any]) -> str | None:
-    """Say which classes of a cell have another version by now; None if all are as they were."""
-    own = outdated(spec.get("versions"))
-    return own or outdated(spec["victim"].get("versions")) if spec["kind"] == "result" else own
+def current_cells(store: Store) -> tuple[pa.Table, str | None]:
+    """Return the rows of today's versions, and sentences about what is left out, if there is anything.
+
+    Raises:
+        StoreError: a record cannot be read.
+    """
+    cells, note = without_outdated(load_cells(store))
+    notes = [text for text in (note, former_note(store)) if text is not None]
+    return cells, " ".join(notes) or None
 
 
 def without_outdated(cells: pa.Table) -> tuple[pa.Table, str | None]:
@@ -102,20 +109,24 @@ def without_outdated(cells: pa.Table) -> tuple[pa.Table, str | None]:
     return cells.filter(pc.is_null(cells.column("outdated"))), note
 
 
-def _rows(store: Store, kind: Kind, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _rows(
+    store: Store, kind: Kind, make: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> Iterator[dict[str, Any]]:
     for path, content in store.contents(kind):
         try:
-            yield make(from_json(content, allow_inf_nan=False))  # twice as fast as json: it matters with 10,000 records
+            row = make(from_json(content, allow_inf_nan=False))  # twice as fast as json: it matters with 10,000 records
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"{path} is not a readable record of this version ({shortened(error)})") from error
+        if row is not None:
+            yield row
 
 
 def _common(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that every record fills."""
-    is_result, made = record["kind"] == "result", record["made"]
+    is_victim, made = record["kind"] == "victim", record["made"]
     if not isinstance(record["key"], str) or not isinstance(record["victim_key"], str | None):
         raise TypeError("expected names as text")
-    told = ("data", "arch", "attack", "attack_method", *(("defence", "defence_method") if is_result else ()))
+    told = ("data", "arch", "attack", "attack_method", *(() if is_victim else ("defence", "defence_method")))
     if not all(isinstance(record["facts"][name], str) for name in told):
         raise TypeError(f"expected {', '.join(told)} as text")
     row = {
@@ -125,38 +136,32 @@ def _common(record: Mapping[str, Any]) -> dict[str, Any]:
         "kind": record["kind"],
         "status": record["status"],
         "title": record["title"],
-        "victim_key": record["victim_key"] if is_result else record["key"],
+        "victim_key": record["key"] if is_victim else record["victim_key"],
         "error": record.get("error"),
         "device": made["device"],
         "threads": made["threads"],
         "at": made["at"],
         "outdated": age_of(record["spec"]),
     }
-    if not is_result:
+    if is_victim:
         row |= {"defence": UNDEFENDED, "defence_method": UNDEFENDED, "defence_kind": UNDEFENDED, "clean_images": 0}
     return row
 
 
-def _victim_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    before = record["metrics"]["before"]
-    even = None if before["asr"]["value"] is None else 0.5  # what DER and RIR give to a defence that does nothing
-    return {
-        **_common(record),
-        **_before(before),
-        **_after(before),
-        **{"der": even, "rir": even, "acc_loss": 0.0},
-        **{"seconds": 0.0, "image_passes": 0.0, "peak_memory_bytes": 0},
-        "victim_seconds": record["cost"]["seconds"],
-    }
+def _failed_row(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the row of a failure; None where nothing would have been measured, or the first layout has it."""
+    return None if is_former(record) or f"{record['kind']}s" not in MEASURED else _common(record)
 
 
-def _result_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    metrics, cost = record["metrics"], record["cost"]
-    row = {
-        **_common(record),
-        **_before(metrics["before"]),
-        **{name: cost[name] for name in ("seconds", "image_passes", "peak_memory_bytes")},
-    }
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a finished cell: what its metrics hold, whichever kind it is."""
+    metrics, cost, row = record["metrics"], record["cost"], _common(record)
+    row |= _before(metrics["before"])
+    if record["kind"] == "victim":
+        even = None if metrics["before"]["asr"]["value"] is None else 0.5  # what a defence gets that does nothing
+        row |= _after(metrics["before"]) | {"der": even, "rir": even, "acc_loss": 0.0}
+        return row | {"seconds": 0.0, "image_passes": 0.0, "peak_memory_bytes": 0, "victim_seconds": cost["seconds"]}
+    row |= {name: cost[name] for name in ("seconds", "image_passes", "peak_memory_bytes")}
     if "after" in metrics:
         row |= _after(metrics["after"])
         row |= {name: metrics["compare"][name] for name in ("der", "rir", "acc_loss", "erased")}

@@ -144,7 +144,7 @@
   }
 
   function showDevices() {
-    const results = cells.filter((row) => row.kind === "result" && row.status === "done" && isIn(row));
+    const results = cells.filter((row) => row.kind !== "victim" && row.status === "done" && isIn(row));
     const machines = new Set(results.map((row) => `${row.device}, ${row.threads} threads`));
     const note = document.getElementById("machines");
     note.hidden = machines.size < 2;

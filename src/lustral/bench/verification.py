@@ -1,4 +1,4 @@
-"""Keeping a store honest and small: checks, measuring again, cleaning up."""
+"""Checking a store against itself, its plan and its models; doing a cell again to compare."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ from typing import Any
 
 import torch
 
-from lustral.bench.cells import Workbench, without_per_class
-from lustral.bench.grid import Cell, Grid
+from lustral.bench.cells import Cell
+from lustral.bench.grid import Grid
+from lustral.bench.kinds import KINDS, cell_of
+from lustral.bench.recording import without_per_class
 from lustral.bench.runner import threads
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
+from lustral.bench.workbench import Workbench
+from lustral.core.files import json_ready
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.core.records import OnProgress
 from lustral.core.settings import shortened
-from lustral.store.store import KINDS, MODEL_FILE, Kind, Store, StoreError, content_key
-from lustral.tables.rows import age_of
+from lustral.store.former import is_former
+from lustral.store.store import KINDS as FOLDERS
+from lustral.store.store import MODEL_FILE, Kind, Store, StoreError, content_key
+from lustral.store.waste import UNREADABLE, age_of
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 
-UNREADABLE = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    ArithmeticError,
-    IndexError,
-    AssertionError,
-    RecursionError,
-)
 MOST_THREADS = 256  # a stranger's record shall not start a million
 TOLERANCE = 0.002  # of a rate: other hardware rounds differently, and a few images change sides
 
@@ -83,27 +79,11 @@ def verify(
     """
     if sample < 0:
         raise ValueError(f"expected a sample of 0 models or more; got {sample}")
-    report, good = Report(), {}
-    for kind in KINDS:
-        keys = sorted(store.keys(kind))
-        report.records[kind] = len(keys)
-        for number, key in enumerate(keys, 1):
-            if on_step is not None:
-                on_step(f"checking {kind}", number, len(keys))
-            record = _check(store, kind, key, report)
-            if record is not None:
-                good[kind, key] = record
+    report = Report()
+    good = _check_all(store, report, on_step)
     for (kind, key), record in good.items():
-        if kind == "audits" and ("results", record["result_key"]) not in good:
-            report.faults.append(f"audits/{key[:12]} ({record['title']}): its result is missing or damaged")
-        needed = record["victim_key"] if kind in ("victims", "results") else None
-        if needed is None:
-            continue
-        victim, name = good.get(("victims", needed)), f"{kind}/{key[:12]} ({record['title']})"
-        if victim is None:
-            report.faults.append(f"{name}: its victim {needed[:12]} is missing or damaged")
-        elif kind == "results" and record["metrics"]["before"] != victim["metrics"]["before"]:
-            report.faults.append(f"{name}: its rates before the defence are not those of its victim {needed[:12]}")
+        if kind in KINDS:
+            report.faults += _missing_needs(f"{kind}/{key[:12]} ({record['title']})", kind, record, good)
     if grid is not None:
         for cell in grid.cells:
             if (cell.kind, cell.key) not in good:
@@ -111,7 +91,7 @@ def verify(
                 (report.failed if failed else report.missing).append(cell.title)
     _measure_sample(
         store,
-        [r for (kind, _), r in good.items() if kind in ("victims", "results")],
+        [record for (kind, _), record in good.items() if kind in KINDS],
         report,
         sample,
         seed,
@@ -122,13 +102,33 @@ def verify(
     return report
 
 
+_Good = dict[tuple[Kind, str], dict[str, Any]]  # records with which nothing is wrong
+
+
+def _check_all(store: Store, report: Report, on_step: Callable[[str, int, int], None] | None) -> _Good:
+    """Check every record by itself; those of the first layout are left out."""
+    good: _Good = {}
+    for kind in FOLDERS:
+        keys = sorted(store.keys(kind))
+        report.records[kind] = len(keys)
+        for number, key in enumerate(keys, 1):
+            if on_step is not None:
+                on_step(f"checking {kind}", number, len(keys))
+            record = _check(store, kind, key, report)
+            if record is None:
+                continue
+            if is_former(record):
+                report.records[kind] -= 1
+            else:
+                good[kind, key] = record
+    return good
+
+
 def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any] | None:
     """Check one record; returns it if nothing is wrong with it."""
     name = f"{kind}/{key[:12]}"
     try:
         record = store.read(kind, key)
-        if kind == "audits" and not isinstance(record["result_key"], str):
-            raise TypeError("expected the name of a result")
         if kind != "assets" and not isinstance(record["title"], str):
             raise TypeError("expected a title")
         if record["key"] != key or content_key(record["spec"]) != key:
@@ -136,13 +136,13 @@ def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any]
         for file in record["files"]:
             store.file(record, file)
             report.files += 1
-        if kind in ("victims", "results"):
-            cell = Cell.of(record["spec"], attack=record["facts"]["attack"], defence=record["facts"].get("defence"))
+        if kind in KINDS and not is_former(record):
+            cell = cell_of(record["spec"], attack=record["facts"]["attack"], defence=record["facts"].get("defence"))
             if (cell.kind, cell.victim_key) != (kind, record["victim_key"]):
                 raise StoreError(f"{name}: it is filed as another kind, or names another victim, than it specifies")
-            faults = [f"{name} ({record['title']}): {line}" for line in inconsistencies(record["metrics"])]
-            report.faults += faults
-            return None if faults else record
+            lines = inconsistencies(record["metrics"], KINDS[kind].rates)
+            report.faults += [f"{name} ({record['title']}): {line}" for line in lines]
+            return None if lines else record
     except (StoreError, OSError) as error:
         report.faults.append(str(error))
     except UNREADABLE as error:
@@ -152,12 +152,33 @@ def _check(store: Store, kind: Kind, key: str, report: Report) -> dict[str, Any]
     return None
 
 
-def inconsistencies(metrics: Mapping[str, Any]) -> list[str]:
-    """Return which numbers of a record do not follow from its counts of images; raises one of ``UNREADABLE`` without any."""
-    measured = ("before", "after") if "after" in metrics else ("before",)
-    whole = {when: Evaluation.from_dict({**metrics[when], "per_class": []}) for when in measured}
+def _missing_needs(name: str, kind: Kind, record: Mapping[str, Any], good: _Good) -> list[str]:
+    """Return what is wrong between a record and those that it needs."""
+    faults = []
+    for need in KINDS[kind].needs(record["spec"]):
+        needed = good.get((need.kind, need.key))
+        if needed is None:
+            faults.append(f"{name}: its {need.noun} {need.key[:12]} is missing or damaged")
+        elif (
+            kind != "victims"  # one that was fine-tuned has its own
+            and "before" in KINDS[kind].rates
+            and need.kind == "victims"
+            and record["metrics"]["before"] != needed["metrics"]["before"]
+        ):
+            faults.append(f"{name}: its rates before the defence are not those of its victim {need.key[:12]}")
+    return faults
+
+
+def inconsistencies(metrics: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    """Return which numbers of a record do not follow from its counts of images; raises one of ``UNREADABLE`` without any.
+
+    Args:
+        metrics: of the record.
+        rates: which of them are evaluations; see ``CellKind.rates``.
+    """
+    whole = {when: Evaluation.from_dict({**metrics[when], "per_class": []}) for when in rates}
     again: dict[str, Any] = {when: without_per_class(evaluation.to_dict())[0] for when, evaluation in whole.items()}
-    if len(whole) == 2:
+    if {"before", "after"} <= whole.keys():
         again["compare"] = compare_evaluations(whole["before"], whole["after"])
     return [
         f"{part}.{name} is {metrics[part][name]!r}, from the counts it is {value!r}"
@@ -198,9 +219,8 @@ def _measure_sample(
             on_step("measuring again", number, len(order))
         try:
             with threads(threads_of(record)):
-                again = bench.measure_again(record)
-            assert again is not None
-            found = differences(record["metrics"]["before" if record["kind"] == "victim" else "after"], again)
+                when, again = measure_again(bench, record)
+            found = differences(record["metrics"][when], again)
         except (*UNREADABLE, OSError, RuntimeError) as error:
             report.faults.append(
                 f"{record['title']} ({record['key'][:12]}) cannot be measured again: {shortened(error)}"
@@ -208,6 +228,21 @@ def _measure_sample(
             continue
         report.faults += [f"{record['title']} ({record['key'][:12]}): {line}" for line in found]
         report.measured.append(record["title"])
+
+
+def measure_again(bench: Workbench, record: Mapping[str, Any]) -> tuple[str, Evaluation]:
+    """Measure the model that was kept with a record; returns which of its metrics that should be, and what it is now.
+
+    Raises:
+        TrustError: the specification asks for code or data that are not allowed.
+    """
+    cell = cell_of(record["spec"])
+    bench.sources.trust.require(cell.spec)
+    when = KINDS[cell.kind].rates[-1]
+    if cell.kind == "victims":
+        return when, bench.evaluate(bench.victim(cell.key), None, cell.spec)
+    victim = cell.needs[0]
+    return when, bench.evaluate(bench.victim(victim.key), bench.model(record), victim.spec)
 
 
 def threads_of(record: Mapping[str, Any]) -> int:
@@ -234,135 +269,6 @@ def differences(stored: Mapping[str, Any], again: Evaluation) -> list[str]:
         if was["n"] != now.total or abs(was["hits"] - now.hits) > max(2, TOLERANCE * now.total):
             found.append(f"{name} was {was['hits']} of {was['n']}, measured again it is {now.hits} of {now.total}")
     return found
-
-
-@dataclass
-class Waste:
-    """What a clean-up removes.
-
-    Attributes:
-        leftovers: files and folders that killed processes left.
-        records: (kind, key, title) of records that no plan names, or that failed.
-    """
-
-    leftovers: list[str] = field(default_factory=list)
-    records: list[tuple[Kind, str, str]] = field(default_factory=list)
-
-
-def find_waste(
-    store: Store,
-    *,
-    keep: Sequence[Grid] = (),
-    failures: bool = False,
-    old: bool = False,
-    grace_seconds: float = 3600.0,
-) -> Waste:
-    """Return what can go.
-
-    Args:
-        store: where to look.
-        keep: plans whose cells stay, of whatever versions; none: all cells stay.
-        failures: whether failed cells go too, so that the next run tries them again.
-        old: whether what older versions made goes too.
-        grace_seconds: younger leftovers may be in use and stay.
-    """
-    waste = Waste(leftovers=store.leftovers(grace_seconds=grace_seconds))
-    named = {content_key(versionless(cell.spec)) for grid in keep for cell in grid.cells}
-    for kind in KINDS:
-        if kind == "assets":  # attacks of other plans may need them again, and they are dear
-            continue
-        for record in store.records(kind):
-            try:
-                spec = record["spec"]["result"] if kind == "audits" else record["spec"]
-                is_stranger = bool(keep) and content_key(versionless(spec)) not in named
-                is_old = old and age_of(spec) is not None
-            except UNREADABLE as error:
-                raise StoreError(
-                    f"{kind}/{record['key'][:12]} is not a readable record ({shortened(error)})"
-                ) from error
-            if is_stranger or (failures and kind == "failures") or is_old:
-                waste.records.append((kind, record["key"], str(record.get("title"))))
-    return waste
-
-
-def versionless(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a specification as any version of its methods has it."""
-    return {
-        name: versionless(value) if isinstance(value, Mapping) else value
-        for name, value in spec.items()
-        if name != "versions"
-    }
-
-
-def remove_waste(store: Store, waste: Waste) -> None:
-    """Remove what ``find_waste`` found; what needs others goes before them."""
-    order: dict[Kind, int] = {"audits": 0, "results": 1, "failures": 2, "victims": 3, "assets": 4}
-    for kind, key, _ in sorted(waste.records, key=lambda entry: order[entry[0]]):
-        store.remove(kind, key)
-    for path in waste.leftovers:
-        store.discard(path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """How long the rest of a plan may take.
-
-    Attributes:
-        done: cells in the store.
-        failed: cells that failed before.
-        left: cells to do.
-        seconds: estimate for those with a precedent.
-        unknown: cells without any precedent in the store, not in ``seconds``.
-    """
-
-    done: int
-    failed: int
-    left: int
-    seconds: float
-    unknown: int
-
-
-def estimate(grid: Grid, store: Store | None) -> tuple[Estimate, dict[str, str]]:
-    """Return an estimate from past costs, and the state of each cell by key: "done", "failed" or "to do".
-
-    A cell is expected to take as long as the median of those most like it: same method, data and architecture; else the same
-    data and architecture; else the same method.
-    """
-    past: dict[tuple[Any, ...], list[float]] = {}
-    states: dict[str, str] = {}
-    if store is not None:
-        for kind in ("victims", "results"):
-            for record in store.records(kind, check=False):
-                try:
-                    states[record["key"]] = "done"
-                    for likeness in _likenesses(record["spec"]):
-                        past.setdefault(likeness, []).append(float(record["made"]["seconds"]))
-                except UNREADABLE as error:
-                    raise StoreError(f"{kind}: a record is not readable ({shortened(error)})") from error
-        for key in store.keys("failures"):
-            states.setdefault(key, "failed")
-    seconds, unknown, of_plan = 0.0, 0, {}
-    for cell in grid.cells:
-        of_plan[cell.key] = states.get(cell.key, "to do")
-        if of_plan[cell.key] == "to do":
-            precedent = next((past[likeness] for likeness in _likenesses(cell.spec) if likeness in past), None)
-            if precedent is None:
-                unknown += 1
-            else:
-                seconds += sorted(precedent)[len(precedent) // 2]
-    counts = {state: list(of_plan.values()).count(state) for state in ("done", "failed", "to do")}
-    whole = Estimate(
-        done=counts["done"], failed=counts["failed"], left=counts["to do"], seconds=seconds, unknown=unknown
-    )
-    return whole, of_plan
-
-
-def _likenesses(spec: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Return what a cell has in common with others, the closest first."""
-    victim = spec["victim"] if spec["kind"] == "result" else spec
-    place = (victim["data"]["name"], victim["arch"])
-    method = spec["defence"]["method"] if spec["kind"] == "result" else victim["attack"]["method"]
-    return [(spec["kind"], method, *place), (spec["kind"], "", *place), (spec["kind"], method)]
 
 
 def repeat(
@@ -392,7 +298,7 @@ def repeat(
     found = []
     for when, metrics in stored["metrics"].items():
         again = record["metrics"].get(when, {})
-        if when in ("before", "after"):
+        if when in KINDS[cell.kind].rates:
             found += differences(metrics, Evaluation.from_dict({**again, "per_class": []}))
         elif when == "detection":
             found += [
@@ -400,4 +306,6 @@ def repeat(
                 for name in ("outcome", "suspects")
                 if metrics[name] != again[name]
             ]
+        elif not KINDS[cell.kind].rates and not _is_same(metrics, json_ready(again)):
+            found.append(f"{when} was {shortened(metrics)}, now it is {shortened(again)}")
     return record, found
