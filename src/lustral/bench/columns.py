@@ -14,6 +14,7 @@ from lustral.tables.rows import BENIGN
 from lustral.vision.victims import NO_ATTACK
 
 DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
+SCAN_METHOD = "mask_area"  # the detector that purifiers start from
 OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table
 
 
@@ -38,7 +39,7 @@ def defence_columns(
     method = spec["defence"]["method"]
     return {
         **victim_columns(spec["victim"], attack=attack),
-        "defence": defence or defence_label(spec["defence"]),
+        "defence": defence or defence_label(spec["defence"], spec.get("scan")),
         "defence_method": method,
         "defence_kind": "purifier" if method in PURIFIERS else "detector",
         "defence_seed": spec["seed"],
@@ -55,9 +56,12 @@ def attack_label(victim: Mapping[str, Any]) -> str:
     return label if victim["start"] is None else f"{label} (fine-tuned)"
 
 
-def defence_label(defence: Mapping[str, Any]) -> str:
-    """Return a defence's name with what differs from its defaults."""
-    return _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
+def defence_label(defence: Mapping[str, Any], scan: Mapping[str, Any] | None = None) -> str:
+    """Return a defence's name with what differs from its defaults; ``scan`` is the specification of the one it starts from."""
+    label = _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
+    by = SCAN_METHOD if scan is None else defence_label(scan["defence"])
+    audited = "" if defence.get("audit", True) else " audit=False"
+    return f"{label}{'' if by == SCAN_METHOD else f' scan: {by}'}{audited}"
 
 
 def _label(method: str, settings: Mapping[str, Any], kind: Any, apart: Iterable[str]) -> str:

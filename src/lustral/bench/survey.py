@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from lustral.bench.columns import DEFENCES, OWN_COLUMNS
+from lustral.bench.columns import DEFENCES, OWN_COLUMNS, SCAN_METHOD
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
-from lustral.catalog import ATTACKS
+from lustral.catalog import ATTACKS, DETECTORS
 from lustral.core.settings import SettingsError, build, describe, merge, suggest
 from lustral.core.versions import versions_of
 from lustral.training import Trainer, default_trainer
+from lustral.vision.erasing import takes_verdict
 from lustral.vision.models import look_at, parse_architecture
 from lustral.vision.records import ImageSet
 from lustral.vision.sources import DataSource, SourceError
@@ -23,11 +24,21 @@ from lustral.vision.victims import NO_ATTACK
 
 @dataclass(frozen=True, kw_only=True)
 class Defence:
-    """An entry of a plan's defences with one of the settings that its grid makes, and the versions of what computes it."""
+    """An entry of a plan's defences with one of the settings that its grid makes.
+
+    Attributes:
+        entry: as the plan has it.
+        settings: of the method, every default filled in.
+        versions: of what computes it.
+        scan: settings of the detector that it starts from; None where it starts from none.
+        scan_versions: of that detector.
+    """
 
     entry: DefenceTable
     settings: Mapping[str, Any]
     versions: Mapping[str, int]
+    scan: Mapping[str, Any] | None = None
+    scan_versions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +92,7 @@ class Survey:
     def look(self) -> None:
         """Fill in attacks, defences and places, and complain of what cannot be."""
         for number, entry in enumerate(self.plan.defences, 1):
-            for settings in self.variants(f"defences[{number}] {entry.method}", entry, DEFENCES):
-                versions = versions_of(build(DEFENCES[entry.method], settings))
-                self.defences.append(Defence(entry=entry, settings=settings, versions=versions))
+            self.defences += self.defences_of(f"defences[{number}] {entry.method}", entry)
         catalog = {**ATTACKS, NO_ATTACK: None}
         for number, attack in enumerate(self.plan.attacks, 1):
             where = f"attacks[{number}] {attack.method}"
@@ -97,6 +106,27 @@ class Survey:
             train = self.sources.training_set(data.name, data.image_size)
             budgets = [self.budgets(defence.entry, data, source, pool) for defence in self.defences]
             self.places.append(Place(data=data, source=source, train=train, archs=archs, budgets=budgets))
+
+    def defences_of(self, where: str, entry: DefenceTable) -> Iterator[Defence]:
+        """Yield the defences that an entry and its grid make, with the scan that a purifier starts from."""
+        scans = takes_verdict(DEFENCES.get(entry.method, object))
+        if not scans and (entry.scan or not entry.audit):
+            self.complain(f"{where}: it starts from no scan; take `scan` and `audit` away")
+        try:
+            detector = build(DETECTORS[SCAN_METHOD], entry.scan) if scans else None
+        except SettingsError as error:
+            for line in str(error).splitlines():
+                self.complain(f"{where}: scan: {line}")
+            return
+        for settings in self.variants(where, entry, DEFENCES):
+            method: Any = build(DEFENCES[entry.method], settings)
+            yield Defence(
+                entry=entry,
+                settings=settings,
+                versions=versions_of(method, *([detector] if scans and entry.audit else [])),
+                scan=None if detector is None else describe(detector),
+                scan_versions=versions_of(detector) if scans else {},
+            )
 
     def variants(
         self, where: str, entry: AttackTable | DefenceTable, catalog: Mapping[str, Any]

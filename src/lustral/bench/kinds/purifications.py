@@ -1,26 +1,32 @@
-"""Purifications: a purifier erases a victim's backdoor, and the new model is measured with the true trigger."""
+"""Purifications: a purifier erases a victim's backdoor, and the new model is measured with the true trigger.
+
+One that starts from a scan needs a cell of the kind "scans": its verdict is read from the store, its cost is added.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lustral.bench.cells import Cell, Need, Outcome, make_cell
-from lustral.bench.columns import defence_columns
+from lustral.bench.columns import SCAN_METHOD, defence_columns
+from lustral.bench.kinds.scans import scan_spec
 from lustral.bench.recording import as_json, evidence, recovered_picture, without_per_class
-from lustral.catalog import PURIFIERS
+from lustral.catalog import DETECTORS, PURIFIERS
 from lustral.core.records import OnProgress
 from lustral.core.settings import build
 from lustral.core.versions import versions_of
 from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Kind
+from lustral.vision.erasing import TAKEN_OVER, erase
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.models import Classifier, arch_of, save_model
-from lustral.vision.records import DefenderView, ImageSet, Purified
+from lustral.vision.records import DefenderView, ImageSet, Verdict
 from lustral.vision.sources import DataSource
+from lustral.vision.verdict_files import read_verdict
 
 if TYPE_CHECKING:
     from lustral.bench.expansion import Expansion, Meeting
@@ -44,8 +50,9 @@ class Purifications:
             )
 
     def needs(self, spec: Mapping[str, Any]) -> tuple[Need, ...]:
-        """Return the victim."""
-        return (Need(kind="victims", spec=spec["victim"]),)
+        """Return the victim, and the scan that the purifier starts from."""
+        victim = Need(kind="victims", spec=spec["victim"])
+        return (victim, Need(kind="scans", spec=spec["scan"])) if "scan" in spec else (victim,)
 
     def columns(self, spec: Mapping[str, Any], *, attack: str | None, defence: str | None) -> dict[str, Any]:
         """Return what tables group by; see ``CellKind.columns``."""
@@ -57,16 +64,27 @@ class Purifications:
         assert cell.victim_key is not None
         victim = bench.victim(cell.victim_key)
         view = DefenderView(model=victim.model, clean=bench.clean_images(spec))
-        purifier: Any = build(PURIFIERS[spec["defence"]["method"]], spec["defence"]["settings"])
-        purified: Purified = purifier.purify(view, generator=bench.stream(spec, "erase"), on_progress=on_progress)
+        detector: Any = None
+        if "scan" in spec:
+            detector = build(DETECTORS[spec["scan"]["defence"]["method"]], spec["scan"]["defence"]["settings"])
+            view = replace(view, verdict=stored_verdict(cell.needs[1].key, view, bench))
+        purified = erase(
+            build(PURIFIERS[spec["defence"]["method"]], spec["defence"]["settings"]),
+            view,
+            detector=detector,
+            generator=bench.stream(spec, "erase"),
+            audit=spec["defence"].get("audit", False),
+            on_progress=on_progress,
+        )
+        cost = purified.cost if view.verdict is None else view.verdict.cost + purified.cost
         evaluation = bench.evaluate(victim, purified.model, spec["victim"])
         before, per_class_before = without_per_class(victim.metrics)
         after, per_class_after = without_per_class(evaluation.to_dict())
         detail = {
             "per_class": {"before": per_class_before, "after": per_class_after},
-            "history": list(purified.history),
+            "history": [entry.to_dict() for entry in purified.history],
             "selected": purified.selected,
-            "notes": list(purified.notes),
+            "notes": [note for note in purified.notes if note != TAKEN_OVER],  # the scan is in the cost
             "audit": None if purified.audit is None else evidence(purified.audit),
         }
         files: dict[str, bytes] = {}
@@ -80,22 +98,41 @@ class Purifications:
         compared = compare_evaluations(Evaluation.from_dict(victim.metrics), evaluation)
         record = {
             "metrics": {"before": before, "after": after, "compare": compared},
-            "cost": dataclasses.asdict(purified.cost),
+            "cost": dataclasses.asdict(cost),
             "class_names": list(view.clean.class_names),
         }
         return Outcome(record=record, files=files)
 
 
 def purification_spec(meeting: Meeting) -> dict[str, Any]:
-    """Return the specification of a purification."""
+    """Return the specification of a purification; where it starts from a scan, that and whether the result is scanned too."""
+    defence, victim, scan = meeting.defence, meeting.victim.spec, dict[str, Any]()
+    own: dict[str, Any] = {"method": defence.entry.method, "settings": defence.settings}
+    if defence.scan is not None:
+        own["audit"] = defence.entry.audit
+        scan["scan"] = scan_spec(
+            victim, SCAN_METHOD, defence.scan, meeting.clean_images, meeting.seed, defence.scan_versions
+        )
     return {
         "kind": "purification",
-        "victim": meeting.victim.spec,
-        "defence": {"method": meeting.defence.entry.method, "settings": meeting.defence.settings},
+        "victim": victim,
+        "defence": own,
+        **scan,
         "clean_images": meeting.clean_images,
         "seed": meeting.seed,
-        "versions": {**meeting.defence.versions, **versions_of(DataSource, Evaluation)},
+        "versions": {**defence.versions, **versions_of(DataSource, Evaluation)},
     }
+
+
+def stored_verdict(key: str, view: DefenderView, bench: Workbench) -> Verdict:
+    """Return the verdict of a scan in the store, which must be of the view's model.
+
+    Raises:
+        CellError: there is no such scan.
+        VerdictError: it is of another model, or of another version.
+    """
+    with bench.store.as_folder(bench.record("scans", key)) as folder:
+        return read_verdict(folder, view)
 
 
 def weights_of(model: Classifier, victim: Mapping[str, Any], clean: ImageSet) -> bytes:

@@ -1,10 +1,16 @@
-"""Scans: a detector looks at a victim, and its verdict is held against what the victim's trigger does."""
+"""Scans: a detector looks at a victim, and its verdict is held against what the victim's trigger does.
+
+The verdict is kept with the triggers that it recovered: every purifier that starts from a scan of the same victim with the same
+clean images and seed starts from this one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +24,9 @@ from lustral.core.settings import build
 from lustral.core.versions import versions_of
 from lustral.store.store import DETAIL_FILE, RECOVERED_PICTURE, Kind
 from lustral.vision.evaluation import Evaluation
-from lustral.vision.records import DefenderView, Verdict, Victim
+from lustral.vision.records import DefenderView, ImageSet, Verdict, Victim
 from lustral.vision.sources import DataSource
+from lustral.vision.verdict_files import write_verdict
 
 if TYPE_CHECKING:
     from lustral.bench.expansion import Expansion
@@ -66,7 +73,8 @@ class Scans:
         detector: Any = build(DETECTORS[spec["defence"]["method"]], spec["defence"]["settings"])
         verdict: Verdict = detector.inspect(view, generator=bench.stream(spec, "scan"), on_progress=on_progress)
         before, per_class = without_per_class(victim.metrics)
-        files = {DETAIL_FILE: as_json({"per_class": {"before": per_class}, "verdict": evidence(verdict)})}
+        files = verdict_files(verdict, victim, view.clean, spec)
+        files[DETAIL_FILE] = as_json({"per_class": {"before": per_class}, "verdict": evidence(verdict)})
         if verdict.triggers:
             files[RECOVERED_PICTURE] = recovered_picture(verdict, view.clean)
         targets = true_targets(victim, view.clean.num_classes)
@@ -95,6 +103,14 @@ def scan_spec(
         "seed": seed,
         "versions": {**versions, **versions_of(DataSource, Evaluation)},
     }
+
+
+def verdict_files(verdict: Verdict, victim: Victim, clean: ImageSet, spec: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files that purifications read the verdict from: its evidence as plain data, its triggers as tensors."""
+    about = {"command": "scan", **spec["defence"], "seed": spec["victim"]["seed"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        write_verdict(Path(scratch), verdict, model=victim.model, clean=clean, about=about)
+        return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
 
 
 def true_targets(victim: Victim, num_classes: int) -> set[int]:

@@ -17,6 +17,7 @@ from lustral.bench.plan import AttackTable, DataTable
 from lustral.bench.recording import as_json, without_per_class
 from lustral.catalog import ATTACKS
 from lustral.core.files import NotRegularError
+from lustral.core.history import HistoryEntry
 from lustral.core.records import OnProgress
 from lustral.core.settings import build, describe
 from lustral.core.versions import versions_of
@@ -110,9 +111,8 @@ class Victims:
         method, epochs = spec["attack"]["method"], list[dict[str, Any]]()
 
         def note(report: EpochReport) -> None:
-            epochs.append(
-                {"epoch": report.epoch, "loss": report.loss, "images_per_second": round(report.images_per_second)}
-            )
+            rate = round(report.images_per_second)
+            epochs.append(HistoryEntry(count=report.epoch, loss=report.loss, images_per_second=rate).to_dict())
 
         start = None
         if cell.victim_key is not None:
