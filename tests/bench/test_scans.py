@@ -142,7 +142,7 @@ def test_what_starts_from_a_scan_is_named_by_it() -> None:
     label = defence_label(cell.spec["defence"], cell.spec["scan"])
     assert (
         label
-        == "mesa scan: mask_area inverter.steps=4 inverter.samples=16 inverter.hidden=8 audit=False"
+        == "mesa scan: mask_area inverter.hidden=8 inverter.steps=4 inverter.samples=16 audit=False"
         == cell.defence
     )
     (plain,) = grid_of({"method": "mesa"}).of_kind("purifications").cells
