@@ -257,7 +257,7 @@ def test_results_of_a_failed_victim_are_not_run(
     def too_large(*_: Any, **__: Any) -> None:
         raise MemoryError("17 exabytes")
 
-    monkeypatch.setattr("lustral.bench.cells.implant", too_large)
+    monkeypatch.setattr("lustral.bench.kinds.victims.implant", too_large)
     answer = answer_of(capsys, "run", plan, "--store", tmp_path / "new", code=1)
     assert counts(answer) == {"failed": 2, "blocked": 4}
     assert "4 not run because what they need failed" in text_of(
