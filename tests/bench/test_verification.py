@@ -1,4 +1,4 @@
-"""Checks, clean-ups, estimates and repetitions of a store with real cells in it."""
+"""Checks, repetitions, clean-ups and estimates of a store with real cells in it."""
 
 from __future__ import annotations
 
