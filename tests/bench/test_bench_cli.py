@@ -16,7 +16,7 @@ import torch
 from lustral.bench.kinds import KINDS, Audits
 from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
-from lustral.cli.bench_console import Board
+from lustral.cli.bench_console import ProgressBoard
 from lustral.cli.console import Screen
 from lustral.core.files import canonical
 from lustral.core.records import Progress
@@ -584,7 +584,7 @@ def test_the_board_on_a_terminal(plan: Path, monkeypatch: pytest.MonkeyPatch) ->
     grid = open_grid([changed(plan, 'method = "bn_refresh"', 'method = "bn_refresh"\nlabel = "BN [x] [/y]"')])
     screen, shown = Screen(json=False, quiet=False), io.StringIO()
     monkeypatch.setattr(screen, "_err", Console(file=shown, force_terminal=True, width=160))
-    with Board(screen, grid) as board:
+    with ProgressBoard(screen, grid) as board:
         for cell in grid.cells:
             board.report(cell, Progress(stage="training", done=1, total=2))
             board.record_event(Event(cell=cell, state="computed", seconds=1.0))

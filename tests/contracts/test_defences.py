@@ -24,7 +24,7 @@ from lustral.cli.tables import defender_table
 from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
 from lustral.core.records import Progress
-from lustral.report import ReportData, write_erase_report
+from lustral.report.page import ReportData, write_erase_report
 from lustral.training import Trainer
 from lustral.vision.erasing import erase, takes_verdict
 from lustral.vision.evaluation import evaluate

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lustral.report.charts import LogScale, area_chart, median_area, rate_chart
+from lustral.report.area_bars import LogScale, area_chart, median_area
 from lustral.vision.figures import close_up, over_checkerboard, png, stamp_sheet
 from toy import mask_verdict
 
@@ -102,13 +102,3 @@ def test_bars_stay_on_the_axis_in_order(areas: list[float]) -> None:
     assert lengths == sorted(lengths)
     assert all(0 <= length <= 100 for length in lengths)
     assert all(0 <= x <= 100 for x, _ in chart.ticks)
-
-
-def test_lines_break_where_nothing_was_measured() -> None:
-    chart = rate_chart([{"clean_accuracy": 1.0}, {"clean_accuracy": None}, {"clean_accuracy": 0.5}], selected=2)
-    assert chart is not None
-    (line,) = chart.lines
-    assert line.strokes == "M2.0 0.0 M98.0 50.0"
-    assert chart.selected == 98.0
-    assert rate_chart([], None) is None
-    assert rate_chart([{"round": 1}], None) is None

@@ -19,7 +19,7 @@ from lustral.cli.tables import verdict_table
 from lustral.core.history import HistoryEntry
 from lustral.core.rates import Rate
 from lustral.core.records import Cost, Evidence
-from lustral.report import ReportData, write_erase_report, write_scan_report
+from lustral.report.page import ReportData, write_erase_report, write_scan_report
 from lustral.vision.detectors.mask_area import SearchedLabel
 from lustral.vision.evaluation import Evaluation
 from lustral.vision.measures import MASK_AREA
@@ -200,6 +200,7 @@ def check(path: Path) -> Outline:
     assert all("aria-label" in a or a.get("aria-hidden") == "true" for a in outline.attributes("svg"))
     assert len(outline.attributes("h1")) == 1
     assert "nan" not in re.findall(r"[a-z]+", outline.text)
+    assert not [tag for tag in ("</td>", "</svg>", "</figure>") if tag in outline.text], "markup of ours became text"
     return outline
 
 

@@ -24,7 +24,7 @@ from lustral.cli.bench_arguments import (
     BenchVerify,
     parse_bench,
 )
-from lustral.cli.bench_console import Board
+from lustral.cli.bench_console import ProgressBoard
 from lustral.cli.console import Screen
 from lustral.cli.parsing import UsageError
 from lustral.core.characters import visible
@@ -97,7 +97,7 @@ def work_through(grid: Grid, store: Store, command: BenchRun | BenchAudit, scree
     from lustral.cli.opening import pick_device
 
     device, trust = pick_device(command.common.device), trusted(command.allowed)
-    with Board(screen, grid) as board:
+    with ProgressBoard(screen, grid) as board:
         if command.ray is None:
             return run_local(
                 grid,

@@ -23,7 +23,7 @@ LOG_SECONDS = 60.0  # between lines about the cell at work, where there is no te
 STYLES = {"computed": "green", "failed": "red", "blocked": "yellow"}
 
 
-class Board:
+class ProgressBoard:
     """Shows events and progress on standard error: bars on a terminal, otherwise lines."""
 
     def __init__(self, screen: Screen, grid: Grid) -> None:

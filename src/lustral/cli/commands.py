@@ -31,8 +31,8 @@ from lustral.cli.tables import (
 from lustral.core.files import write_bytes_atomic, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Assets
-from lustral.report import ReportData, write_erase_report, write_scan_report
 from lustral.report.findings import erase_finding, scan_finding
+from lustral.report.page import ReportData, write_erase_report, write_scan_report
 from lustral.store.store import Store
 from lustral.training import default_trainer
 from lustral.vision import victims

@@ -13,7 +13,7 @@ from lustral.core.history import FIGURES
 from lustral.core.records import Cost
 from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding
-from lustral.report.wording import duration, percent
+from lustral.report.words import duration, percent
 from lustral.vision.evaluation import Evaluation
 from lustral.vision.records import Purified, Verdict
 from lustral.vision.verdict_files import verdict_record

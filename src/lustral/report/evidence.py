@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lustral.report.wording import chance, measured, words_of
+from lustral.report.words import chance, measured, words_of
 from lustral.vision.measures import MASK_AREA, SEARCH_STEPS
 from lustral.vision.records import Verdict
 

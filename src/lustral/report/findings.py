@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lustral.core.history import FIGURES
-from lustral.report.charts import is_found, median_area
-from lustral.report.wording import chance, number, percent, pixels, points, quoted, quoted_list
+from lustral.report.area_bars import is_found, median_area
+from lustral.report.words import chance, number, percent, pixels, points, quoted, quoted_list
 from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
 from lustral.vision.measures import MASK_AREA, SUCCESS_RATE
 from lustral.vision.records import Purified, Verdict
@@ -320,7 +320,7 @@ def _shortfall(before: Evaluation, after: Evaluation, unmet: Sequence[str]) -> s
     reasons = {
         "finite": "the new model is damaged",
         "asr": f"the trigger still works on {percent(after.asr.value)} of images",
-        "acc": f"clean accuracy changed by {points(after.acc.value - before.acc.value)}",
+        "acc": f"clean accuracy changed by {points(after.acc.value - before.acc.value, ' points')}",
         "ra": f"only {percent(after.ra.value)} of triggered images are recognised as what they show",
     }
     text = ", and ".join(reasons[name] for name in unmet)

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from lustral.core.characters import visible
 from lustral.core.files import write_text_atomic
-from lustral.core.history import history_table
+from lustral.core.history import MISSING, history_table
 from lustral.core.rates import Rate
 from lustral.core.records import Cost
-from lustral.report import wording
-from lustral.report.charts import BarChart, LineChart, area_chart, area_history_chart, audit_chart, rate_chart
+from lustral.report import words
+from lustral.report.area_bars import BarChart, area_chart, audit_chart
+from lustral.report.charts import curves
 from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding, erase_finding, scan_finding
+from lustral.report.rendering import page_environment
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
 from lustral.vision.images import as_float, as_uint8
@@ -29,6 +30,7 @@ from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger
 
 NUM_SAMPLES = 6  # pictures per row
 LARGEST_PIXELATED = 96  # pixels; larger pictures are scaled smoothly
+CURVES = ("clean_accuracy", "recovered_asr", "area")  # figures of a history that are drawn; the table has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +124,8 @@ def write_erase_report(path: str | os.PathLike[str], data: ReportData) -> None:
 
 
 def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | None, cost: Cost) -> str:
-    environment = Environment(
-        loader=PackageLoader("lustral.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value, keep="\n") if isinstance(value, str) else value,
-    )
-    environment.filters.update(
-        percent=wording.percent, pixels=wording.pixels, chance=wording.chance, number=wording.number
-    )
+    environment = page_environment("lustral.report")
+    environment.filters.update(number=words.number)
     names, purified = data.class_names, data.purified
     suspects = verdict.suspect_labels if verdict else ()
     return environment.get_template("report.html.j2").render(
@@ -149,7 +142,7 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         evidence=evidence_table(verdict, names) if verdict else None,
         measures=_measures(data.before, data.after),
         class_accuracies=_class_accuracies(data),
-        curves=_curves(purified),
+        curves=curves(purified.history, purified.selected, CURVES) if purified else [],
         with_triggers=purified is not None and any(entry.recovered_asr is not None for entry in purified.history),
         history=history_table(purified.history if purified else ()),
         audit=_audit(verdict, purified, names),
@@ -174,10 +167,10 @@ def _trigger_pictures(found: RecoveredTrigger, data: ReportData, suspects: Seque
         rows.append(_picture_row("the same images with the attacker’s true trigger, for comparison", true))
     is_suspect = found.target_label in suspects
     return TriggerPictures(
-        heading=f"Towards {wording.quoted(name)}" + ("" if is_suspect else " (not flagged)"),
+        heading=f"Towards {words.quoted(name)}" + ("" if is_suspect else " (not flagged)"),
         rows=tuple(row for row in rows if row.pictures),
-        facts=f"{len(found.masks)} samples, {wording.pixels(found.area)} needed; works on "
-        f"{wording.percent(found.attack_success_rate, 0)} of held-out images of other classes.",
+        facts=f"{len(found.masks)} samples, {words.pixels(found.area)} needed; works on "
+        f"{words.percent(found.attack_success_rate, 0)} of held-out images of other classes.",
     )
 
 
@@ -209,23 +202,14 @@ def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measu
 
     def rate(value: Rate | None) -> tuple[str, ...]:
         if value is None:
-            return ("–",)
+            return (MISSING,)
         if not value.total:
             return "n/a", "no images"
         low, high = value.interval
-        return wording.percent(value.value), f"{100 * low:.1f}–{100 * high:.1f}", f"n = {value.total:,}"
+        return words.percent(value.value), f"{100 * low:.1f}–{100 * high:.1f}", f"n = {value.total:,}"
 
     rows = []
-    for field_name, name, meaning in (
-        ("acc", "Clean accuracy (ACC)", "test images classified correctly"),
-        ("asr", "Attack success rate (ASR)", "triggered images that go to the attacker’s class"),
-        ("ra", "Robust accuracy (RA)", "triggered images still recognised as what they show"),
-        (
-            "natural_rate",
-            "Natural target rate",
-            "the same images without trigger that go there anyway: the floor for ASR",
-        ),
-    ):
+    for field_name, name, meaning in words.RATES:
         old, new = (getattr(record, field_name) if record else None for record in (before, after))
         rows.append(
             Measure(
@@ -233,17 +217,14 @@ def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measu
                 meaning=meaning,
                 before=rate(old),
                 after=rate(new),
-                change=wording.points(new.value - old.value) if old and new else "–",
+                change=words.points(new.value - old.value, " points") if old and new else MISSING,
             )
         )
     if before and after:
         comparison = compare_evaluations(before, after)
-        for key, name, meaning in (
-            ("der", "Defence effectiveness (DER)", "0.5: nothing gained; 1: attack gone at no loss of accuracy"),
-            ("rir", "Robust improvement (RIR)", "0.5: nothing gained; 1: triggered images fully recognised again"),
-        ):
-            text = wording.number(comparison[key], 3)
-            rows.append(Measure(name=name, meaning=meaning, before=("–",), after=(text,), change="–"))
+        for key, name, meaning in words.SCORES:
+            text = words.score(comparison[key])
+            rows.append(Measure(name=name, meaning=meaning, before=(MISSING,), after=(text,), change=MISSING))
     return rows
 
 
@@ -253,16 +234,9 @@ def _class_accuracies(data: ReportData) -> list[tuple[str, str, str, str]]:
     rows = []
     for label, name in enumerate(data.class_names if before or after else ()):
         old, new = (rates[label].value if rates else None for rates in (before, after))
-        change = "–" if old is None or new is None else wording.points(new - old)
-        rows.append((name, wording.percent(old), wording.percent(new), change))
+        change = MISSING if old is None or new is None else words.points(new - old, " points")
+        rows.append((name, words.percent(old), words.percent(new), change))
     return rows
-
-
-def _curves(purified: Purified | None) -> list[LineChart]:
-    if purified is None:
-        return []
-    charts = (make(purified.history, purified.selected) for make in (rate_chart, area_history_chart))
-    return [chart for chart in charts if chart is not None]
 
 
 def _audit(verdict: Verdict | None, purified: Purified | None, names: Sequence[str]) -> dict[str, Any] | None:
@@ -273,7 +247,7 @@ def _audit(verdict: Verdict | None, purified: Purified | None, names: Sequence[s
     labels += [label for label in audit.suspect_labels if label not in labels]
     then, now = verdict.by_label(MASK_AREA) if verdict else {}, audit.by_label(MASK_AREA)
     sentences = [
-        f"{wording.quoted(names[label])}: {wording.pixels(then[label])} before, {wording.pixels(now[label])} after."
+        f"{words.quoted(names[label])}: {words.pixels(then[label])} before, {words.pixels(now[label])} after."
         for label in labels
         if label in then and label in now
     ]
@@ -294,7 +268,7 @@ def _controls(data: ReportData) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "rates": [wording.percent(rate.value) for rate in (record.acc, record.asr, record.ra)],
+            "rates": [words.percent(rate.value) for rate in (record.acc, record.asr, record.ra)],
             "is_ours": record is data.after,
         }
         for name, record in records.items()
@@ -304,8 +278,8 @@ def _controls(data: ReportData) -> list[dict[str, Any]]:
 
 def _cost_tiles(cost: Cost) -> list[tuple[str, str]]:
     return [
-        ("wall time", wording.duration(cost.seconds)),
-        ("image passes through the model", f"{cost.image_passes:,.0f}"),
-        ("peak memory", wording.memory(cost.peak_memory_bytes)),
-        ("clean images used", f"{cost.clean_images:,}"),
+        ("wall time", words.duration(cost.seconds)),
+        ("image passes through the model", words.count(cost.image_passes)),
+        ("peak memory", words.memory(cost.peak_memory_bytes)),
+        ("clean images used", words.count(cost.clean_images)),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lustral.core.characters import visible
-from lustral.site.words import is_number
+from lustral.report.words import is_number
 from lustral.tables.rows import BENIGN, UNDEFENDED
 from lustral.tables.summary import Query, table
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lustral.core.history import MISSING
 from lustral.core.versions import listed_methods
-from lustral.site.words import MISSING, PRINTS, count, file_name, is_number, plain, plus_minus, spaced, table_link
+from lustral.report.words import PRINTS, count, is_number, plain, plus_minus, spaced
+from lustral.site.addresses import file_name, table_link
 from lustral.tables.rows import UNDEFENDED
 
 CARD_FORMS = {  # fields of cards, in the order of the table: heading and how they print

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import lustral
 from lustral.core.characters import visible
+from lustral.report.rendering import page_environment
 from lustral.site.folder import FOLDERS
 
 SEPARATOR = "\x1f"  # ASCII's own; it has no business in a page
@@ -37,15 +37,7 @@ class PageWriter:
 
     def __post_init__(self) -> None:
         """Make the folders, and get the templates ready."""
-        self.environment = Environment(
-            loader=PackageLoader("lustral.site"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-            finalize=shown,
-        )
+        self.environment = page_environment("lustral.site")
         self.environment.filters.update(cells=table_cells, lines=table_lines, links=self.links)
         self.environment.globals["site"] = {
             "title": self.title,
@@ -79,13 +71,6 @@ class PageWriter:
         with open(f"{self.folder}/{path}", "xb", buffering=0) as file:
             file.write(data)
         self.size += len(data)
-
-
-def shown(value: Any) -> Any:
-    """Return what a template prints, with escapes for characters that a reader cannot see; markup of ours stays markup."""
-    if isinstance(value, Markup):
-        return Markup(visible(value, keep="\n\t"))
-    return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
 def table_cells(texts: Sequence[str]) -> Markup:

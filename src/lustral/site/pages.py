@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import lustral
+from lustral.report.words import count, duration
+from lustral.site.addresses import file_name, page_of, table_link
 from lustral.site.data import cells_script, means_of, settings_of, settings_script
 from lustral.site.folder import LAYOUT, MARKER, PAGES, SiteError, recover, replacing, require_ours
 from lustral.site.methods import folded, method_page, read_cards
 from lustral.site.page_writer import OnPages, PageWriter
 from lustral.site.records import PICTURES, Picture, Relatives, png_size, record_page
-from lustral.site.words import count, duration, file_name, page_of, table_link
 from lustral.store.store import DETAIL_FILE, MOST_RECORD_BYTES, Kind, Store, StoreError, read_json
 from lustral.tables.rows import BENIGN, MEASURED, UNDEFENDED, current_cells
 
@@ -185,6 +186,8 @@ class _Site:
         templates = package_files("lustral.site") / "templates"
         for name in ASSETS:
             self.press.file(f"assets/{name}", (templates / name).read_bytes())
+        curves = package_files("lustral.report") / "templates" / "curves.css"
+        self.press.file("assets/curves.css", curves.read_bytes())
         self.press.file("assets/settings.js", settings_script(settings, means))
         self.press.file("assets/cells.js", cells_script(self.rows))
         for row in sorted(

@@ -12,44 +12,38 @@ from itertools import zip_longest
 from typing import Any
 
 from lustral.core.files import canonical
-from lustral.core.history import HistoryEntry, history_table, read_history
-from lustral.site.charts import curves
-from lustral.site.page_writer import Link
-from lustral.site.words import (
-    MISSING,
+from lustral.core.history import MISSING, HistoryEntry, history_table, read_history
+from lustral.report.charts import curves
+from lustral.report.words import (
+    MEASURES,
+    RATES,
+    SCORES,
+    chance,
     count,
     duration,
-    file_name,
     is_number,
     is_share,
+    measured,
     memory,
-    page_of,
     percent,
     plain,
     points,
     score,
     spaced,
-    table_link,
+    words_of,
 )
+from lustral.site.addresses import file_name, page_of, table_link
+from lustral.site.page_writer import Link
 from lustral.store.store import RECOVERED_PICTURE, TRIGGER_PICTURE
 from lustral.tables.rows import BENIGN
 
 MOST_LINKS = 24  # to other cells in one list
 MOST_ENTRIES = 120  # of a history or an evidence table; the file beside the record has all
+P_VALUE = " p_value"  # ends the name of a column of chances
 SHORT_KEY = 12  # digits of a key that commands take
 LARGEST_PIXELATED = 200  # pixels; smaller pictures are drawn with sharp edges
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PICTURES = {TRIGGER_PICTURE: "The attacker’s trigger", RECOVERED_PICTURE: "The trigger that the defence recovered"}
-RATES = (
-    ("acc", "Clean accuracy (ACC)", "test images classified correctly"),
-    ("asr", "Attack success rate (ASR)", "triggered images that go to the attacker’s class"),
-    ("ra", "Robust accuracy (RA)", "triggered images still recognised as what they show"),
-    ("natural_rate", "Natural target rate", "the same images without trigger that go there anyway: the floor for ASR"),
-)
-SCORES = (
-    ("der", "Defence effectiveness (DER)", "0.5: nothing gained; 1: attack gone at no loss of accuracy"),
-    ("rir", "Robust improvement (RIR)", "0.5: nothing gained; 1: triggered images fully recognised again"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,10 +350,20 @@ def _grid(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
     rows = [([_entry_text(column, entry.get(column)) for column in columns], False) for entry in entries[:MOST_ENTRIES]]
-    return {"columns": [spaced(column) for column in columns], "rows": rows, "more": len(entries) - len(rows)}
+    return {"columns": [_entry_heading(column) for column in columns], "rows": rows, "more": len(entries) - len(rows)}
+
+
+def _entry_heading(column: str) -> str:
+    if column.endswith(P_VALUE):
+        return f"{words_of(column.removesuffix(P_VALUE)).heading}: chance if benign"
+    return MEASURES[column].heading if column in MEASURES else spaced(column)
 
 
 def _entry_text(column: str, value: Any) -> str:
+    if is_number(value) and column.endswith(P_VALUE):
+        return chance(value)
+    if is_number(value) and column in MEASURES:
+        return measured(column, value)
     return percent(value) if is_number(value) and is_share(column) else plain(value)
 
 
@@ -413,7 +417,7 @@ def _by_class(evidence: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         row = rows.setdefault(repr(label), {"label": "whole model" if label is None else label})
         row[measure] = entry.get("value")
         if entry.get("p_value") is not None:
-            row[f"{measure} p_value"] = entry["p_value"]
+            row[f"{measure}{P_VALUE}"] = entry["p_value"]
     return [*others, *rows.values()]
 
 

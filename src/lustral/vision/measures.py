@@ -1,4 +1,4 @@
-"""What detectors measure, by name: the ``measure`` of an ``Evidence``. How each is shown is in ``lustral.report.wording``."""
+"""What detectors measure, by name: the ``measure`` of an ``Evidence``. How each is shown is in ``lustral.report.words``."""
 
 MASK_AREA = "mask_area"  # pixels of mask that send other classes to a label; infinite when no search succeeded
 SUCCESS_RATE = (
