@@ -28,7 +28,7 @@ from typing import Any
 from lustral.bench.expansion import expand
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.catalog import PURIFIERS
+from lustral.catalog import DETECTORS, PURIFIERS
 from lustral.core.files import canonical, write_json_atomic, write_text_atomic
 from lustral.core.versions import outdated
 from lustral.store.store import KINDS, Store
@@ -124,7 +124,11 @@ def row_of(name: str, cell: Mapping[str, Any], record: Mapping[str, Any]) -> Row
         "key": cell["key"][:16],
         "epochs": spec.get("victim", spec)["trainer"]["epochs"],
         "settings": spec["attack"]["settings"] if cell["defence"] == UNDEFENDED else spec["defence"]["settings"],
-        "versions": {**spec.get("victim", {}).get("versions", {}), **spec["versions"]},
+        "versions": {
+            **spec.get("victim", {}).get("versions", {}),
+            **spec.get("scan", {}).get("versions", {}),
+            **spec["versions"],
+        },
         "code": made["code"],
         "machine": f"{made['device']}, {made['machine']}, threads: {made['threads']}, torch {made['versions']['torch']}",
         "at": made["at"][:10],
@@ -132,6 +136,8 @@ def row_of(name: str, cell: Mapping[str, Any], record: Mapping[str, Any]) -> Row
     }
     if "after" in metrics and cell["defence"] != UNDEFENDED:
         row |= {rate: counts(metrics["after"][rate]) for rate in RATES} | {"der": cell["der"]}
+    if "scan" in spec:
+        row["scan"] = spec["scan"]["defence"]
     if cell["outcome"] is not None:
         row |= {"outcome": cell["outcome"], "correct": cell["correct"]}
     if probes := metrics["before"].get("probes"):
@@ -345,11 +351,17 @@ def spread(rates: Sequence[float | None]) -> str:
     return mean if len(ends) == 1 else f"{mean} ({percent(min(known))} to {percent(max(known))})"
 
 
+def labels_of(rows: Sequence[Row]) -> list[str]:
+    """Return the labels of a plan's defences, in its order."""
+    return list(dict.fromkeys(row["defence"] for row in rows if row["defence"] != UNDEFENDED))
+
+
 def means_table(rows: Sequence[Row]) -> str:
     """Return the means of every eraser of a plan."""
-    labels = dict.fromkeys(row["defence"] for row in rows if row["defence"] != UNDEFENDED)
     lines: list[list[object]] = []
-    for label in labels:
+    for label in labels_of(rows):
+        if label.split()[0] in DETECTORS:
+            continue
         mean = mean_of(label, rows)
         if mean is None:
             lines.append([label, NOTHING, *[""] * 8])
@@ -361,17 +373,18 @@ def means_table(rows: Sequence[Row]) -> str:
 
 
 def cells_table(rows: Sequence[Row]) -> str:
-    """Return what every eraser left of each attack, and what it cost."""
+    """Return what every eraser left of each attack, and what it cost; of detectors the verdicts."""
     names = list(victims(rows))
     by_cell = {(row["defence"], *victim_of(row)): row for row in rows}
-    labels = dict.fromkeys(row["defence"] for row in rows if row["defence"] != UNDEFENDED)
     lines = []
-    for label in labels:
+    for label in labels_of(rows):
         cells = []
         for name in names:
             row = by_cell.get((label, *name))
-            if row is None or "acc" not in row:
-                cells.append(NOTHING if row is None or row["status"] != "done" else "—")
+            if row is None or row["status"] != "done":
+                cells.append(NOTHING)
+            elif "acc" not in row:
+                cells.append(f"{row['outcome']}{'' if row['correct'] else ' (wrong)'}")
             else:
                 left = "" if name[0] == BENIGN else f"{percent(value(row['asr']))} / "
                 cells.append(f"{left}{percent(loss(row))}")

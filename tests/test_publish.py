@@ -143,6 +143,24 @@ def test_erasers_are_compared_on_the_victims_that_all_of_them_met(publish: Modul
     assert publish.best([once], 0.03) is None
 
 
+def test_scans_show_their_verdicts_and_are_in_no_mean(publish: ModuleType) -> None:
+    scan = {
+        **{
+            "defence": "mask_area",
+            "attack": "sig",
+            "seed": 0,
+            "arch": "small_cnn",
+            "clean_images": 10,
+            "status": "done",
+        },
+        **{"outcome": "clean", "correct": False},
+    }
+    rows = [row("sig", 30, 77), scan]
+    assert "| mask_area | clean (wrong) |" in publish.cells_table(rows)
+    assert "| sau | 30.0 / 3.0 |" in publish.cells_table(rows)
+    assert "mask_area" not in publish.means_table(rows)
+
+
 def test_seeds_share_a_line(publish: ModuleType) -> None:
     assert publish.spread([0.5, 0.7, None]) == "60.0 (50.0 to 70.0)"
     assert publish.spread([0.5, 0.5]) == "50.0"
