@@ -30,8 +30,9 @@ from lustral.core.randomness import child
 from lustral.training import Trainer
 from lustral.vision.evaluation import evaluate
 from lustral.vision.images import as_float, stratified_indices
-from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning
+from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer
 from lustral.vision.records import DefenderView, ImageSet
+from lustral.vision.repair import clean_unlearning
 from lustral.vision.sources import load_source
 from lustral.vision.victims import load_victim
 from reference.batches import Batches

@@ -13,9 +13,10 @@ import reference
 from lustral.core.randomness import child
 from lustral.training import Trainer
 from lustral.vision.images import as_float
-from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, clean_unlearning, neural_polarizer
+from lustral.vision.purifiers import IBAU, SAU, TSBD, NeuralPolarizer, neural_polarizer
 from lustral.vision.purifiers.tsbd import most_moved, weight_changes
 from lustral.vision.records import DefenderView, ImageSet
+from lustral.vision.repair import clean_unlearning
 from lustral.vision.repair.clean_unlearning import unlearn_clean
 from lustral.vision.repair.run import PurifyRun
 from toy import NUM_CLASSES, toy_images

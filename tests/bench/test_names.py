@@ -14,7 +14,7 @@ from lustral.cli.console import SafeConsole
 from lustral.site import data as site_data
 from lustral.site import page_writer as site_press
 from lustral.tables.exports import cell_texts, rich_table, to_csv, to_latex, to_markdown
-from lustral.tables.rows import SCHEMA
+from lustral.tables.rows import ROW_SCHEMA
 from lustral.tables.summary import Query, table
 from tables.test_exports import cell
 
@@ -27,7 +27,7 @@ def hidden(text: str) -> list[str]:
 
 def test_tables_of_a_foreign_store() -> None:
     summary = table(
-        pa.Table.from_pylist([cell(HOSTILE, 0, acc=0.5)], schema=SCHEMA), Query(by=("defence",), metrics=("acc",))
+        pa.Table.from_pylist([cell(HOSTILE, 0, acc=0.5)], schema=ROW_SCHEMA), Query(by=("defence",), metrics=("acc",))
     )
     for write in (to_markdown, to_latex, to_csv):
         text = write(summary).decode()

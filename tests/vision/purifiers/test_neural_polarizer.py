@@ -13,9 +13,10 @@ from lustral.core.randomness import child
 from lustral.training import Trainer
 from lustral.vision.models import build_classifier
 from lustral.vision.models.wiring import Wiring, late_layer, trace
-from lustral.vision.purifiers import NeuralPolarizer, polarizing
+from lustral.vision.purifiers import NeuralPolarizer
 from lustral.vision.purifiers.neural_polarizer import Polarized, Polarizer, fold, insert
 from lustral.vision.records import DefenderView
+from lustral.vision.repair import polarizing
 from lustral.vision.repair.polarizing import Start, feature_statistics, runner_up
 from toy import toy_images
 
@@ -158,7 +159,7 @@ def test_the_gradient_reaches_the_polarizer_alone(toy_view: DefenderView) -> Non
 def test_it_starts_from_standardised_features_only_where_the_network_bears_them(
     survives: float, initial: Start, factor: float, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polarizing, "SURVIVES", survives)
+    monkeypatch.setattr(polarizing, "MIN_ACCURACY_KEPT", survives)
     trainer = Trainer(epochs=1, batch_size=128, learning_rate=0.01, schedule="constant")
     named = NeuralPolarizer(
         initial=initial, trainer=replace(trainer, learning_rate=factor * trainer.learning_rate), least_steps=4
