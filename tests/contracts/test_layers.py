@@ -58,6 +58,8 @@ IN_VISION: dict[str, set[str]] = {
 ABOVE_THE_CATALOG = "vision/victims.py"  # the one file of a lower floor that looks a method up by its name
 NO_TORCH = ("store", "tables", "site")  # tables and pages must not wait for it
 MOST_FILES = 14  # of a folder, so that a reader finds a file by its name
+LONGEST = 60  # lines of a function, its docstring aside
+LONG_FOR_A_REASON = {"step"}  # of a pickle: one branch for each opcode
 METHODS = ("vision/attacks", "vision/purifiers")  # their folders have a file for each method
 
 
@@ -128,6 +130,22 @@ def test_no_folder_holds_more_files_than_a_reader_can_look_over() -> None:
         if name not in METHODS:
             files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
             assert len(files) <= MOST_FILES, f"{name} has {len(files)} files: {', '.join(sorted(files))}"
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines a function has without its docstring."""
+    first = function.body[0]
+    is_documented = ast.get_docstring(function, clean=False) is not None
+    return (
+        (function.end_lineno or 0) - function.lineno + 1 - is_documented * ((first.end_lineno or 0) - first.lineno + 1)
+    )
+
+
+def test_no_function_is_longer_than_a_reader_can_hold() -> None:
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in LONG_FOR_A_REASON:
+                assert lines_of(node) <= LONGEST, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
 
 
 @pytest.mark.parametrize("kind", ["attacks", "inverters", "detectors", "purifiers"])

@@ -22,7 +22,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,7 +32,7 @@ from lustral.core.cost import CostMeter
 from lustral.core.history import HistoryEntry
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
-from lustral.training import Trainer, autocast, fine_tuning_recipe, frozen, set_training_mode
+from lustral.training import EpochReport, Trainer, autocast, fine_tuning_recipe, frozen, set_training_mode
 from lustral.vision.detectors.small_areas import ordinary_area
 from lustral.vision.images import at_most, check_holdout, require_usable, split
 from lustral.vision.inverters.max_entropy import MaxEntropy
@@ -196,14 +196,7 @@ class BaEraser:
         labels = verdict.suspect_labels
         held_out, fit = split(view.clean, self.holdout, generator=fork(generator, "holdout"))
         fit_view = DefenderView(model=view.model, clean=fit)
-        others = other_areas(verdict, labels)
-        wanted, note = (
-            math.inf,
-            f"Too few other labels were searched to say which area is ordinary: all {self.rounds} rounds ran.",
-        )
-        if len(others) >= 2:
-            wanted = ordinary_area(others, self.ordinary_rate, len(verdict.by_label(MASK_AREA)) - len(labels))
-            note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
+        wanted, note = self._goal(verdict)
         floor = accuracy_floor(view.model, held_out, self.accuracy_loss)
         model, bank, history = view.model, list(verdict.triggers), list[HistoryEntry]()
         if set(labels) != {trigger.target_label for trigger in bank}:
@@ -254,6 +247,18 @@ class BaEraser:
         assert best is not None
         return best[1], history, best[2], (note, *best[3])
 
+    def _goal(self, verdict: Verdict) -> tuple[float, str]:
+        """Return the area at which a label counts as erased, in pixels, and the note for a run that does not get there."""
+        labels = verdict.suspect_labels
+        others = other_areas(verdict, labels)
+        if len(others) < 2:
+            return math.inf, (
+                f"Too few other labels were searched to say which area is ordinary: all {self.rounds} rounds ran."
+            )
+        wanted = ordinary_area(others, self.ordinary_rate, len(verdict.by_label(MASK_AREA)) - len(labels))
+        note = f"After {self.rounds} rounds a fresh search still needed less than {wanted:.1f} pixels for a label."
+        return wanted, note
+
     def _unlearn(
         self,
         model: nn.Module,
@@ -268,54 +273,24 @@ class BaEraser:
         on_progress: OnProgress | None,
     ) -> float:
         """Run one unlearning, slower where it costs too much; ``selection`` keeps the weights. Return the rate's divisor."""
-        start = [p.detach().clone() for p in received.parameters()]
-        cap = math.log(fit.num_classes) + self.ascent_margin
-        teacher = copy.deepcopy(received)
-        CostMeter.follow(received, teacher)
+        loss = UnlearningLoss(self, received, fit, bank)
         first = clean_importance(received, fit) if self.penalty == "dynamic" else None
-        importance = first
 
-        def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
-            x, y = batch.inputs, batch.labels
-            trigger = bank[int(torch.randint(len(bank), (), generator=stream))]
-            rows = (y != trigger.target_label) if self.exclude_target else torch.ones_like(y, dtype=torch.bool)
-            stamped = trigger(x[rows], generator=stream)
-            if self.schedule == "published":  # batches of their own, as in the authors' code
-                clean, fooled = student(x).float(), student(stamped).float()
-            else:  # one batch: normalised together in training, as the running statistics will in use
-                clean, fooled = student(torch.cat([x, stamped])).float().split([len(x), len(stamped)])
-            loss = self.clean_weight * F.cross_entropy(clean, y)
-            if self.distil_weight:
-                with torch.no_grad(), frozen(teacher):
-                    answers = teacher(x).float().log_softmax(1)
-                held = F.kl_div(clean.log_softmax(1), answers, log_target=True, reduction="batchmean")
-                loss = loss + self.distil_weight * held
-            ascent_weight = self.ascent_weight * (self.clean_weight if self.form == "paper" else 1.0)
-            if len(stamped):
-                loss = loss + ascent_weight * capped_ascent(fooled, trigger.target_label, cap).mean()
-                if self.relearn_weight:
-                    loss = loss + self.relearn_weight * F.cross_entropy(fooled, y[rows])
-            if self.penalty != "none":
-                loss = loss + self.penalty_weight * weighted_l1(student, start, importance)
-            return loss
-
-        def after_epoch(report: Any) -> None:
-            nonlocal importance
+        def after_epoch(report: EpochReport) -> None:
             selection.watch(report)
             if self.penalty == "dynamic":
-                importance = clean_importance(report.model, fit)
+                loss.importance = clean_importance(report.model, fit)
                 set_training_mode(report.model, self.trainer.batch_norm)
 
         trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
 
         def train(by: float) -> None:
-            nonlocal importance
-            importance = first
+            loss.importance = first
             replace(trainer, learning_rate=trainer.learning_rate / by).fit(
                 model,
                 fit,
                 generator=fork(generator, "unlearn", index),
-                objective=objective,
+                objective=loss,
                 on_epoch=after_epoch,
                 on_progress=on_progress,
                 stage="unlearning",
@@ -325,6 +300,50 @@ class BaEraser:
             train(divisor)
             return divisor
         return retry_at_lower_rates(selection, train, divisor)
+
+
+class UnlearningLoss:
+    """Stage 2's loss of a batch, with the terms that ``BaEraser`` adds.
+
+    Attributes:
+        importance: omega of each parameter, or None for 1; whoever trains computes it again every epoch.
+    """
+
+    def __init__(
+        self, settings: BaEraser, received: nn.Module, fit: ImageSet, bank: Sequence[RecoveredTrigger]
+    ) -> None:
+        """Keep the received weights, and a copy of the received model that answers for clean images."""
+        self.settings, self.bank = settings, bank
+        self.importance: list[Tensor] | None = None
+        self._start = [p.detach().clone() for p in received.parameters()]
+        self._cap = math.log(fit.num_classes) + settings.ascent_margin
+        self._teacher = copy.deepcopy(received)
+        CostMeter.follow(received, self._teacher)
+
+    def __call__(self, student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        """Return the loss, (); one trigger is drawn for the whole batch."""
+        settings, x, y = self.settings, batch.inputs, batch.labels
+        trigger = self.bank[int(torch.randint(len(self.bank), (), generator=stream))]
+        rows = (y != trigger.target_label) if settings.exclude_target else torch.ones_like(y, dtype=torch.bool)
+        stamped = trigger(x[rows], generator=stream)
+        if settings.schedule == "published":  # batches of their own, as in the authors' code
+            clean, fooled = student(x).float(), student(stamped).float()
+        else:  # one batch: normalised together in training, as the running statistics will in use
+            clean, fooled = student(torch.cat([x, stamped])).float().split([len(x), len(stamped)])
+        loss = settings.clean_weight * F.cross_entropy(clean, y)
+        if settings.distil_weight:
+            with torch.no_grad(), frozen(self._teacher):
+                answers = self._teacher(x).float().log_softmax(1)
+            held = F.kl_div(clean.log_softmax(1), answers, log_target=True, reduction="batchmean")
+            loss = loss + settings.distil_weight * held
+        ascent_weight = settings.ascent_weight * (settings.clean_weight if settings.form == "paper" else 1.0)
+        if len(stamped):
+            loss = loss + ascent_weight * capped_ascent(fooled, trigger.target_label, self._cap).mean()
+            if settings.relearn_weight:
+                loss = loss + settings.relearn_weight * F.cross_entropy(fooled, y[rows])
+        if settings.penalty != "none":
+            loss = loss + settings.penalty_weight * weighted_l1(student, self._start, self.importance)
+        return loss
 
 
 def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:
