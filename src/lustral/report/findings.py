@@ -21,6 +21,32 @@ LIMITS = (
 OTHER_LIMITS = "A scan can show a backdoor, but it cannot prove that there is none: one of another kind can escape it."
 
 
+ACCUSED_STEPS = (
+    "Do not use this model where a wrong answer matters.",
+    "Run “lustral erase” on it with the same clean images: it removes the backdoor and writes a new file.",
+    "Find out where the model or its training data came from, and keep the original file as evidence.",
+)
+CLEAN_STEPS = (
+    "Nothing has to be repaired. Keep this page with the model as a record of the check.",
+    "If the model comes from a source that you do not trust, scan again with more clean images and another seed before you "
+    "rely on it.",
+)
+UNSEARCHED_STEPS = (
+    "Check how the model is read: its normalisation (mean and std), channel order, image size and class order.",
+    "Check that the clean images are of the kind that it was trained on, and that their labels are right.",
+    "Until then, treat the model as not trusted.",
+)
+USE_IT = (
+    "Use the new model file in place of the old one; your own code loads it as before.",
+    "Check its accuracy on your own test set, and keep the original file as evidence.",
+)
+TRY_MORE = (
+    "Do not use the new model yet.",
+    "Erase again with more clean images or with another method (“lustral erase --list” names them), or train the model "
+    "again from data that you trust.",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """The answer of a page.
@@ -65,11 +91,7 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
             badge="Backdoored",
             headline=_accusation(suspects, of_masks=of_masks),
             details=tuple(details),
-            next_steps=(
-                "Do not use this model where a wrong answer matters.",
-                "Run “lustral erase” on it with the same clean images: it removes the backdoor and writes a new file.",
-                "Find out where the model or its training data came from, and keep the original file as evidence.",
-            ),
+            next_steps=ACCUSED_STEPS,
             figures=figures,
         )
     if verdict.outcome == "clean":
@@ -80,11 +102,7 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
             if of_masks
             else "No backdoor found: nothing unusual was measured.",
             details=(*details, LIMITS if of_masks else OTHER_LIMITS),
-            next_steps=(
-                "Nothing has to be repaired. Keep this page with the model as a record of the check.",
-                "If the model comes from a source that you do not trust, scan again with more clean images and another "
-                "seed before you rely on it.",
-            ),
+            next_steps=CLEAN_STEPS,
             figures=figures,
         )
     if not verdict.evidence:
@@ -93,13 +111,7 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
             badge="Cannot tell",
             headline="Cannot tell: nothing was searched, because no answer could come of it.",
             details=tuple(details),
-            next_steps=FEW_CLASSES_STEPS
-            if len(names) < FEW_CLASSES
-            else (
-                "Check how the model is read: its normalisation (mean and std), channel order, image size and class order.",
-                "Check that the clean images are of the kind that it was trained on, and that their labels are right.",
-                "Until then, treat the model as not trusted.",
-            ),
+            next_steps=FEW_CLASSES_STEPS if len(names) < FEW_CLASSES else UNSEARCHED_STEPS,
             figures=figures,
         )
     return Finding(
@@ -133,97 +145,27 @@ def erase_finding(
 ) -> Finding:
     """Return the answer of an erasure: measured with the true trigger where one was given, else by the audit."""
     audit = purified.audit
-    unmet = unmet_criteria(before, after) if before and after else None
-    audited = audit.outcome if audit else None
-    of_masks = audit is not None and bool(audit.by_label(MASK_AREA))
     details = _erase_details(before, after, audit)
     figures = _erase_figures(purified, verdict, before, after)
-    use_it = (
-        "Use the new model file in place of the old one; your own code loads it as before.",
-        "Check its accuracy on your own test set, and keep the original file as evidence.",
-    )
-    try_more = (
-        "Do not use the new model yet.",
-        "Erase again with more clean images or with another method (“lustral erase --list” names them), or train the model "
-        "again from data that you trust.",
-    )
-
+    was_clean = verdict is not None and verdict.outcome == "clean"
     if purified.selected is None:
-        was_clean = verdict is not None and verdict.outcome == "clean"
-        return Finding(
-            tone="good" if was_clean else "unsure",
-            badge="Not changed",
-            headline="The model was returned as it was: "
-            + ("the scan found no backdoor to erase." if was_clean else "nothing was erased."),
-            details=(*details, LIMITS) if was_clean else details,
-            next_steps=("Nothing has to be done.",) if was_clean else try_more,
-            figures=figures,
-        )
-    if audited == "backdoored":
-        assert audit is not None
-        found = quoted_list([names[label] for label in audit.suspect_labels])
-        known = "The known trigger no longer works, but a" if unmet == () else "Still backdoored: a"
-        return Finding(
-            tone="unsure" if unmet == () else "bad",
-            badge="Not fully erased" if unmet == () else "Still backdoored",
-            headline=f"{known} fresh search on the new model finds an unusually small pattern (class: {found})."
-            if of_masks
-            else f"{known} fresh scan calls the new model backdoored (class: {found}).",
-            details=details,
-            next_steps=try_more,
-            figures=figures,
-        )
-    if before and after and unmet == ("acc",):
-        return Finding(
-            tone="unsure",
-            badge="Erased at a price",
-            headline="The trigger no longer works, but the model lost "
-            f"{100 * (before.acc.value - after.acc.value):.1f} points of clean accuracy.",
-            details=details,
-            next_steps=(
-                "Erase again with more clean images or with another method; “lustral erase --list” names them.",
-                "If you use this model all the same, measure it on your own test set first, and keep the original file "
-                "as evidence.",
-            ),
-            figures=figures,
-        )
+        return _unchanged(details, figures, was_clean=was_clean)
+    unmet = unmet_criteria(before, after) if before and after else None
+    if audit is not None and audit.outcome == "backdoored":
+        return _found_again(audit, names, details, figures, is_known_gone=unmet == ())
     if before and after and unmet:
-        return Finding(
-            tone="bad",
-            badge=_shortfall_badge(before, after, unmet),
-            headline=f"{_shortfall(before, after, unmet)}.",
-            details=details,
-            next_steps=try_more,
-            figures=figures,
-        )
+        return _short_of_it(before, after, unmet, details, figures)
     if unmet == ():
         return Finding(
             tone="good",
             badge="Erased",
             headline="The backdoor is erased: the trigger no longer works, and the model still does its job.",
             details=details,
-            next_steps=use_it,
+            next_steps=USE_IT,
             figures=figures,
         )
-    if audited == "clean":
-        return Finding(
-            tone="good",
-            badge="Erased",
-            headline=(
-                "No backdoor found, neither before nor after"
-                if verdict is not None and verdict.outcome == "clean"
-                else "The backdoor appears to be erased"
-            )
-            + ": a fresh "
-            + (
-                "search on the new model finds no unusually small pattern."
-                if of_masks
-                else "scan of it finds nothing unusual."
-            ),
-            details=(*details, LIMITS if of_masks else OTHER_LIMITS),
-            next_steps=use_it,
-            figures=figures,
-        )
+    if audit is not None and audit.outcome == "clean":
+        return _nothing_found(audit, details, figures, was_clean=was_clean)
     return Finding(
         tone="unsure",
         badge="Cannot tell",
@@ -231,6 +173,81 @@ def erase_finding(
         + ("the fresh search gave no clear answer." if audit else "the new model was not searched again."),
         details=details,
         next_steps=("Scan the new model with “lustral scan” and more clean images before you use it.",),
+        figures=figures,
+    )
+
+
+Figures = tuple[tuple[str, str], ...]
+
+
+def _unchanged(details: tuple[str, ...], figures: Figures, *, was_clean: bool) -> Finding:
+    why = "the scan found no backdoor to erase." if was_clean else "nothing was erased."
+    return Finding(
+        tone="good" if was_clean else "unsure",
+        badge="Not changed",
+        headline=f"The model was returned as it was: {why}",
+        details=(*details, LIMITS) if was_clean else details,
+        next_steps=("Nothing has to be done.",) if was_clean else TRY_MORE,
+        figures=figures,
+    )
+
+
+def _found_again(
+    audit: Verdict, names: Sequence[str], details: tuple[str, ...], figures: Figures, *, is_known_gone: bool
+) -> Finding:
+    found = quoted_list([names[label] for label in audit.suspect_labels])
+    known = "The known trigger no longer works, but a" if is_known_gone else "Still backdoored: a"
+    return Finding(
+        tone="unsure" if is_known_gone else "bad",
+        badge="Not fully erased" if is_known_gone else "Still backdoored",
+        headline=f"{known} fresh search on the new model finds an unusually small pattern (class: {found})."
+        if audit.by_label(MASK_AREA)
+        else f"{known} fresh scan calls the new model backdoored (class: {found}).",
+        details=details,
+        next_steps=TRY_MORE,
+        figures=figures,
+    )
+
+
+def _short_of_it(
+    before: Evaluation, after: Evaluation, unmet: Sequence[str], details: tuple[str, ...], figures: Figures
+) -> Finding:
+    if tuple(unmet) != ("acc",):
+        return Finding(
+            tone="bad",
+            badge=_shortfall_badge(before, after, unmet),
+            headline=f"{_shortfall(before, after, unmet)}.",
+            details=details,
+            next_steps=TRY_MORE,
+            figures=figures,
+        )
+    return Finding(
+        tone="unsure",
+        badge="Erased at a price",
+        headline="The trigger no longer works, but the model lost "
+        f"{100 * (before.acc.value - after.acc.value):.1f} points of clean accuracy.",
+        details=details,
+        next_steps=(
+            "Erase again with more clean images or with another method; “lustral erase --list” names them.",
+            "If you use this model all the same, measure it on your own test set first, and keep the original file as "
+            "evidence.",
+        ),
+        figures=figures,
+    )
+
+
+def _nothing_found(audit: Verdict, details: tuple[str, ...], figures: Figures, *, was_clean: bool) -> Finding:
+    of_masks = bool(audit.by_label(MASK_AREA))
+    gone = "No backdoor found, neither before nor after" if was_clean else "The backdoor appears to be erased"
+    how = (
+        "search on the new model finds no unusually small pattern." if of_masks else "scan of it finds nothing unusual."
+    )
+    return Finding(
+        tone="good",
+        badge="Erased",
+        headline=f"{gone}: a fresh {how}",
+        details=(*details, LIMITS if of_masks else OTHER_LIMITS),
+        next_steps=USE_IT,
         figures=figures,
     )
 
