@@ -18,7 +18,7 @@ class Assets(Protocol):
 
 
 class Augmentation(Protocol):
-    """Batched augmentation, such as ``lustral.vision.images.Augment``."""
+    """Batched augmentation, such as ``lustral.training.Augment``."""
 
     def __call__(self, images: Tensor, *, generator: Generator) -> Tensor:
         """Return changed images, same shape, dtype, device and range."""

@@ -87,7 +87,7 @@ class IBAU:
         projection: C, largest L2 norm of d at 32x32 pixels, in proportion to the root of their number elsewhere; 10 in the
             authors' notebooks. None leaves d to the penalty alone, as their scripts do.
         perturbed_share: of a batch that gets d in the outer loss, at least one image; 0.01 in the authors' code.
-        relative_rate: bounds the learning rate by the network (``Trainer.bounded``); None: the trainer's, on any network. 0.7 is
+        relative_rate: caps the learning rate by the network (``Trainer.with_rate_cap``); None: none. 0.7 is
             what BackdoorBench's 1e-4 is on its PreAct-ResNet18 with fresh weights. The 3e-4, chosen on one a quarter as wide,
             took the wide one to chance within a round.
         least_steps: small clean sets get more rounds, until there are this many outer steps.

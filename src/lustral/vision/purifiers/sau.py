@@ -96,7 +96,7 @@ class SAU:
         agreement_weight: of the Jensen-Shannon divergence; 1 in the paper.
         trainer: AMSGrad at 1e-4 for 100 rounds with batches of 256 and frozen batch-norm statistics in the authors' code;
             here 12 epochs of Adam at 3e-4, falling. Its ``batch_norm`` "train" is the authors' switch ``train_mode``.
-        relative_rate: bounds the learning rate by the network (``Trainer.bounded``); None: the trainer's, on any network. 0.7 is
+        relative_rate: caps the learning rate by the network (``Trainer.with_rate_cap``); None: none. 0.7 is
             what the published 1e-4 is on the published network with fresh weights; on one a quarter as wide 3e-4 is below it.
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
