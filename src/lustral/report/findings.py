@@ -23,7 +23,8 @@ OTHER_LIMITS = "A scan can show a backdoor, but it cannot prove that there is no
 
 ACCUSED_STEPS = (
     "Do not use this model where a wrong answer matters.",
-    "Run “lustral erase” on it with the same clean images: it removes the backdoor and writes a new file.",
+    "Run “lustral erase” on it with the same clean images, and with “--verdict” and the result.json beside this page: it removes "
+    "the backdoor without a second search, and writes a new file.",
     "Find out where the model or its training data came from, and keep the original file as evidence.",
 )
 CLEAN_STEPS = (
