@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lustral.cli.bench_commands import flagged
 from lustral.cli.console import SafeConsole
+from lustral.report.rendering import shown
 from lustral.site import data as site_data
 from lustral.site import page_writer as site_press
 from lustral.tables.exports import cell_texts, rich_table, to_csv, to_latex, to_markdown
@@ -40,7 +41,7 @@ def test_tables_of_a_foreign_store() -> None:
 
 
 def test_pages_of_a_foreign_store() -> None:
-    environment = Environment(autoescape=True, finalize=site_press.shown)
+    environment = Environment(autoescape=True, finalize=shown)
     page = environment.from_string("{{ name }} {{ cells }} {{ number }}")
     text = page.render(name=HOSTILE, cells=site_press.table_cells([HOSTILE, "x"]), number=3)
     text += site_press.table_lines([HOSTILE, HOSTILE])

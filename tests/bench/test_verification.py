@@ -367,15 +367,15 @@ def test_rates_are_those_of_the_kept_weights(store: Store, tmp_path: Path) -> No
     test = load_source("digits", image_size=16).test
     assert test is not None
     victim, result = victim_of(store), result_of(store, "bn_refresh")
-    found = {}
-    for name, record, when in (("victim", victim, "before"), ("purified", result, "after")):
+    answers = []
+    for record, when in ((victim, "before"), (result, "after")):
         (tmp_path / "model.safetensors").write_bytes(store.file(record, "model.safetensors"))
         model = load_model(tmp_path / "model.safetensors").model.eval()
         with torch.inference_mode():
-            hits = int((model(as_float(test.images)).argmax(1) == test.labels).sum())
-        found[name] = hits
+            answers.append(model(as_float(test.images)))
+        hits = int((answers[-1].argmax(1) == test.labels).sum())
         assert abs(record["metrics"][when]["acc"]["hits"] - hits) <= 2
-    assert abs(found["victim"] - found["purified"]) > 4, "too alike: the test could not tell them apart"
+    assert not torch.allclose(*answers, atol=1e-3), "both records hold one model"
 
 
 def test_what_attacks_build_is_built_once(store: Store) -> None:
