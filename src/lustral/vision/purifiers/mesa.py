@@ -42,7 +42,7 @@ class Mesa:
 
     version: ClassVar[int] = 3
     needs: ClassVar[str] = "a backdoor whose trigger can be searched"
-    cost_passes: ClassVar[float] = 34
+    cost_passes: ClassVar[float] = 62
     takes_verdict: ClassVar[bool] = True
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
