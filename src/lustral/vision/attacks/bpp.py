@@ -20,6 +20,7 @@ from lustral.core.randomness import fork
 from lustral.core.records import Augmentation, Batch
 from lustral.vision.attacks.poisoning import (
     LabelMode,
+    augmented_loss,
     check_choices,
     check_rate,
     check_second_rate,
@@ -27,6 +28,7 @@ from lustral.vision.attacks.poisoning import (
     pair_offset,
     poison_dirty_label,
     require_dirty_label,
+    shares_of_batch,
     with_cover,
 )
 from lustral.vision.images import as_float, as_uint8
@@ -161,16 +163,12 @@ class Bpp:
 
         def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
             images, labels = batch.inputs, batch.labels
-            size, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(self.poison_rate * size + chance)  # right on average, also below one image a batch
-            negative = int((self.poison_rate + self.negative_rate) * size + chance)
-            others = images.roll(-pair_offset(size, generator), 0)[poisoned:negative]
+            poisoned, negative = shares_of_batch(len(images), self.poison_rate, self.negative_rate, generator)
+            others = images.roll(-pair_offset(len(images), generator), 0)[poisoned:negative]
             stamped = [quantiser(images[:poisoned]), residual.add(images[poisoned:negative], others)]
             images = torch.cat([as_float(as_uint8(torch.cat(stamped))), images[negative:]])
             labels = torch.cat([self.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])
-            if augment is not None:
-                images = augment(images, generator=generator)
-            return F.cross_entropy(model(images).float(), labels)
+            return augmented_loss(model, images, labels, augment, generator)
 
         return Steering(objective=objective)
 

@@ -24,6 +24,7 @@ from lustral.core.versions import versions_of
 from lustral.training import Trainer
 from lustral.vision.attacks.poisoning import (
     LabelMode,
+    augmented_loss,
     check_choices,
     check_rate,
     check_second_rate,
@@ -31,6 +32,7 @@ from lustral.vision.attacks.poisoning import (
     pair_offset,
     poison_dirty_label,
     require_images,
+    shares_of_batch,
     with_cover,
 )
 from lustral.vision.attacks.surrogates import data_fingerprint, stored
@@ -333,18 +335,14 @@ class CraftedInputAware:
 
         def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
             images, labels = batch.inputs, batch.labels
-            size, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(settings.poison_rate * size + chance)  # right on average, also below one image a batch
-            stamped = int((settings.poison_rate + settings.cross_rate) * size + chance)
-            others = images.roll(-pair_offset(size, generator), 0)
+            poisoned, stamped = shares_of_batch(len(images), settings.poison_rate, settings.cross_rate, generator)
+            others = images.roll(-pair_offset(len(images), generator), 0)
             sources = torch.cat([images[:poisoned], others[poisoned : max(stamped, settings.patterns_per_batch)]])
             patterns, masks = pattern_network(sources), soft_threshold(mask_network(sources))
             changed = images[:stamped] + (patterns[:stamped] - images[:stamped]) * masks[:stamped]
             images = torch.cat([changed, images[stamped:]])
             labels = torch.cat([settings.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])
-            if augment is not None:
-                images = augment(images, generator=generator)
-            loss = F.cross_entropy(model(images).float(), labels)
+            loss = augmented_loss(model, images, labels, augment, generator)
             return loss + settings.diversity_weight * diversity_loss(sources, patterns)
 
         return Steering(objective=objective, companions=(optimizer,))

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from lustral.core.randomness import fork
+from lustral.core.records import Augmentation
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.records import ImageSet, PoisonedSet, Trigger
 
@@ -93,6 +95,24 @@ def draw_indices(candidates: Tensor, count: int, *, generator: Generator) -> Ten
     """Draw ``count`` of the (M,) int64 candidate indices without replacement; sorted."""
     order = torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)
     return candidates[order].sort().values
+
+
+def shares_of_batch(size: int, poison_rate: float, second_rate: float, generator: Generator) -> tuple[int, int]:
+    """Return where the poisoned images of a batch end, and behind them those that carry a trigger and keep their labels.
+
+    Right on average, also where a rate is below one image a batch.
+    """
+    chance = torch.rand((), generator=generator)
+    return int(poison_rate * size + chance), int((poison_rate + second_rate) * size + chance)
+
+
+def augmented_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, augment: Augmentation | None, generator: Generator
+) -> Tensor:
+    """Return the mean cross-entropy of a stamped batch, augmented after stamping as a victim's own training would."""
+    if augment is not None:
+        images = augment(images, generator=generator)
+    return F.cross_entropy(model(images).float(), labels)
 
 
 def pair_offset(count: int, generator: Generator | None) -> int:

@@ -21,12 +21,14 @@ from lustral.core.randomness import child, fork
 from lustral.core.records import Augmentation, Batch
 from lustral.vision.attacks.poisoning import (
     LabelMode,
+    augmented_loss,
     check_choices,
     check_rate,
     check_second_rate,
     dirty_labels,
     poison_dirty_label,
     require_dirty_label,
+    shares_of_batch,
     with_cover,
 )
 from lustral.vision.images import as_float, as_uint8
@@ -154,15 +156,11 @@ class WaNet:
 
         def objective(model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
             images, labels = batch.inputs, batch.labels
-            size, chance = len(images), torch.rand((), generator=generator)
-            poisoned = int(self.poison_rate * size + chance)  # right on average, also below one image a batch
-            noisy = int((self.poison_rate + self.noise_rate) * size + chance)
+            poisoned, noisy = shares_of_batch(len(images), self.poison_rate, self.noise_rate, generator)
             bent = [warp(images[:poisoned]), noise(images[poisoned:noisy], generator=generator)]
             images = torch.cat([as_float(as_uint8(torch.cat(bent))), images[noisy:]])
             labels = torch.cat([self.relabel(labels[:poisoned], clean.num_classes), labels[poisoned:]])
-            if augment is not None:
-                images = augment(images, generator=generator)
-            return F.cross_entropy(model(images).float(), labels)
+            return augmented_loss(model, images, labels, augment, generator)
 
         return Steering(objective=objective)
 
