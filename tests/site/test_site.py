@@ -327,7 +327,7 @@ def test_a_methods_page_has_the_means_of_the_cards_tables_and_the_card_as_a_file
     assert 'href="sau.json"' in (site / "methods" / "sau.html").read_text()
     name, table = next(iter(card["erasers"].items()))
     victims = [row for row in table["victims"] if row.get("asr_before", 0) > 0.5]
-    assert len(victims) < len(table["victims"])  # the benign model has no attack to count
+    assert victims
     acc, asr, ra = (100 * sum(row[key] for row in victims) / len(victims) for key in ("acc", "asr", "ra"))
     clean = f"{victims[0]['clean_images']:,} clean images"
     row = f"{name}{table['setting']}, {clean} {acc:.1f}%{asr:.1f}%{ra:.1f}%"
@@ -337,7 +337,7 @@ def test_a_methods_page_has_the_means_of_the_cards_tables_and_the_card_as_a_file
 def test_a_published_fall_of_asr_stands_beside_ours(store: Store, site: Path) -> None:
     text = page_text(site / "methods" / "baeraser.html")
     card = json.loads((CARDS / "baeraser.json").read_text())
-    ours = next(row for row in card["ours"]["victims"] if row["attack"] == "badnets")
+    ours = next(row for row in card["ours"]["victims"] if row["asr_before"] > 0.5)
     assert "ASR lowered by, points" in text
     assert f"+{100 * (ours['asr_before'] - ours['asr']):.1f}" in text
     mean = next(row for row in means_of(load_cells(store)) if row["defence"] == "baeraser")
