@@ -22,7 +22,7 @@ from lustral.vision.attacks import (
     WaNet,
 )
 from lustral.vision.detectors import MaskArea
-from lustral.vision.interfaces import CraftedAttack, Detector, Inverter, Purifier, ReadyAttack
+from lustral.vision.interfaces import CraftedAttack, Detector, Inverter, Purifier, ReadyAttack, SafeTrainer, Sifter
 from lustral.vision.inverters import MaxEntropy
 from lustral.vision.purifiers import (
     ANP,
@@ -88,3 +88,7 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "sau": SAU,
     "tsbd": TSBD,
 }
+
+SIFTERS: dict[str, type[Sifter]] = {}
+
+SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {}

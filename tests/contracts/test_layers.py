@@ -48,8 +48,13 @@ IN_VISION: dict[str, set[str]] = {
     "inverters": WORKING,
     "detectors": WORKING | {"measures", "inverters"},  # what an inverter finds is what a detector weighs ...
     "repair": WORKING | {"inverters"},
-    "purifiers": WORKING | {"measures", "inverters", "detectors", "repair"},  # ... and what a purifier erases
+    "suspicion": WORKING,
+    "sifters": WORKING | {"suspicion"},
+    "purifiers": WORKING
+    | {"measures", "inverters", "detectors", "repair", "suspicion", "sifters"},  # ... and what a purifier erases
+    "safe_training": WORKING | {"suspicion", "sifters"},  # what is found suspicious is not learnt
     "erasing": NOUNS | {"evaluation"},
+    "untrusted": NOUNS | {"evaluation"},
     "verdict_files": {"records"},
     "victim_files": set(),
     "victims": WORKING | {"attacks", "victim_files"},
@@ -60,7 +65,12 @@ NO_TORCH = ("store", "tables", "site")  # tables and pages must not wait for it
 MOST_FILES = 14  # of a folder, so that a reader finds a file by its name
 LONGEST = 60  # lines of a function, its docstring aside
 LONG_FOR_A_REASON = {"step"}  # of a pickle: one branch for each opcode
-METHODS = ("vision/attacks", "vision/purifiers")  # their folders have a file for each method
+METHODS = (
+    "vision/attacks",
+    "vision/purifiers",
+    "vision/sifters",
+    "vision/safe_training",
+)  # their folders have a file for each method
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:

@@ -51,6 +51,7 @@ FIGURES: dict[str, Figure] = {
     "natural_rate": Figure("called the target without a trigger", is_share=True),
     "area": Figure("pixels needed"),
     "threshold": Figure("threshold u"),
+    "reconstruction_error": Figure("mean squared error of the reconstruction"),
     "images_per_second": Figure("images per second"),
 }
 """The measured figures of an entry, by the name of its field; no other place knows their words."""
@@ -70,6 +71,7 @@ class HistoryEntry:
         natural_rate: how often images without a trigger are called its label, fraction, of the worst one.
         area: pixels that a fresh search needed.
         threshold: the u above which channels were cut.
+        reconstruction_error: mean squared error of a decoder's images, per element on the [0, 1] scale.
         images_per_second: training rate.
     """
 
@@ -82,6 +84,7 @@ class HistoryEntry:
     natural_rate: float | None = None
     area: float | None = None
     threshold: float | None = None
+    reconstruction_error: float | None = None
     images_per_second: float | None = None
 
     @property

@@ -186,14 +186,34 @@ class InputDetector(Protocol):
 
 
 class Sifter(Protocol):
-    """Finds the suspicious images of a training set of unknown origin."""
+    """Finds the suspicious images of a training set of unknown origin. ``lustral.vision.untrusted.sift`` runs one.
+
+    Attributes:
+        version: counts changes of what the class computes.
+        needs: what it asks for beyond the training set, in a few words; "nothing" too.
+        cost_passes: passes of each untrusted image through the network, forward and back, by default; > 0.
+    """
+
+    version: ClassVar[int]
+    needs: ClassVar[str]
+    cost_passes: ClassVar[float]
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``, in its order."""
 
 
 class SafeTrainer(Protocol):
-    """Trains a model on a set of unknown origin without learning the backdoor."""
+    """Trains a model on a set of unknown origin without learning the backdoor. ``lustral.vision.untrusted.train`` runs one.
+
+    Attributes:
+        version: counts changes of what the class computes.
+        needs: what it asks for beyond the training set, in a few words; "nothing" too.
+        cost_passes: passes of each untrusted image through the network, forward and back, by default; > 0.
+    """
+
+    version: ClassVar[int]
+    needs: ClassVar[str]
+    cost_passes: ClassVar[float]
 
     def train(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Trained:
         """Return a trained model."""
@@ -203,7 +223,8 @@ class Purifier(Protocol):
     """Erases a backdoor. ``lustral.vision.erasing.erase`` runs one with everything around it.
 
     A class that starts from a scan says so with ``takes_verdict: ClassVar[bool] = True``; its ``purify`` needs
-    ``view.verdict``. One that learns from the training set needs ``view.untrusted``.
+    ``view.verdict``. One that learns from the training set says so with ``takes_untrusted: ClassVar[bool] = True``, and needs
+    ``view.untrusted``.
 
     Attributes:
         version: counts changes of what the class computes.

@@ -112,6 +112,37 @@ class ImageSet:
             yield Batch(self.images[chunk].float().div_(255), self.labels[chunk], index)
 
 
+class LabelledImages(Protocol):
+    """Labelled images, in memory (``ImageSet``) or decoded from disk when a batch asks for them (``FolderStream``)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 in ``0 .. num_classes - 1``."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the task."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, or empty."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def subset(self, indices: Tensor) -> LabelledImages:
+        """Return the images at ``indices`` ((M,) int64, or (N,) bool mask), in that order."""
+
+    def batches(
+        self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Yield batches of float32 images (B, C, H, W) in [0, 1]: in order, or shuffled by ``generator``."""
+
+
 class Trigger(Protocol):
     """Stamps images. Attacks have a true one, inverters recover one."""
 
@@ -185,7 +216,7 @@ class DefenderView:
 
     model: nn.Module
     clean: ImageSet
-    untrusted: ImageSet | None = None
+    untrusted: LabelledImages | None = None
     verdict: Verdict | None = None
 
     def require_verdict(self) -> Verdict:
@@ -200,17 +231,22 @@ class DefenderView:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingView:
-    """Everything that a sifter or a safe trainer may look at: a training set of unknown origin, and no model.
+    """Everything that a sifter or a safe trainer may look at: a training set of unknown origin.
 
     Attributes:
         untrusted: the training set; some of its images may be poisoned.
         build_model: makes an untrained classifier of the wanted architecture, its weights drawn from the given CPU stream.
-        clean: a small trusted set, where the setting grants one.
+        clean: a small trusted set, where the setting grants one; none of its images is in ``untrusted``.
+        flip: whether a horizontal flip keeps an image's meaning.
+        model: a classifier trained plainly on ``untrusted``, where the caller has one: a sifter that looks at a trained model
+            takes it instead of training its own.
     """
 
-    untrusted: ImageSet
+    untrusted: LabelledImages
     build_model: Callable[[Generator], nn.Module]
     clean: ImageSet | None = None
+    flip: bool = False
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,14 +376,20 @@ class Sifted:
     Attributes:
         scores: (N,) float32, one per image in the set's order; higher is more suspicious.
         flagged: (N,) bool: the images that the method would take away.
+        threshold: the score from which an image is listed; infinite where none is.
         basis: one or two sentences: what the scores measure, and where the line was drawn.
         cost: what it used.
+        parts: what each method said, by its name in the catalog, where several were combined.
+        notes: sentences the user should read.
     """
 
     scores: Tensor
     flagged: Tensor
+    threshold: float
     basis: str
     cost: Cost
+    parts: Mapping[str, Sifted] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,10 +400,12 @@ class Trained:
         model: the classifier, in evaluation mode.
         history: what each epoch measured.
         cost: what it used.
+        sifted: what was found suspicious on the way, where the method sifts.
         notes: sentences the user should read.
     """
 
     model: nn.Module
     history: tuple[HistoryEntry, ...]
     cost: Cost
+    sifted: Sifted | None = None
     notes: tuple[str, ...] = ()

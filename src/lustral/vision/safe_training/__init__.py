@@ -1,0 +1,1 @@
+"""Safe trainers learn from a training set of unknown origin without its backdoor: one file per published method."""
