@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from bench.synthetic import defended, defended_keys, synthetic_store
 from lustral.core.characters import visible
+from lustral.report.words import percent, points
 from lustral.site.addresses import file_name
 from lustral.site.data import means_of, script_json, settings_of
 from lustral.site.folder import MARKER, SiteError
@@ -339,9 +340,23 @@ def test_a_published_fall_of_asr_stands_beside_ours(store: Store, site: Path) ->
     card = json.loads((CARDS / "baeraser.json").read_text())
     ours = next(row for row in card["ours"]["victims"] if row["asr_before"] > 0.5)
     assert "ASR lowered by, points" in text
-    assert f"+{100 * (ours['asr_before'] - ours['asr']):.1f}" in text
+    before_and_fall = f"{percent(ours['asr_before'])}{points(ours['asr_before'] - ours['asr'])}"
+    assert before_and_fall in text
     mean = next(row for row in means_of(load_cells(store)) if row["defence"] == "baeraser")
-    assert f"+{100 * (mean['asr0'] - mean['asr']):.1f}" in text
+    assert points(mean["asr0"] - mean["asr"]) in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fall"),
+    [(0.9, 0.1, "+80.0"), (0.99844, 0.99844, "0.0"), (0.5, 0.5004, "0.0"), (0.5, 0.4996, "0.0"), (0.5, 0.56, "−6.0")],
+)
+def test_a_fall_of_asr_has_its_sign_and_one_that_rounds_to_zero_has_none(
+    before: float, after: float, fall: str
+) -> None:
+    card = {"method": "new", "published": {"asr_drop": 0.99}, "ours": {"asr_before": before, "asr": after}}
+    page = method_page("new", card, [], [])
+    column = page["columns"].index("ASR lowered by, points")
+    assert [row["cells"][column][0] for group in page["groups"] for row in group["rows"]] == ["+99.0", fall]
 
 
 def test_a_method_with_a_card_and_no_result_shows_the_cards_columns_and_says_so(site: Path) -> None:
