@@ -43,6 +43,7 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
+from lustral.vision.safe_training import PlainTraining
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -91,4 +92,6 @@ PURIFIERS: dict[str, type[Purifier]] = {
 
 SIFTERS: dict[str, type[Sifter]] = {}
 
-SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {}
+SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
+    "plain": PlainTraining,
+}

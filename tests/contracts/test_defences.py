@@ -9,15 +9,13 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
@@ -49,6 +47,7 @@ from lustral.vision.purifiers import (
     NeuralPolarizer,
 )
 from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
+from passes import counting
 from toy import (
     KnownAnswer,
     clean_images,
@@ -133,31 +132,6 @@ class Run:
     result: Any
     reports: list[Progress]
     passes: float
-
-
-@contextmanager
-def counting(image_shape: tuple[int, int, int]) -> Iterator[list[int]]:
-    """Count the image passes of every network that is called, in thirds: a forward is one, with a backward three.
-
-    A network is the outermost module that is given a batch of images, whoever made it: originals, copies, teachers, wrappers.
-    """
-    thirds, inside = [0], list[nn.Module]()
-
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        first = inputs[0] if inputs else None
-        if inside or (isinstance(first, Tensor) and first.shape[1:] == image_shape):
-            inside.append(module)
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inside and inside.pop() is module and not inside and output is not None:
-            thirds[0] += len(inputs[0]) * (3 if isinstance(output, Tensor) and output.requires_grad else 1)
-
-    hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
-    try:
-        yield thirds
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @pytest.fixture(scope="module")

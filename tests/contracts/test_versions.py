@@ -13,7 +13,7 @@ from lustral.bench.expansion import expand
 from lustral.bench.grid import Grid
 from lustral.bench.plan import parse_plan
 from lustral.bench.sources import Sources
-from lustral.catalog import ATTACKS, DETECTORS, INVERTERS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, INVERTERS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.versions import class_variables, current_versions, listed_methods, outdated, versions_of
 from lustral.training import Trainer
 from lustral.vision.evaluation import Evaluation, Reactivation
@@ -23,7 +23,14 @@ from lustral.vision.models.conditioned import Conditioned
 from lustral.vision.models.networks.small_cnn import SmallCNN
 from lustral.vision.sources import DataSource
 
-METHODS: dict[str, type[Any]] = {**ATTACKS, **DETECTORS, **INVERTERS, **PURIFIERS}
+METHODS: dict[str, type[Any]] = {
+    **ATTACKS,
+    **DETECTORS,
+    **INVERTERS,
+    **PURIFIERS,
+    **SIFTERS,
+    **SAFE_TRAINERS,
+}
 RECIPES = (Trainer, Evaluation, Reactivation, DataSource, Conditioned)
 
 
@@ -56,9 +63,9 @@ def test_an_attack_says_what_its_attacker_controls(name: str) -> None:
     assert class_variables()[ATTACKS[name].__name__]["threat_model"] == says
 
 
-@pytest.mark.parametrize("name", sorted(PURIFIERS))
-def test_a_purifier_says_what_it_needs_and_costs(name: str) -> None:
-    own = vars(PURIFIERS[name])
+@pytest.mark.parametrize("name", sorted({**PURIFIERS, **SIFTERS, **SAFE_TRAINERS}))
+def test_a_defence_says_what_it_needs_and_costs(name: str) -> None:
+    own = vars(METHODS[name])
     assert own["needs"].strip()
     assert not own["needs"].endswith("."), "a phrase for a column, no sentence"
     assert 0 < own["cost_passes"] < 1000
