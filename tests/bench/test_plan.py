@@ -488,6 +488,7 @@ def test_victims_keep_the_names_that_stores_know_them_by() -> None:
         {"defence_seeds": [1]},
         {"trainer": {"batch_size": 65}},
         {"data": [{**QUICK["data"][0], "image_size": 31}]},
+        {"data": [{**QUICK["data"][0], "images": 900}]},
         {"defences": [{"method": "bn_refresh", "settings": {"passes": 3}}]},
     ],
 )
@@ -496,6 +497,32 @@ def test_whatever_changes_the_outcome_changes_the_key(changes: dict[str, Any]) -
     here = {cell.key for cell in grid_of(attacks=attacks, seeds=[0]).cells if cell.kind == "purifications"}
     there = {cell.key for cell in grid_of(**({"attacks": attacks, "seeds": [0]} | changes)).cells}
     assert not here & there
+
+
+def test_a_part_of_a_data_set_is_another_data_set_in_tables() -> None:
+    here = QUICK["data"][0]
+    part = {**here, "images": 300}
+    changes: dict[str, Any] = {
+        "seeds": [0],
+        "data": [here, part],
+        "defences": [{"method": "bn_refresh", "clean": [0.1]}],
+    }
+    grid = grid_of(**changes)
+    assert [kinds(grid), {cell.columns["data"] for cell in grid.cells}] == [(4, 4), {"digits", "digits images=300"}]
+    specs = [cell.spec for cell in grid.cells if cell.kind == "victims"]
+    assert [spec["data"] for spec in specs] == 2 * [{"name": "digits", "image_size": None}] + 2 * [
+        {"name": "digits", "image_size": None, "images": 300}
+    ]
+    counts = {(cell.columns["data"], cell.columns["clean_images"]) for cell in grid.cells if cell.kind != "victims"}
+    assert ("digits images=300", 30) in counts
+    assert ("digits", 30) not in counts
+    assert len(counts) == 2
+    attacks = [{"method": "badnets", "data": ["digits images=300"]}, {"method": "none", "data": ["digits"]}]
+    assert kinds(grid_of(**{**changes, "attacks": attacks})) == (2, 2)
+    left = grid_of(**changes, exclude=[{"reason": "small", "data": "digits images=300"}])
+    assert {cell.columns["data"] for cell in left.cells} == {"digits"}
+    with pytest.raises(PlanError, match="images = 10 to"):
+        grid_of(data=[{**here, "images": 9000}])
 
 
 def test_fine_tuned_victims_bring_the_benign_one_along() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from lustral.bench.plan import data_label
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
 from lustral.core.settings import describe
 from lustral.tables.rows import BENIGN
@@ -22,7 +23,7 @@ def victim_columns(victim: Mapping[str, Any], *, attack: str | None = None) -> d
     """Return the columns of a victim, from its specification; ``attack`` is its label in tables."""
     own = victim["attack"]
     return {
-        "data": victim["data"]["name"],
+        "data": data_label(victim["data"]),
         "arch": victim["arch"],
         "attack": attack or attack_label(victim),
         "attack_method": own["method"],

@@ -103,7 +103,7 @@ class Survey:
             if source is None:
                 continue
             archs, pool = self.archs(data, source), len(source.defender_indices())
-            train = self.sources.training_set(data.name, data.image_size)
+            train = self.sources.training_set(data.name, data.image_size, data.images)
             budgets = [self.budgets(defence.entry, data, source, pool) for defence in self.defences]
             self.places.append(Place(data=data, source=source, train=train, archs=archs, budgets=budgets))
 
@@ -164,7 +164,7 @@ class Survey:
 
     def check_names(self) -> None:
         """Complain about names that attacks and exclusions use and the plan does not have."""
-        known = [data.name for data in self.plan.data]
+        known = [data.label for data in self.plan.data]
         columns = {
             "data": known,
             "arch": [arch for data in self.plan.data for arch in data.arch or [default_arch(data.name)]],
@@ -192,7 +192,7 @@ class Survey:
         """Return a data set; None, and a complaint, where it cannot be used."""
         try:
             source = self.sources.open(data.name, data.image_size)
-            self.sources.training_set(data.name, data.image_size)
+            self.sources.training_set(data.name, data.image_size, data.images)
         except (SourceError, TrustError, OSError) as error:
             self.complain(f"data {data.name}: {' '.join(str(error).splitlines())}")
             return None
@@ -223,7 +223,8 @@ class Survey:
         """Return the clean budgets of a defence on a data set, in images."""
         found = []
         for clean in entry.clean or data.clean or self.plan.clean:
-            count = clean if isinstance(clean, int) else round(clean * len(source.train))
+            whole = len(source.train) if data.images is None else data.images
+            count = clean if isinstance(clean, int) else round(clean * whole)
             if not 2 <= count <= pool:
                 self.complain(
                     f"defence {entry.method} on {data.name}: a clean budget of {clean} asks for {count} images; the "

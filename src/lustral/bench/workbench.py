@@ -143,7 +143,8 @@ class Workbench:
 
     def training_set(self, victim: Mapping[str, Any]) -> ImageSet:
         """Return the attacker's images, on the device."""
-        return self.sources.training_set(victim["data"]["name"], victim["data"]["image_size"]).to(self.device)
+        data = victim["data"]
+        return self.sources.training_set(data["name"], data["image_size"], data.get("images")).to(self.device)
 
     def test_set(self, victim: Mapping[str, Any]) -> ImageSet:
         """Return the evaluator's images, on the device."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lustral.bench.cells import Cell, Need, Outcome, make_cell
 from lustral.bench.columns import defence_columns
+from lustral.bench.plan import data_label
 from lustral.core.randomness import child, fork
 from lustral.core.records import OnProgress
 from lustral.core.settings import build, describe
@@ -54,7 +55,7 @@ class Audits:
                 continue
             task = _task(victim)
             if task not in benign:
-                missing[f"{victim['data']['name']}, {victim['arch']}, seed {victim['seed']}"] = None
+                missing[f"{data_label(victim['data'])}, {victim['arch']}, seed {victim['seed']}"] = None
                 continue
             spec = {
                 "kind": "audit",

@@ -46,7 +46,7 @@ class Victims:
         """Yield a victim for every data set, attack, architecture, poison rate and seed."""
         for place in expansion.survey.places:
             for where, entry, settings in expansion.survey.attacks:
-                if not entry.data or place.data.name in entry.data:
+                if not entry.data or place.data.label in entry.data:
                     for arch in place.archs:
                         yield from self._of_entry(expansion, place, arch, where, entry, settings)
 
@@ -186,7 +186,7 @@ def victim_spec(
     code = code_digests([arch, settings]) if versions else {}
     return {
         "kind": "victim",
-        "data": {"name": data.name, "image_size": data.image_size},
+        "data": data.spec,
         "arch": arch,
         "attack": {"method": method, "settings": dict(settings)},
         "trainer": describe(trainer),
