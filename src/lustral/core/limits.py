@@ -18,6 +18,7 @@ LARGEST_TRIGGERS = 2**32  # bytes of recovered triggers: 384 samples of 224 x 22
 GIB = 2**30
 MEMORY_VARIABLE = "LUSTRAL_MEMORY"  # environment variable with the GiB that the images of a data set may take
 DEFAULT_MEMORY = 4.0  # GiB; 27,000 pictures of 224 x 224 pixels
+LARGEST_TABLE = 2**28  # bytes of a table of files and labels: 134 for each of two million pictures
 MOST_IMAGES = 2_000_000  # of a data set; ImageNet has 1.3 million
 MOST_PIXELS = 64_000_000  # of one picture, as stored or resized; cameras reach 60 million
 MOST_EXPANSION = 200  # packed arrays and tables may hold this many times their size; zeros reach 230 to 1,030 (deflate)

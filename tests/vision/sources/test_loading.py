@@ -107,12 +107,12 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"expected an \.npz or a \.parquet file; got \.zip"):
+    with pytest.raises(SourceError, match=r"expected an \.npz, a \.parquet or a \.csv file; got \.zip"):
         load_source(str(tmp_path / "images.zip"))
 
 
 def test_only_folders_stream() -> None:
-    with pytest.raises(SourceError, match="only an image folder can be streamed"):
+    with pytest.raises(SourceError, match="only an image folder or a label table can be streamed"):
         load_source("digits", stream=True)
 
 

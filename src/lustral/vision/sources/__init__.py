@@ -7,15 +7,16 @@ from lustral.vision.sources.class_order import (
     names_nothing,
     read_class_names,
 )
-from lustral.vision.sources.folder import FolderStream
+from lustral.vision.sources.folder_stream import FolderStream
 from lustral.vision.sources.loading import load_source, source_names, source_with_channels
-from lustral.vision.sources.record import DataSource, SourceError
+from lustral.vision.sources.record import DataSource, SourceError, UnreadablePicture
 
 __all__ = [
     "ClassNamesError",
     "DataSource",
     "FolderStream",
     "SourceError",
+    "UnreadablePicture",
     "check_class_names",
     "in_class_order",
     "load_source",

@@ -3,168 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lustral.core.limits import MOST_CLASSES, MOST_IMAGES
-from lustral.core.records import Batch
-from lustral.vision.images import as_float
 from lustral.vision.records import ImageSet
-from lustral.vision.sources.checks import Expansion, check_memory, check_names
-from lustral.vision.sources.pixels import (
-    RGB,
-    SUFFIXES,
-    TEST_SPLITS,
-    Complaints,
-    Framing,
-    UnreadableError,
-    build_set,
-    open_picture,
-    stack_pictures,
+from lustral.vision.sources.checks import check_names
+from lustral.vision.sources.folder_stream import (
+    MAX_WORKERS,
+    FolderStream,
+    num_cores,
+    open_pictures,
+    source_pictures,
 )
-from lustral.vision.sources.record import DataSource, SourceError
+from lustral.vision.sources.pixels import RGB, SUFFIXES, TEST_SPLITS, Framing
+from lustral.vision.sources.record import DataSource, SourceError, UnreadablePicture
 
 _FEW_ENTRIES = 20_000  # files and folders looked at before it is asked how many of them are pictures
 _LEAST_PICTURES = 0.01  # share of pictures among the entries of an image folder
-_ORIENTATION = 0x0112  # tag of EXIF
-_LOAD_BATCH = 256  # pictures a worker decodes at a time while loading
-_MAX_WORKERS = 8
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Pictures(Dataset[Tensor | SourceError]):
-    """Decodes the pictures at a list of indices into (B, C, H, W) uint8; picklable, so that workers may be spawned.
-
-    Errors are handed back as values: a loader would bury one raised in a worker under that worker's traceback.
-    """
-
-    paths: tuple[str, ...]
-    frame: Framing
-    channels: int
-
-    def __getitem__(self, indices: list[int]) -> Tensor | SourceError:
-        pictures = ((self.paths[index], Path(self.paths[index])) for index in indices)
-        try:
-            stacked = stack_pictures(
-                pictures, len(indices), where="image folder", frame=self.frame, channels=self.channels
-            )
-            return torch.from_numpy(stacked)
-        except SourceError as error:
-            return error
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderStream:
-    """Labelled pictures on disk, decoded when a batch asks for them; offers what ``ImageSet`` offers.
-
-    Worker processes start anew with each pass over the data; where the platform spawns them, a script that uses them
-    needs the usual ``if __name__ == "__main__":``.
-
-    Attributes:
-        paths: N picture files.
-        labels: (N,) int64 on the CPU.
-        num_classes: number of classes K.
-        class_names: K names.
-        image_shape: (C, H, W) that every picture is decoded to, resized where it differs; C is 3, or 1 for grey.
-        num_workers: processes that decode; 0 decodes in the caller's process.
-        resize: pixels that the shorter side is scaled to before H x W are cut out of the middle; None squeezes.
-    """
-
-    paths: tuple[str, ...]
-    labels: Tensor
-    num_classes: int
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    num_workers: int = 0
-    resize: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        if self.labels.shape != (len(self.paths),) or self.labels.dtype != torch.int64:
-            raise ValueError(
-                f"expected one int64 label per picture, shape ({len(self.paths)},); got {tuple(self.labels.shape)} "
-                f"{self.labels.dtype}"
-            )
-        if self.image_shape[0] not in (1, RGB):
-            raise ValueError(f"expected pictures of 1 or 3 channels; got {self.image_shape[0]}")
-        if self.num_workers < 0:
-            raise ValueError(f"expected num_workers of at least 0; got {self.num_workers}")
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self.paths)
-
-    def subset(self, indices: Tensor) -> FolderStream:
-        """Return the pictures at ``indices`` ((M,) int64, or (N,) bool mask), in that order."""
-        chosen = torch.arange(len(self))[indices.cpu()]
-        return replace(self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen])
-
-    def batches(
-        self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
-    ) -> Iterator[Batch]:
-        """Yield batches of float32 images (B, C, H, W) in [0, 1], on the CPU.
-
-        Order and draws are those of ``ImageSet.batches``: equal generators give equal batches, whatever the number of
-        workers.
-
-        Args:
-            batch_size: pictures per batch; the last batch may be smaller.
-            generator: CPU stream that shuffles; None keeps the order.
-            drop_last: leave out a last batch that is not full.
-
-        Raises:
-            SourceError: a picture cannot be decoded.
-        """
-        if batch_size < 1:
-            raise ValueError(f"expected a batch size of at least 1; got {batch_size}")
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        if drop_last:
-            order = order[: len(order) - len(order) % batch_size]
-        for chunk, pixels in self._decode(order, batch_size):
-            yield Batch(as_float(pixels), self.labels[chunk], chunk)
-
-    def load(self) -> ImageSet:
-        """Decode all pictures into memory, N * C * H * W bytes.
-
-        Raises:
-            SourceError: a picture cannot be decoded, or they take more memory than they may.
-        """
-        check_memory(len(self) * math.prod(self.image_shape), "image folder")
-        images = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
-        for chunk, pixels in self._decode(torch.arange(len(self)), _LOAD_BATCH):
-            images[chunk] = pixels
-        return build_set("image folder", images, self.labels, self.class_names, self.num_classes)
-
-    def _decode(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (indices, their uint8 pictures), ``batch_size`` at a time, in the order given."""
-        if not len(order):
-            return
-        chunks = torch.split(order, batch_size)
-        loader = DataLoader(
-            _Pictures(self.paths, Framing(size=self.image_shape[1:], resize=self.resize), self.image_shape[0]),
-            batch_size=None,
-            sampler=[chunk.tolist() for chunk in chunks],
-            num_workers=self.num_workers,
-            generator=Generator(),  # decoding draws nothing; keeps the loader off the global stream
-        )
-        for chunk, pixels in zip(chunks, loader, strict=True):
-            if isinstance(pixels, SourceError):
-                raise pixels
-            yield chunk, pixels
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -234,13 +95,6 @@ class _Walk:
             )
 
 
-def _stored_bytes(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # which opening it will tell
-        return 0
-
-
 def _identity(folder: str) -> tuple[int, int]:
     try:
         status = os.stat(folder)
@@ -249,80 +103,28 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _check_headers(paths: list[str], where: str, frame: Framing | None) -> tuple[int, int]:
-    """Read all headers; return the (height, width) that pictures are decoded to."""
-    first: tuple[int, int] | None = None
-    complaints = Complaints(where)
-    expansion = Expansion(sum(map(_stored_bytes, paths)), where)
-    oddities: dict[str, list[str]] = {"turned": [], "transparent": []}
-    for path in paths:
-        try:
-            with open_picture(Path(path)) as picture:
-                size = picture.height, picture.width
-                has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info
-                is_turned = _orientation(picture) != 1
-        except UnreadableError as error:
-            complaints.add(path, str(error))
-            continue
-        expansion.add(RGB * size[0] * size[1])
-        oddities["transparent"] += [path] if has_alpha else []
-        oddities["turned"] += [path] if is_turned else []
-        first = first or size
-        if frame is None and size != first:
-            complaints.add_size(path, size, first)
-    complaints.finish()
-    if first is None:
-        raise SourceError(f"{where}: no images; expected files {', '.join(sorted(SUFFIXES))} in one folder per class")
-    _tell_oddities(where, **oddities)
-    return first if frame is None else frame.size
-
-
-def _orientation(picture: Image.Image) -> int:
-    """Return how a picture is stored turned, as EXIF has it; 1 is upright, or not known."""
-    try:
-        return int(picture.getexif().get(_ORIENTATION, 1)) if "exif" in picture.info else 1
-    except Exception:  # hostile bytes can raise anything; decoding does without them
-        return 1
-
-
-def _tell_oddities(where: str, *, turned: list[str], transparent: list[str]) -> None:
-    """Log what decoding leaves out, as torchvision does: a model trained otherwise would see other pictures."""
-    if turned:
-        logger.warning(
-            "%s: %d pictures are stored turned or mirrored (%s, ...) and are read as stored, as torchvision does; if the "
-            "model was trained on upright ones, save them upright",
-            where,
-            len(turned),
-            turned[0],
-        )
-    if transparent:
-        logger.warning(
-            "%s: %d pictures have transparency (%s, ...); the colours beneath it are read, as torchvision does; if the "
-            "model was trained on a background, save them with it",
-            where,
-            len(transparent),
-            transparent[0],
-        )
-
-
 def _stream_split(
-    folder: Path, class_names: list[str], frame: Framing | None, channels: int, num_workers: int
+    folder: Path,
+    class_names: list[str],
+    frame: Framing | None,
+    channels: int,
+    num_workers: int,
+    unreadable: list[UnreadablePicture] | None,
 ) -> FolderStream:
     """Return the pictures of one split; class k is the folder ``class_names[k]``."""
     if strangers := sorted(set(_subfolders(folder)) - set(class_names)):
         raise SourceError(f"{folder}: class folders that the training images lack: {', '.join(strangers)}")
     walk = _Walk(folder)
     present = [walk.pictures(folder / name) if (folder / name).exists() else [] for name in class_names]
-    paths = [path for found in present for path in found]
-    height, width = _check_headers(paths, str(folder), frame)
-    return FolderStream(
-        paths=tuple(paths),
-        labels=torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in present])),
-        num_classes=len(class_names),
-        class_names=tuple(class_names),
-        image_shape=(channels, height, width),
+    return open_pictures(
+        [path for found in present for path in found],
+        torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in present])),
+        class_names,
+        where=str(folder),
+        frame=frame,
+        channels=channels,
         num_workers=num_workers,
-        resize=None if frame is None else frame.resize,
+        unreadable=unreadable,
     )
 
 
@@ -334,6 +136,7 @@ def open_folder(
     frame: Framing | None = None,
     channels: int = RGB,
     stream: bool | None = False,
+    skip_unreadable: bool = False,
 ) -> DataSource:
     """Open ``path/CLASS/*`` or ``path/{train,test}/CLASS/*`` (``val`` and the like serve as ``test``).
 
@@ -349,6 +152,8 @@ def open_folder(
         channels: 3 for RGB, 1 for grey.
         stream: leave the training images on disk (test images are loaded all the same), to be decoded by several processes;
             None: by the caller's.
+        skip_unreadable: leave out training pictures that cannot be decoded, and say which they are; each is decoded once to see.
+            With ``stream=None`` those that are left are held in memory where they fit. Test pictures are left out unsaid.
 
     Raises:
         SourceError: another layout, or pictures that are unreadable or differ in size.
@@ -382,7 +187,23 @@ def open_folder(
             ", ".join(class_names[:3]),
             class_names[2],
         )
-    num_workers = min(_MAX_WORKERS, _num_cores()) if stream else 0
-    train = _stream_split(train_folder, class_names, frame, channels, num_workers)
-    test = _stream_split(test_folder, class_names, frame, channels, num_workers).load() if test_folder else None
-    return DataSource(name=name, train=train.load() if stream is False else train, test=test, flip=flip)
+    num_workers = min(MAX_WORKERS, num_cores()) if stream or skip_unreadable else 0
+    unreadable: list[UnreadablePicture] | None = [] if skip_unreadable else None
+    train = _stream_split(train_folder, class_names, frame, channels, num_workers, unreadable)
+    pictures, held = source_pictures(train, unreadable, stream)
+    test: ImageSet | None = None
+    if test_folder:
+        dropped: list[UnreadablePicture] | None = [] if skip_unreadable else None
+        tested = _stream_split(test_folder, class_names, frame, channels, num_workers, dropped)
+        loaded, _ = source_pictures(tested, dropped, False)
+        assert isinstance(loaded, ImageSet)
+        test = loaded
+    return DataSource(
+        name=name,
+        train=pictures,
+        test=test,
+        flip=flip,
+        files=held.paths,
+        folder=str(path),
+        unreadable=tuple(unreadable or ()),
+    )

@@ -15,6 +15,7 @@ from lustral.vision.records import ImageSet
 from lustral.vision.sources.arrays import open_npz, open_parquet
 from lustral.vision.sources.digits import open_digits
 from lustral.vision.sources.folder import open_folder
+from lustral.vision.sources.label_table import open_label_table
 from lustral.vision.sources.pixels import RGB, Framing, frame_tensor, framing, with_channels
 from lustral.vision.sources.record import DataSource, SourceError
 from lustral.vision.sources.torchvision_sets import open_torchvision
@@ -28,7 +29,8 @@ _FILES = {  # name: (file in the data folder, whether flips keep the meaning)
     "tinyimagenet10": ("tinyimagenet10_64.parquet", True),
 }
 _OWN_DATA = (
-    "the path of an image folder (CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png), an .npz or a .parquet file"
+    "the path of an image folder (CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png), an .npz or a .parquet file, "
+    "or a .csv table with the columns file and label"
 )
 
 
@@ -49,18 +51,21 @@ def load_source(
     resize: int | None = None,
     channels: int | None = None,
     stream: bool | None = False,
+    skip_unreadable: bool = False,
 ) -> DataSource:
     """Open a data set.
 
     Args:
         spec: "digits" (needs no file); a name of ``source_names()``, found in ``root``; a path to an image folder,
-            an .npz or a .parquet file; or "torchvision:CLASS", downloaded to ``root``.
+            an .npz or a .parquet file, a .csv table of files and labels; or "torchvision:CLASS", downloaded to ``root``.
         root: folder of the named sets; None takes the environment variable LUSTRAL_DATA.
         image_size: side in pixels that images are resized to, or (height, width); None keeps their size.
         resize: scale the shorter side to this many pixels, then cut ``image_size`` out of the middle; None squeezes.
         channels: 1 makes all images grey (luma), 3 makes them RGB (a grey image three times); None leaves those of an
             .npz file as they are and makes all others RGB.
-        stream: leave the training images of an image folder on disk; None does so with a folder, and opens others too.
+        stream: leave the training images of an image folder or table on disk; None does so there, and opens others too.
+        skip_unreadable: leave out, and list in ``DataSource.unreadable``, pictures of an image folder or table that cannot be
+            decoded. With ``stream=None`` the others are then held in memory where they fit.
 
     Raises:
         SourceError: the source cannot be found, read or understood; the message says what to do.
@@ -68,7 +73,7 @@ def load_source(
     if channels not in (None, 1, RGB):
         raise SourceError(f"expected 1 channel (grey) or 3 (RGB); got {channels}: images of others cannot be read")
     frame = framing(image_size, resize)
-    source = _open(spec, root, frame, channels or RGB, stream)
+    source = _open(spec, root, frame, channels or RGB, stream, skip_unreadable)
     return source if channels is None else source_with_channels(source, channels)
 
 
@@ -85,14 +90,18 @@ def source_with_channels(source: DataSource, channels: int) -> DataSource:
     return replace(source, train=train, test=test)
 
 
-def _open(spec: str, root: Path | None, frame: Framing | None, channels: int, stream: bool | None) -> DataSource:
+def _open(
+    spec: str, root: Path | None, frame: Framing | None, channels: int, stream: bool | None, skip_unreadable: bool
+) -> DataSource:
     """Open a source, with ``channels`` where pictures are decoded."""
     path = Path(spec).expanduser()
     is_folder = spec not in source_names() and path.is_dir()
-    if stream and not is_folder:
-        raise SourceError(f"only an image folder can be streamed; {spec!r} is none: leave out stream")
-    if is_folder:
-        return open_folder(path, name=path.resolve().name, frame=frame, channels=channels, stream=stream)
+    is_table = spec not in source_names() and path.suffix.lower() == ".csv" and path.is_file()
+    if stream and not (is_folder or is_table):
+        raise SourceError(f"only an image folder or a label table can be streamed; {spec!r} is none: leave out stream")
+    if is_folder or is_table:
+        opener, name = (open_folder, path.resolve().name) if is_folder else (open_label_table, path.stem)
+        return opener(path, name=name, frame=frame, channels=channels, stream=stream, skip_unreadable=skip_unreadable)
     if spec == "digits":
         return open_digits(frame)
     if spec.startswith(_TORCHVISION):
@@ -145,7 +154,7 @@ def _open_file(path: Path, name: str, flip: bool, frame: Framing | None, channel
         return _resized(open_npz(path, name=name, flip=flip), frame)
     if suffix == ".parquet":
         return open_parquet(path, name=name, flip=flip, frame=frame, channels=channels)
-    raise SourceError(f"{path}: expected an .npz or a .parquet file; got {suffix or 'no suffix'}")
+    raise SourceError(f"{path}: expected an .npz, a .parquet or a .csv file; got {suffix or 'no suffix'}")
 
 
 def _resized(source: DataSource, frame: Framing | None) -> DataSource:

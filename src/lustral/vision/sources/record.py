@@ -13,11 +13,20 @@ from lustral.vision.images import shuffled, stratified_indices
 from lustral.vision.records import ImageSet
 
 if TYPE_CHECKING:
-    from lustral.vision.sources.folder import FolderStream
+    from lustral.vision.sources.folder_stream import FolderStream
 
 
 class SourceError(ValueError):
     """A data source cannot be used; the message says what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class UnreadablePicture:
+    """A picture that was left out: its file, its label, and why it cannot be used."""
+
+    file: str
+    label: int
+    problem: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,9 @@ class DataSource:
         groups: (N,) int64 group of each training image, or None. Images of one group are near-duplicates, so a group
             never straddles a split.
         reserve_fraction: share of ``train`` that attackers never see, kept as the defenders' pool.
+        files: N paths of the training pictures, where each is a file of its own; else empty.
+        folder: what the names of these files are told relative to.
+        unreadable: training pictures that were left out, where that was asked for.
     """
 
     version: ClassVar[int] = 2
@@ -42,6 +54,9 @@ class DataSource:
     flip: bool
     groups: Tensor | None = None
     reserve_fraction: float = 0.05
+    files: tuple[str, ...] = ()
+    folder: str = ""
+    unreadable: tuple[UnreadablePicture, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the fields that splits rely on."""
