@@ -44,6 +44,7 @@ from lustral.vision.purifiers import (
     NeuralPolarizer,
 )
 from lustral.vision.safe_training import PlainTraining
+from lustral.vision.sifters import FCT, EarlyLoss
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -90,7 +91,10 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "tsbd": TSBD,
 }
 
-SIFTERS: dict[str, type[Sifter]] = {}
+SIFTERS: dict[str, type[Sifter]] = {
+    "early_loss": EarlyLoss,
+    "fct": FCT,
+}
 
 SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
     "plain": PlainTraining,

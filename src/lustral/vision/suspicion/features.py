@@ -50,7 +50,14 @@ class Penultimate:
         Raises:
             ValueError: it uses no layer with weights.
         """
-        tap = cls(model, model.get_submodule(trace(model, images[:1]).head))
+        with cls.at(model, trace(model, images[:1]).head) as tap:
+            yield tap
+
+    @classmethod
+    @contextmanager
+    def at(cls, model: nn.Module, head: str) -> Iterator[Penultimate]:
+        """Watch a classifier whose head is known by its name: cheap enough for every batch of a training."""
+        tap = cls(model, model.get_submodule(head))
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             tap._seen = inputs[0]
