@@ -45,6 +45,7 @@ from lustral.vision.purifiers import (
 )
 from lustral.vision.safe_training import PlainTraining
 from lustral.vision.sifters import FCT, EarlyLoss
+from lustral.vision.sifters import ActivationClustering, BNLikelihood, SpectralSignatures, Strip
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -94,6 +95,10 @@ PURIFIERS: dict[str, type[Purifier]] = {
 SIFTERS: dict[str, type[Sifter]] = {
     "early_loss": EarlyLoss,
     "fct": FCT,
+    "activation_clustering": ActivationClustering,
+    "bn_likelihood": BNLikelihood,
+    "spectral": SpectralSignatures,
+    "strip": Strip,
 }
 
 SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
