@@ -44,8 +44,7 @@ from lustral.vision.purifiers import (
     NeuralPolarizer,
 )
 from lustral.vision.safe_training import PlainTraining
-from lustral.vision.sifters import FCT, EarlyLoss
-from lustral.vision.sifters import ActivationClustering, BNLikelihood, SpectralSignatures, Strip
+from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -93,10 +92,10 @@ PURIFIERS: dict[str, type[Purifier]] = {
 }
 
 SIFTERS: dict[str, type[Sifter]] = {
-    "early_loss": EarlyLoss,
-    "fct": FCT,
     "activation_clustering": ActivationClustering,
     "bn_likelihood": BNLikelihood,
+    "early_loss": EarlyLoss,
+    "fct": FCT,
     "spectral": SpectralSignatures,
     "strip": Strip,
 }

@@ -1,14 +1,10 @@
-"""Sifters find the suspicious images of a training set of unknown origin."""
-
-from lustral.vision.sifters.early_loss import EarlyLoss
-from lustral.vision.sifters.fct import FCT
-
-__all__ = ["FCT", "EarlyLoss"]
 """Sifters find the suspicious images of a training set of unknown origin: one file per published method."""
 
 from lustral.vision.sifters.activation_clustering import ActivationClustering
 from lustral.vision.sifters.bn_likelihood import BNLikelihood
+from lustral.vision.sifters.early_loss import EarlyLoss
+from lustral.vision.sifters.fct import FCT
 from lustral.vision.sifters.spectral import SpectralSignatures
 from lustral.vision.sifters.strip import Strip
 
-__all__ = ["ActivationClustering", "BNLikelihood", "SpectralSignatures", "Strip"]
+__all__ = ["FCT", "ActivationClustering", "BNLikelihood", "EarlyLoss", "SpectralSignatures", "Strip"]
