@@ -8,6 +8,7 @@ from __future__ import annotations
 from lustral.vision.attacks import (
     AdapBlend,
     AdapPatch,
+    AdaptiveTrap,
     BadNets,
     Blended,
     Bpp,
@@ -45,10 +46,13 @@ from lustral.vision.purifiers import (
 )
 from lustral.vision.safe_training import PlainTraining
 from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
+from lustral.vision.safe_training import PlainTraining, TrapAndReplace
+from lustral.vision.sifters import FCT, EarlyLoss
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
     "adap_patch": AdapPatch,
+    "adaptive_trap": AdaptiveTrap,
     "badnets": BadNets,
     "blended": Blended,
     "bpp": Bpp,
@@ -102,4 +106,5 @@ SIFTERS: dict[str, type[Sifter]] = {
 
 SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
     "plain": PlainTraining,
+    "trap_and_replace": TrapAndReplace,
 }

@@ -20,12 +20,15 @@ from lustral.core.records import Progress
 from lustral.vision.models.classifier import Classifier
 from lustral.vision.models.networks.small_cnn import SmallCNN
 from lustral.vision.records import ImageSet, Sifted, Trained, TrainingView
-from lustral.vision.safe_training import PlainTraining
+from lustral.vision.safe_training import PlainTraining, TrapAndReplace
 from passes import counting
 from toy import clean_images, toy_images, toy_trainer
 
 SMALL: dict[str, Callable[[], Any]] = {
     "plain": lambda: PlainTraining(trainer=toy_trainer(epochs=1)),
+    "trap_and_replace": lambda: TrapAndReplace(
+        trainer=toy_trainer(epochs=1), head_trainer=toy_trainer(epochs=1, batch_size=16)
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from lustral.vision.attacks.adap_blend import AdapBlend
 from lustral.vision.attacks.adap_patch import AdapPatch
+from lustral.vision.attacks.adaptive_trap import AdaptiveTrap
 from lustral.vision.attacks.badnets import BadNets
 from lustral.vision.attacks.blended import Blended
 from lustral.vision.attacks.bpp import Bpp
@@ -18,6 +19,7 @@ from lustral.vision.attacks.wanet import WaNet
 __all__ = [
     "AdapBlend",
     "AdapPatch",
+    "AdaptiveTrap",
     "BadNets",
     "Blended",
     "Bpp",

@@ -13,6 +13,7 @@ from lustral.vision.evaluation.metrics import (
 from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, evaluate, unmet_criteria
 from lustral.vision.evaluation.reactivation import Controls, Reactivation, resistance
 from lustral.vision.evaluation.task import TaskCheck, UnfitModel, check_task, require_gradient, require_task
+from lustral.vision.evaluation.trap import TrapEvaluation, evaluate_trap, reconstruction_error
 
 __all__ = [
     "AttackMetrics",
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "Reactivation",
     "TaskCheck",
+    "TrapEvaluation",
     "UnfitModel",
     "accuracy",
     "attack_metrics",
@@ -28,8 +30,10 @@ __all__ = [
     "compare_evaluations",
     "der",
     "evaluate",
+    "evaluate_trap",
     "per_class_accuracy",
     "predict",
+    "reconstruction_error",
     "require_gradient",
     "require_task",
     "resistance",
