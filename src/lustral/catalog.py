@@ -44,10 +44,8 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
-from lustral.vision.safe_training import PlainTraining
-from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
 from lustral.vision.safe_training import PlainTraining, TrapAndReplace
-from lustral.vision.sifters import FCT, EarlyLoss
+from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,

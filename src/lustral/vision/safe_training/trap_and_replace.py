@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, C, H, W) to images of the right size, float32 in [0, 1]."""
-        images = self.layers(features).float().sigmoid()
+        images: Tensor = self.layers(features).float().sigmoid()
         if list(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
         return images
