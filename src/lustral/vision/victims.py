@@ -52,6 +52,7 @@ from lustral.vision.victim_files import (
 TRIGGER_FACTOR = 8  # a trigger is made again in at most so many times the bytes of its tensors and one image ...
 SMALL_TRIGGER = 2**26  # ... and so many bytes more
 NO_ATTACK = "none"
+STEERS = "controls training"  # begins the threat model of attacks that poison no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,46 @@ def prepare(
     return attack
 
 
+def poisons_data(name: str) -> bool:
+    """Say whether an attack of the catalog poisons training data; others steer training on clean data.
+
+    >>> poisons_data("badnets"), poisons_data("wanet"), poisons_data(NO_ATTACK)
+    (True, False, False)
+    """
+    return name != NO_ATTACK and not ATTACKS[name].threat_model.startswith(STEERS)
+
+
+def poison_training_set(
+    attack: Attack | CraftedAttack | None,
+    train: ImageSet,
+    *,
+    seed: int,
+    assets: Assets = NoAssets(),  # noqa: B008
+    on_progress: OnProgress | None = None,
+) -> tuple[Attack | None, PoisonedSet | None]:
+    """Return an attack with its trigger computed, and the training set that it poisons: the same for equal seeds, always.
+
+    Args:
+        attack: None: a benign model's.
+        train: clean training set.
+        seed: of the victim.
+        assets: keeps what the attack builds once.
+        on_progress: called a few times a second.
+
+    Returns:
+        The attack, and the poisoned set; None where it poisons none: without an attack, or where it steers training.
+
+    Raises:
+        ValueError: the attack is impossible on this data; raised before any work.
+    """
+    if attack is not None:
+        attack.require_possible(train)
+    ready = prepare(attack, train, assets=assets, generator=child(seed, "craft"), on_progress=on_progress)
+    if ready is None or isinstance(ready, SteersTraining):
+        return ready, None
+    return ready, ready.poison(train, generator=child(seed, "poison"))
+
+
 def implant(
     attack: Attack | CraftedAttack | None,
     train: ImageSet,
@@ -128,16 +169,11 @@ def implant(
     Raises:
         ValueError: the attack is impossible on this data; raised before any training.
     """
-    recipe = trainer
-    if attack is not None:
-        attack.require_possible(train)
-    ready = prepare(attack, train, assets=assets, generator=child(seed, "craft"), on_progress=on_progress)
-    steering, poisoned = None, None
+    recipe, steering = trainer, None
+    ready, poisoned = poison_training_set(attack, train, seed=seed, assets=assets, on_progress=on_progress)
     if isinstance(ready, SteersTraining):
         steering = ready.steer(train, augment=trainer.augment, generator=child(seed, "steer"))
         trainer = dataclasses.replace(trainer, augment=None)
-    elif ready is not None:
-        poisoned = ready.poison(train, generator=child(seed, "poison"))
     data = train if poisoned is None else poisoned.data
     model = new_classifier(arch, train, seed) if start is None else start.to(train.device)
     trained = trainer.fit(
@@ -205,7 +241,12 @@ def _provenance(
 
 
 def new_classifier(arch: str | Architecture, train: ImageSet, seed: int) -> Classifier:
-    """Return an untrained classifier for a training set, on its device."""
+    """Return an untrained classifier for a training set, on its device: the one that victims of a seed start from."""
+    return untrained_classifier(arch, train, generator=child(seed, "weights"))
+
+
+def untrained_classifier(arch: str | Architecture, train: ImageSet, *, generator: Generator) -> Classifier:
+    """Return an untrained classifier for a training set, on its device; its weights are drawn from ``generator``."""
     mean, std = channel_statistics(train)
     return build_classifier(
         arch,
@@ -213,7 +254,7 @@ def new_classifier(arch: str | Architecture, train: ImageSet, seed: int) -> Clas
         image_shape=train.image_shape,
         mean=mean,
         std=std,
-        generator=child(seed, "weights"),
+        generator=generator,
     ).to(train.device)
 
 

@@ -12,6 +12,7 @@ from lustral.vision.evaluation.metrics import (
 )
 from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, evaluate, unmet_criteria
 from lustral.vision.evaluation.reactivation import Controls, Reactivation, resistance
+from lustral.vision.evaluation.sifting import SiftingRates, auprc, auroc, score_histogram, sifting_rates
 from lustral.vision.evaluation.task import TaskCheck, UnfitModel, check_task, require_gradient, require_task
 from lustral.vision.evaluation.trap import TrapEvaluation, evaluate_trap, reconstruction_error
 
@@ -20,11 +21,14 @@ __all__ = [
     "Controls",
     "Evaluation",
     "Reactivation",
+    "SiftingRates",
     "TaskCheck",
     "TrapEvaluation",
     "UnfitModel",
     "accuracy",
     "attack_metrics",
+    "auprc",
+    "auroc",
     "check_task",
     "clean_accuracy",
     "compare_evaluations",
@@ -38,5 +42,7 @@ __all__ = [
     "require_task",
     "resistance",
     "rir",
+    "score_histogram",
+    "sifting_rates",
     "unmet_criteria",
 ]
