@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from lustral.core.files import canonical
 from lustral.store import claims as claims_module
-from lustral.store.store import KINDS, Store, StoreError, checksum_of, content_key
+from lustral.store.store import KINDS, LAYOUT, Store, StoreError, checksum_of, content_key
 
 KEY = "ab" + 62 * "0"
 LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere only silence tells who is dead")
@@ -339,8 +339,8 @@ def test_an_unreadable_marker(store: Store, marker: bytes) -> None:
 
 
 def test_another_layout_is_refused(any_store: Store) -> None:
-    any_store.disk.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": 3}))
-    with pytest.raises(StoreError, match="layout 3; this version reads 1 and 2: use the version"):
+    any_store.disk.fs.pipe_file(f"{any_store.root}/store.json", canonical({"layout": LAYOUT + 1}))
+    with pytest.raises(StoreError, match=f"layout {LAYOUT + 1}; this version reads 1 to {LAYOUT}: use the version"):
         any_store.open(create=False)
 
 

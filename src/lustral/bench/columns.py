@@ -5,16 +5,23 @@ A label is the method's name with what differs from its defaults, unless the pla
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lustral.bench.plan import data_label
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.settings import describe
 from lustral.tables.rows import BENIGN
 from lustral.vision.victims import NO_ATTACK
 
-DEFENCES: dict[str, type] = {**PURIFIERS, **DETECTORS}
+_ROOMS: dict[str, dict[str, Any]] = {  # what each kind of defence is called, and its methods; no name is in two
+    "purifier": PURIFIERS,
+    "detector": DETECTORS,
+    "sifter": SIFTERS,
+    "safe trainer": SAFE_TRAINERS,
+}
+DEFENCES: Mapping[str, type] = ChainMap(*_ROOMS.values())
 SCAN_METHOD = "mask_area"  # the detector that purifiers start from
 OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table
 
@@ -42,7 +49,7 @@ def defence_columns(
         **victim_columns(spec["victim"], attack=attack),
         "defence": defence or defence_label(spec["defence"], spec.get("scan")),
         "defence_method": method,
-        "defence_kind": "purifier" if method in PURIFIERS else "detector",
+        "defence_kind": next(kind for kind, methods in _ROOMS.items() if method in methods),
         "defence_seed": spec["seed"],
         "clean_images": spec["clean_images"],
     }
@@ -61,8 +68,9 @@ def defence_label(defence: Mapping[str, Any], scan: Mapping[str, Any] | None = N
     """Return a defence's name with what differs from its defaults; ``scan`` is the specification of the one it starts from."""
     label = _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
     by = SCAN_METHOD if scan is None else defence_label(scan["defence"])
-    audited = "" if defence.get("audit", True) else " audit=False"
-    return f"{label}{'' if by == SCAN_METHOD else f' scan: {by}'}{audited}"
+    told = "" if defence.get("audit", True) else " audit=False"
+    told += " own_model=True" if defence.get("own_model", False) else ""
+    return f"{label}{'' if by == SCAN_METHOD else f' scan: {by}'}{told}"
 
 
 def _label(method: str, settings: Mapping[str, Any], kind: Any, apart: Iterable[str]) -> str:

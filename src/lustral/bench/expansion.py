@@ -20,12 +20,14 @@ from lustral.bench.sources import Sources
 from lustral.bench.survey import Defence, Place, Survey
 from lustral.store.store import Kind
 from lustral.tables.rows import BENIGN, UNDEFENDED
-from lustral.vision.victims import NO_ATTACK
+from lustral.vision.victims import NO_ATTACK, poisons_data
 
 PLANNED: tuple[Kind, ...] = (
     "victims",
     "scans",
     "purifications",
+    "siftings",
+    "trainings",
 )  # kinds that every plan makes; audits only where asked
 EXCLUDABLE = {"attack": "attack_method", "defence": "defence_method", "clean": "clean_images"}  # columns by other names
 
@@ -112,6 +114,18 @@ class Expansion:
                     if defence.entry.method in methods:
                         for seed, count in product(self.plan.defence_seeds, counts):
                             yield Meeting(victim=victim, defence=defence, clean_images=count, seed=seed)
+
+    def has_training_set(self, cell: Cell) -> bool:
+        """Say whether a cell that looks at its victim's training set has one; complains where no exclusion takes it away."""
+        method = cell.spec["victim"]["attack"]["method"]
+        if method == NO_ATTACK or poisons_data(method):
+            return True
+        if not self.is_excluded(cell):
+            self.survey.complain(
+                f"{cell.columns['defence_method']} looks at the training set, and {method} poisons none, because it steers the "
+                "training: leave the two out together with [[exclude]]"
+            )
+        return False
 
     def add_all(self, kind: CellKind) -> None:
         """Add the cells of a kind, except what is excluded, and the cells that they need."""

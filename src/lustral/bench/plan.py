@@ -23,7 +23,7 @@ class PlanError(ValueError):
 
 def _budget(value: object) -> int | float:
     """Check a clean budget."""
-    if (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
+    if (type(value) is int and value >= 0) or (type(value) is float and 0 < value < 1):
         return value
     raise ValueError("expected a number of images (a whole number) or a fraction of the training set, between 0 and 1")
 
@@ -105,7 +105,7 @@ class AttackTable(_Table):
 
 
 class DefenceTable(_Table):
-    """A defence of a plan: a purifier or a detector.
+    """A defence of a plan: a purifier, a detector, a sifter or a safe trainer.
 
     Attributes:
         method: name in the catalog.
@@ -114,7 +114,8 @@ class DefenceTable(_Table):
         grid: fields with a list of values each; every combination is a defence.
         scan: fields of the detector (mask_area) that differ from its defaults, for a purifier that starts from a scan.
         audit: scan the result of such a purifier too.
-        clean: clean budgets, instead of the plan's.
+        own_model: keep the victim's model from a sifter, which then trains its own where it looks at one.
+        clean: clean budgets, instead of the plan's; 0 is none, for sifters and safe trainers.
     """
 
     method: str
@@ -123,6 +124,7 @@ class DefenceTable(_Table):
     grid: dict[str, Some[Any]] = {}
     scan: dict[str, Any] = {}
     audit: bool = True
+    own_model: bool = False
     clean: Some[Clean] = []
 
 

@@ -86,6 +86,14 @@ def recovered_picture(verdict: Verdict, clean: ImageSet) -> bytes:
     return stamp_sheet(originals, as_uint8(trigger(as_float(originals))))
 
 
+def set_digest(data: ImageSet) -> str:
+    """Return the SHA-256 of a set's images and labels, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in (data.images, data.labels):
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def as_json(content: Any) -> bytes:
     """Return JSON bytes; numbers that are not finite become null."""
     return json.dumps(json_ready(content), allow_nan=False).encode()

@@ -11,7 +11,7 @@ from lustral.bench.columns import DEFENCES, OWN_COLUMNS, SCAN_METHOD
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
-from lustral.catalog import ATTACKS, DETECTORS
+from lustral.catalog import ATTACKS, DETECTORS, SAFE_TRAINERS, SIFTERS
 from lustral.core.settings import SettingsError, build, describe, merge, suggest
 from lustral.core.versions import versions_of
 from lustral.training import Trainer, default_trainer
@@ -112,6 +112,8 @@ class Survey:
         scans = takes_verdict(DEFENCES.get(entry.method, object))
         if not scans and (entry.scan or not entry.audit):
             self.complain(f"{where}: it starts from no scan; take `scan` and `audit` away")
+        if entry.own_model and entry.method not in SIFTERS:
+            self.complain(f"{where}: it is no sifter, so it looks at no model of its own; take `own_model` away")
         try:
             detector = build(DETECTORS[SCAN_METHOD], entry.scan) if scans else None
         except SettingsError as error:
@@ -225,7 +227,9 @@ class Survey:
         for clean in entry.clean or data.clean or self.plan.clean:
             whole = len(source.train) if data.images is None else data.images
             count = clean if isinstance(clean, int) else round(clean * whole)
-            if not 2 <= count <= pool:
+            if count == 0 and (entry.method in SIFTERS or entry.method in SAFE_TRAINERS):
+                found.append(0)
+            elif not 2 <= count <= pool:
                 self.complain(
                     f"defence {entry.method} on {data.name}: a clean budget of {clean} asks for {count} images; the "
                     f"defenders' reserve has {pool}: give a budget of 2 to {pool} images"

@@ -26,7 +26,7 @@ from lustral.store.former import is_former
 from lustral.store.store import KINDS as FOLDERS
 from lustral.store.store import MODEL_FILE, Kind, Store, StoreError, content_key
 from lustral.store.waste import UNREADABLE, age_of
-from lustral.vision.evaluation import Evaluation, compare_evaluations
+from lustral.vision.evaluation import Evaluation, SiftingRates, compare_evaluations
 
 MOST_THREADS = 256  # a stranger's record shall not start a million
 TOLERANCE = 0.002  # of a rate: other hardware rounds differently, and a few images change sides
@@ -180,6 +180,8 @@ def inconsistencies(metrics: Mapping[str, Any], rates: Sequence[str]) -> list[st
     again: dict[str, Any] = {when: without_per_class(evaluation.to_dict())[0] for when, evaluation in whole.items()}
     if {"before", "after"} <= whole.keys():
         again["compare"] = compare_evaluations(whole["before"], whole["after"])
+    if "sifting" in metrics:
+        again["sifting"] = SiftingRates.from_dict(metrics["sifting"]).to_dict()
     return [
         f"{part}.{name} is {metrics[part][name]!r}, from the counts it is {value!r}"
         for part, values in again.items()
@@ -306,6 +308,6 @@ def repeat(
                 for name in ("outcome", "suspects")
                 if metrics[name] != again[name]
             ]
-        elif not KINDS[cell.kind].rates and not _is_same(metrics, json_ready(again)):
+        elif (when in ("sifting", "parts") or not KINDS[cell.kind].rates) and not _is_same(metrics, json_ready(again)):
             found.append(f"{when} was {shortened(metrics)}, now it is {shortened(again)}")
     return record, found

@@ -17,17 +17,19 @@ from torch import Tensor
 from lustral.bench.cells import Cell, CellError, Outcome
 from lustral.bench.code import require_unchanged
 from lustral.bench.kinds import KINDS
-from lustral.bench.recording import RECORD_SCHEMA, build_info, finished
+from lustral.bench.recording import RECORD_SCHEMA, build_info, finished, set_digest
 from lustral.bench.sources import Sources
+from lustral.catalog import ATTACKS
 from lustral.core.files import write_bytes_atomic
 from lustral.core.randomness import child
 from lustral.core.records import OnProgress
+from lustral.core.settings import build
 from lustral.store.store import MODEL_FILE, Kind, Store, content_key
 from lustral.vision.evaluation import Evaluation, evaluate
 from lustral.vision.models import Classifier, load_model
-from lustral.vision.records import ImageSet, Victim
+from lustral.vision.records import ImageSet, PoisonedSet, Victim
 from lustral.vision.victim_files import TRIGGER_FILE, tensors_in
-from lustral.vision.victims import load_victim
+from lustral.vision.victims import NO_ATTACK, load_victim, poison_training_set, poisons_data
 
 T = TypeVar("T")
 
@@ -145,6 +147,37 @@ class Workbench:
         """Return the attacker's images, on the device."""
         data = victim["data"]
         return self.sources.training_set(data["name"], data["image_size"], data.get("images")).to(self.device)
+
+    def poisoned_set(self, key: str, victim: Mapping[str, Any]) -> PoisonedSet:
+        """Return the training set of a victim, poisoned again as it was, on the device; the last one stays in memory.
+
+        Args:
+            key: the victim's name in the store.
+            victim: its specification; the attack "none" has clean images.
+
+        Raises:
+            CellError: the attack steers training, or this machine makes another set than the victim was trained on.
+        """
+        method = victim["attack"]["method"]
+        if method != NO_ATTACK and not poisons_data(method):
+            raise CellError(f"{method} steers training and poisons no data")
+
+        def make() -> PoisonedSet:
+            attack: Any = None if method == NO_ATTACK else build(ATTACKS[method], victim["attack"]["settings"])
+            train = self.training_set(victim)
+            _, found = poison_training_set(attack, train, seed=victim["seed"], assets=self.assets)
+            if found is None:
+                found = PoisonedSet(data=train, is_poisoned=torch.zeros(len(train), dtype=torch.bool))
+            record = self.record("victims", key)
+            made = {"num_poisoned": int(found.is_poisoned.sum()), "training_set": set_digest(found.data)}
+            if any(record.get(name, value) != value for name, value in made.items()):
+                raise CellError(
+                    f"the training set of the victim {key[:12]} cannot be made again here: it comes out different, as other "
+                    "hardware rounds differently; train the victim again on this machine, in a new store"
+                )
+            return found
+
+        return self.kept("poisoned", key, make)
 
     def test_set(self, victim: Mapping[str, Any]) -> ImageSet:
         """Return the evaluator's images, on the device."""

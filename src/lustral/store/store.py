@@ -2,7 +2,8 @@
 
     ROOT/store.json                     what this folder is
     ROOT/victims/ab/abcd....json        a record: specification, results, and the files that belong to it
-    ROOT/scans/..., ROOT/purifications/..., ROOT/audits/..., ROOT/assets/..., ROOT/failures/...
+    ROOT/scans/..., ROOT/purifications/..., ROOT/siftings/..., ROOT/trainings/..., ROOT/audits/...
+    ROOT/assets/..., ROOT/failures/...
     ROOT/files/ab/abcd....-TOKEN/NAME   those files; TOKEN is the attempt that wrote them
     ROOT/claims/abcd....json            who is working on what
 
@@ -33,12 +34,15 @@ from lustral.store.parsing import content_key as content_key
 from lustral.store.parsing import parse_record
 from lustral.store.parsing import read_json as read_json
 
-Kind = Literal["victims", "scans", "purifications", "audits", "assets", "failures", "results"]
-CELLS: tuple[Kind, ...] = ("victims", "scans", "purifications", "audits")  # what needs others comes after them
+Kind = Literal["victims", "scans", "purifications", "siftings", "trainings", "audits", "assets", "failures", "results"]
+CELLS: tuple[Kind, ...] = (  # what needs others comes after them
+    *("victims", "scans", "purifications", "siftings", "trainings"),
+    "audits",
+)
 KINDS: tuple[Kind, ...] = (*CELLS, "assets", "failures")
 FORMER: tuple[Kind, ...] = ("results",)  # of the first layout; see ``former.py``
-LAYOUT = 2
-READABLE = (1, LAYOUT)  # the victims of the first layout are today's
+LAYOUT = 3
+READABLE = (1, 2, LAYOUT)  # the victims of the first are today's; the second had no siftings and trainings
 MOST_RECORD_BYTES = 16 << 20  # ours have some kilobytes
 MOST_FILE_BYTES = 4 << 30  # of a file that belongs to a record
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -94,7 +98,7 @@ class Store:
             raise StoreError(f"{marker} is not readable ({error!r}); {self.url} is no store") from error
         if layout not in READABLE or isinstance(layout, bool):
             raise StoreError(
-                f"{self.url} has layout {shortened(layout)}; this version reads {' and '.join(map(str, READABLE))}: use the "
+                f"{self.url} has layout {shortened(layout)}; this version reads {READABLE[0]} to {LAYOUT}: use the "
                 "version of lustral that wrote it, or name another store"
             )
         if layout != LAYOUT and (create or write):

@@ -16,10 +16,13 @@ from lustral.store.former import former_note, is_former
 from lustral.store.store import Kind, Store, StoreError
 from lustral.store.waste import age_of
 
-MEASURED: tuple[Kind, ...] = ("victims", "scans", "purifications")  # cells with rates of a victim: each is a row
+MEASURED: tuple[Kind, ...] = (  # cells with rates of a victim: each is a row
+    *("victims", "scans", "purifications", "siftings", "trainings"),
+)
 BENIGN = "benign"  # what the records call the attack of a clean model
 UNDEFENDED = "none"  # the defence in the rows of victims as they are
 RATES = ("acc", "asr", "ra")  # the records hold Wilson intervals of these
+SIFTED = ("tpr", "fpr", "precision", "listed")  # rates of a list of suspicious images
 
 ROW_SCHEMA = pa.schema(
     [
@@ -38,6 +41,7 @@ ROW_SCHEMA = pa.schema(
         ("outcome", pa.string()),
         ("correct", pa.bool_()),
         ("alarm", pa.bool_()),
+        *((name, pa.float64()) for name in ("auroc", "auprc", *SIFTED)),
         *((name, pa.float64()) for name in ("seconds", "image_passes")),
         ("peak_memory_bytes", pa.int64()),
         ("victim_seconds", pa.float64()),
@@ -62,11 +66,12 @@ IDENTITY = ("data", "arch", "attack", "poison_rate")  # of an attack; target lab
 def load_cells(store: Store) -> pa.Table:
     """Read the records of a store into one table with the columns of ``ROW_SCHEMA``.
 
-    A row is a scan or a purification; or a victim without a defence (defence "none": after is before, DER and RIR 0.5 if it is
-    attacked, no cost, "erased" null); or one of them that failed (status "failed", nothing measured). ``victim_key`` is the
-    victim that was measured, so a victim's own key in its row. ``acc`` and the like are after the defence and null for
-    detectors. ``outdated`` says which class has another version by now; null: none. Audits have no row, and records of the
-    store's first layout none either (``current_cells`` counts them).
+    A row is a scan, a purification, a sifting or a training; or a victim without a defence (defence "none": after is before,
+    DER and RIR 0.5 if it is attacked, no cost, "erased" null); or one of them that failed (status "failed", nothing measured).
+    ``victim_key`` is the victim that was measured, so a victim's own key in its row. ``acc`` and the like are after the defence
+    and null for detectors and sifters; ``auroc`` and the like are null for all that list no images. ``outdated`` says which
+    class has another version by now; null: none. Audits have no row, and records of the store's first layout none either
+    (``current_cells`` counts them).
 
     Raises:
         StoreError: a record cannot be read.
@@ -167,6 +172,9 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         row |= {name: metrics["compare"][name] for name in ("der", "rir", "acc_loss", "erased")}
     if "detection" in metrics:
         row |= {name: metrics["detection"][name] for name in ("outcome", "correct", "alarm")}
+    if "sifting" in metrics:
+        row |= {name: metrics["sifting"][name] for name in ("auroc", "auprc")}
+        row |= {name: metrics["sifting"][name]["value"] for name in SIFTED}
     return row
 
 

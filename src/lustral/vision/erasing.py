@@ -28,6 +28,11 @@ def takes_verdict(purifier: Purifier | type) -> bool:
     return bool(getattr(purifier, "takes_verdict", False))
 
 
+def takes_untrusted(purifier: Purifier | type) -> bool:
+    """Say whether a purifier, or its class, learns from the training set of unknown origin."""
+    return bool(getattr(purifier, "takes_untrusted", False))
+
+
 def erase(
     purifier: Purifier,
     view: DefenderView,

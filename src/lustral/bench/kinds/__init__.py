@@ -12,15 +12,19 @@ from lustral.bench.cells import Cell, CellKind, make_cell
 from lustral.bench.kinds.audits import Audits
 from lustral.bench.kinds.purifications import Purifications
 from lustral.bench.kinds.scans import Scans
+from lustral.bench.kinds.siftings import Siftings
+from lustral.bench.kinds.trainings import Trainings
 from lustral.bench.kinds.victims import Victims
 from lustral.store.store import Kind
 
-__all__ = ["KINDS", "Audits", "Purifications", "Scans", "Victims", "cell_of", "kind_of"]
+__all__ = ["KINDS", "Audits", "Purifications", "Scans", "Siftings", "Trainings", "Victims", "cell_of", "kind_of"]
 
 KINDS: dict[Kind, CellKind] = {
     "victims": Victims(),
     "scans": Scans(),
     "purifications": Purifications(),
+    "siftings": Siftings(),
+    "trainings": Trainings(),
     "audits": Audits(),
 }
 

@@ -21,10 +21,10 @@ from lustral.core.records import OnProgress
 from lustral.core.settings import build
 from lustral.core.versions import versions_of
 from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Kind
-from lustral.vision.erasing import TAKEN_OVER, erase
+from lustral.vision.erasing import TAKEN_OVER, erase, takes_untrusted
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.models import Classifier, arch_of, save_model
-from lustral.vision.records import DefenderView, ImageSet, Verdict
+from lustral.vision.records import DefenderView, Verdict
 from lustral.vision.sources import DataSource
 from lustral.vision.verdict_files import read_verdict
 
@@ -45,9 +45,11 @@ class Purifications:
     def expand(self, expansion: Expansion) -> Iterator[Cell]:
         """Yield a purification for every victim of the plan, purifier, clean budget and defence seed."""
         for meeting in expansion.meetings(PURIFIERS):
-            yield make_cell(
+            cell = make_cell(
                 self, purification_spec(meeting), attack=meeting.victim.attack, defence=meeting.defence.entry.label
             )
+            if not takes_untrusted(PURIFIERS[meeting.defence.entry.method]) or expansion.has_training_set(cell):
+                yield cell
 
     def needs(self, spec: Mapping[str, Any]) -> tuple[Need, ...]:
         """Return the victim, and the scan that the purifier starts from."""
@@ -68,8 +70,11 @@ class Purifications:
         if "scan" in spec:
             detector = build(DETECTORS[spec["scan"]["defence"]["method"]], spec["scan"]["defence"]["settings"])
             view = replace(view, verdict=stored_verdict(cell.needs[1].key, view, bench))
+        purifier: Any = build(PURIFIERS[spec["defence"]["method"]], spec["defence"]["settings"])
+        if takes_untrusted(purifier):
+            view = replace(view, untrusted=bench.poisoned_set(cell.victim_key, spec["victim"]).data)
         purified = erase(
-            build(PURIFIERS[spec["defence"]["method"]], spec["defence"]["settings"]),
+            purifier,
             view,
             detector=detector,
             generator=bench.stream(spec, "erase"),
@@ -89,7 +94,7 @@ class Purifications:
         }
         files: dict[str, bytes] = {}
         if bench.keep_models and isinstance(purified.model, Classifier):
-            files[MODEL_FILE] = weights_of(purified.model, spec["victim"], view.clean)
+            files[MODEL_FILE] = weights_of(purified.model, spec["victim"], view.clean.image_shape)
         if purified.verdict is not None:
             detail["verdict"] = evidence(purified.verdict)
             if purified.verdict.triggers:
@@ -135,9 +140,9 @@ def stored_verdict(key: str, view: DefenderView, bench: Workbench) -> Verdict:
         return read_verdict(folder, view)
 
 
-def weights_of(model: Classifier, victim: Mapping[str, Any], clean: ImageSet) -> bytes:
-    """Return a purified model's file; ``victim`` is the specification of the victim it was made of."""
+def weights_of(model: Classifier, victim: Mapping[str, Any], image_shape: tuple[int, int, int]) -> bytes:
+    """Return a new model's file; ``victim`` is the specification of the victim that it stands beside."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
-        save_model(path, model, arch=arch_of(model.network, victim["arch"]), image_shape=clean.image_shape)
+        save_model(path, model, arch=arch_of(model.network, victim["arch"]), image_shape=image_shape)
         return path.read_bytes()

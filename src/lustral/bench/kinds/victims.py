@@ -14,7 +14,7 @@ from lustral.bench.cells import Cell, Need, Outcome, make_cell
 from lustral.bench.code import code_digests
 from lustral.bench.columns import victim_columns
 from lustral.bench.plan import AttackTable, DataTable
-from lustral.bench.recording import as_json, without_per_class
+from lustral.bench.recording import as_json, set_digest, without_per_class
 from lustral.catalog import ATTACKS
 from lustral.core.files import NotRegularError
 from lustral.core.history import HistoryEntry
@@ -149,6 +149,7 @@ class Victims:
             "metrics": {"before": metrics},
             "cost": cost,
             "num_poisoned": victim.provenance["num_poisoned"],
+            "training_set": set_digest(train if victim.poisoned is None else victim.poisoned.data),
             "class_names": list(train.class_names),
         }
         return Outcome(record=record, files=files)
