@@ -140,7 +140,7 @@ def test_a_misspelt_name_is_told_the_nearest(changes: dict[str, Any], place: str
         ),
         (defence(settings={"passes": 0}), ["defences[1] bn_refresh", "passes >= 1"]),
         (defence(grid={"passes": [1, math.nan]}), ["defences[1].grid.passes[2]: expected a finite number; got nan"]),
-        ({"clean": [0]}, ["clean[1]: expected a number of images", "got 0"]),
+        ({"clean": [-1]}, ["clean[1]: expected a number of images", "got -1"]),
         ({"clean": [1.0]}, ["clean[1]", "fraction of the training set, between 0 and 1; got 1.0"]),
         ({"clean": [True]}, ["clean[1]", "got True"]),
         (data(clean=[-5]), ["data[1].clean[1]", "got -5"]),

@@ -135,7 +135,7 @@ def test_attacks_have_names() -> None:
     assert attack_name(BadNets()) == "badnets"
     assert attack_name(Blended()) == "blended"
     with pytest.raises(
-        ValueError, match="Trainer is not in the catalog; expected one of adap_blend, adap_patch, badnets"
+        ValueError, match="Trainer is not in the catalog; expected one of adap_blend, adap_patch, adaptive_trap"
     ):
         attack_name(Trainer())  # type: ignore[arg-type]
 
