@@ -7,10 +7,13 @@ hundred poisoned images at least. The score made of the feature here is our own,
 
     d_l = sqrt(-2 log p_l - log 2 pi)          the largest distance of layer l, in standard deviations of its channel
     z_l = (log d_l - median) / spread          among all images, the spread that of the lower half
-    score = (sum_l -log P(Z > z_l))^(1/3)      Fisher's combination: one layer that is far out counts, several count more
+    s   = sum_l -log P(Z > z_l)                Fisher's combination: one layer that is far out counts, several count more
+    v   = C^-1 (mean z of the top - mean z of the others)      the top: the largest s; C the covariance of the others
 
-The sum of a clean image is near a gamma variable, however much layers depend on each other, and its cube root near a normal one
-(Wilson and Hilferty, PNAS 1931): what the line by the bulk of the scores asks for.
+    score = sign(v.z) |v.z|^0.85               v.z in standard deviations of the lower half, from its median
+
+The last two steps are a clustering in linear time: what most of the top images have in common becomes the direction to look
+in, once from s and once more from v.z. Fisher's discriminant weighs the layers, which depend on each other.
 
 Labels take no part, so that poisoned images may be spread over all classes.
 """
@@ -28,9 +31,16 @@ from lustral.training import Trainer
 from lustral.vision.records import Sifted, TrainingView
 from lustral.vision.suspicion.lines import NORMAL_QUARTILE
 from lustral.vision.suspicion.looking import LOG_2PI, Looked, counted_model, look_at_both
-from lustral.vision.suspicion.scores import Scores
+from lustral.vision.suspicion.scores import Scores, standardise
 
-SMALLEST_SPREAD = 1e-6  # a layer whose lower half is constant: what lies above is far out
+MOST_DEVIATION = 30.0  # of a layer, so that one whose lower half is constant does not drown the others
+SMALLEST_SPREAD = 1e-6
+TOP, ROUNDS = (
+    0.05,
+    2,
+)  # share of the images that the direction is drawn to; CIFAR-10 with BadNets: AUROC 0.91 without, 0.96 with
+RIDGE = 0.1  # of the mean variance
+POWER = 0.85  # clean scores have heavier tails than a normal variable: 1.0 lists 1 % and more of a clean CIFAR-10 by the bulk
 SMALLEST_DISTANCE = 1e-3  # in standard deviations; keeps the logarithm finite where all channels are constant
 
 
@@ -47,13 +57,32 @@ def lower_half(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combined(deviations: Tensor) -> Tensor:
-    """Combine deviations (N, L) that are near normal into one score each (N,), near normal too: higher is further out.
+    """Combine deviations (N, L) by Fisher's method: minus the logarithms of the upper tails of a normal variable, summed, (N,).
 
-    >>> combined(torch.tensor([[0.0, 0.0], [4.0, 0.0]])) > 1.5
+    >>> combined(torch.tensor([[0.0, 0.0], [4.0, 0.0]])) > 3
     tensor([False,  True])
     """
     surprise: Tensor = -torch.special.log_ndtr(-deviations).sum(1)
-    return surprise.pow(1 / 3)
+    return surprise
+
+
+def discriminant(deviations: Tensor, scores: Tensor) -> Tensor:
+    """Return the direction (L,) that tells the images of the largest scores from the others best; zero where all scores tie.
+
+    Args:
+        deviations: (N, L) float64.
+        scores: (N,), of which the largest ``TOP`` are told apart; no tie is broken, so that the order does not matter.
+    """
+    count = max(int(TOP * len(scores)), 1)
+    is_top = scores > scores.sort().values[max(len(scores) - count - 1, 0)]
+    if not bool(is_top.any()):
+        return torch.zeros_like(deviations[0])
+    others = deviations[~is_top]
+    covariance = torch.cov(others.T, correction=0).reshape(deviations.shape[1], -1)
+    ridge = RIDGE * covariance.diagonal().mean() + SMALLEST_SPREAD
+    within = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
+    direction: Tensor = torch.linalg.solve(within, deviations[is_top].mean(0) - others.mean(0))
+    return direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +119,22 @@ class BNLikelihood:
         distances = log_distances(untrusted.likelihoods)
         median, spread = lower_half(distances)
 
+        def deviations(others: Tensor) -> Tensor:
+            return ((others - median) / spread.clamp_min(SMALLEST_SPREAD)).clamp_max(MOST_DEVIATION).double()
+
+        seen = deviations(distances)
+        places = combined(seen)
+        for _ in range(ROUNDS):
+            direction = discriminant(seen, places)
+            places = seen @ direction
+        middle, width = (part[0] for part in lower_half(places[:, None]))
+
         def measure(others: Tensor) -> Tensor:
-            return combined((others - median) / spread.clamp_min(SMALLEST_SPREAD))
+            z = standardise(others @ direction, middle, width).float()
+            return z.sign() * z.abs().pow(POWER)
 
         return Scores(
-            untrusted=measure(distances),
-            clean=None if clean is None else measure(log_distances(clean.likelihoods[clean.is_right])),
+            untrusted=measure(seen),
+            clean=None if clean is None else measure(deviations(log_distances(clean.likelihoods[clean.is_right]))),
             basis="A score says how far from its channel's mean an image drives the network, over all batch normalisations.",
         )
