@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, get_args, get_type_hints
 
 import tyro
 
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 from lustral.training import Augment, Trainer
@@ -167,6 +167,78 @@ class Erase(Generic[Settings, Scans]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UntrustedData:
+    """A training set of unknown origin, and what is known about it.
+
+    Attributes:
+        data: the training set: an image folder, a .csv label table with the columns file and label, an .npz or .parquet
+            file, or a name as cifar10, whose whole training split is then untrusted.
+        clean: images that nobody could have poisoned: a set like DATA; or, of a known name, how many of its reserve.
+        classes: file with the names of the classes in the order of their numbers, one a line or a JSON list.
+        image_size: pixels to resize the images to: the side of a square, or height and width.
+        resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
+        flip: whether a mirrored image keeps its meaning; where it is left out, known names know it, and others do.
+        arch: network to train; small_cnn for images below 20 pixels and preact_resnet18:width=16 for the rest if left out.
+            FILE.py:function runs that file.
+    """
+
+    data: tyro.conf.Positional[str]
+    clean: str | None = None
+    classes: Path | None = None
+    image_size: tuple[int, ...] | None = None
+    resize: int | None = None
+    flip: bool | None = None
+    arch: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sift(Generic[Settings]):
+    """List the suspicious images of a training set. Exit code 0: none listed, 1: poisoned images listed, 2: error.
+
+    Attributes:
+        given: the training set and what is known about it.
+        out: folder for scores.csv, scores.parquet, sheet.png, report.html and result.json.
+        method: how to sift; `lustral sift --list` explains each.
+        settings: of the method.
+        write_clean: folder, new or empty, for what is left when the listed images are taken away. Nothing is ever deleted.
+        write_clean_as: copies of the pictures in a folder for each class, or a list of their files in clean.txt. Arrays are
+            copied to clean.npz.
+        list: explain each method in a line.
+    """
+
+    given: Annotated[UntrustedData, FLAT]
+    out: Path
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIFTERS) + "}")] = ""
+    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    write_clean: Path | None = None
+    write_clean_as: Literal["copies", "list"] = "copies"
+    list: Switch = False
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Generic[Settings]):
+    """Train a model on a set of unknown origin without learning its backdoor.
+
+    Attributes:
+        given: the training set and what is known about it.
+        out: folder for model.safetensors, report.html and result.json.
+        method: how to train; `lustral train --list` explains each.
+        settings: of the method.
+        test: images to measure the model on, which the method never sees; the test split of DATA if left out.
+        list: explain each method in a line.
+    """
+
+    given: Annotated[UntrustedData, FLAT]
+    out: Path
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SAFE_TRAINERS) + "}")] = ""
+    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    test: str | None = None
+    list: Switch = False
+    common: Annotated[Common, FLAT] = Common()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure a victim with its true trigger, and an erased model beside it.
 
@@ -204,7 +276,13 @@ class Demo:
     common: Annotated[Common, FLAT] = Common()
 
 
-Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Evaluate | Demo | Bench
+Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | Evaluate | Demo | Bench
+
+
+UNTRUSTED: Mapping[str, tuple[Any, str, Mapping[str, type], str]] = {  # verb: its flags, its methods, the default one
+    "sift": (Sift, "sifter", SIFTERS, "combined"),
+    "train": (Train, "safe trainer", SAFE_TRAINERS, "d_st"),
+}
 
 
 def setting_names(kind: type, prefix: str = "") -> list[str]:
@@ -227,7 +305,7 @@ def setting_names(kind: type, prefix: str = "") -> list[str]:
 TRAINER_SETTINGS = setting_names(Trainer, "trainer.")
 TOP_FLAGS = {
     part.name.replace("_", "-")
-    for kind in (Common, FileFormat, Suspect, Implant, Scan, Scanning, Erase, Demo)
+    for kind in (Common, FileFormat, Suspect, UntrustedData, Implant, Scan, Scanning, Erase, Sift, Train, Demo)
     for part in fields(kind)
 }
 
@@ -264,6 +342,8 @@ def parse(argv: Sequence[str]) -> Command:
         HelpShown: it asked for help, which has been printed.
     """
     verb = argv[0] if argv else ""
+    if verb in UNTRUSTED:
+        return parse_untrusted(argv)
     method = named_method(argv, DEFAULT_PURIFIER if verb == "erase" else DEFAULT_DETECTOR)
     detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
     purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
@@ -275,6 +355,8 @@ def parse(argv: Sequence[str]) -> Command:
         "demo": Demo,
         "scan": Scan[detector],  # type: ignore[valid-type]
         "erase": Erase[purifier, scanning],  # type: ignore[valid-type]
+        "sift": Sift[NoScanning],
+        "train": Train[NoScanning],
         "evaluate": Evaluate,
         "implant": Implant[_attacks()],  # type: ignore[misc]
         "bench": Bench,
@@ -289,6 +371,42 @@ def parse(argv: Sequence[str]) -> Command:
         follows = replace(command.scanning.detector, inverter=command.settings.inverter)
         return replace(command, scanning=replace(command.scanning, detector=follows))
     return command
+
+
+def default_method(catalog: Mapping[str, type], preferred: str) -> str:
+    """Return the preferred method of a catalog, or its first one.
+
+    >>> default_method({"a": int, "b": int}, "b"), default_method({"a": int}, "b")
+    ('b', 'a')
+    """
+    return preferred if preferred in catalog else next(iter(catalog), preferred)
+
+
+def parse_untrusted(argv: Sequence[str], recipe: Trainer | None = None) -> Sift[Any] | Train[Any]:
+    """Parse a ``sift`` or ``train`` line.
+
+    Args:
+        argv: the command line.
+        recipe: the training recipe for the data set: the defaults of the flags of a method that follows the set's size.
+    """
+    shape, kind, catalog, preferred = UNTRUSTED[argv[0]]
+    method = named_method(argv, default_method(catalog, preferred))
+    settings = look_up(kind, method, catalog)
+    words = expand(argv[1:], setting_names(settings))
+    own = settings()
+    follows = [part.name for part in fields(cast(Any, settings)) if is_optional_trainer(settings, part.name)]
+    named = [name for name in follows if any(word.startswith(f"--{name.replace('_', '-')}.") for word in words)]
+    own = replace(own, **{name: recipe or Trainer() for name in named})
+    given = UntrustedData(data=tyro.MISSING)
+    defaults = shape(given=given, out=tyro.MISSING, method=method, settings=own)
+    parsed: Sift[Any] | Train[Any] = run_tyro(shape[settings], words, prog=f"lustral {argv[0]}", default=defaults)
+    return parsed
+
+
+def is_optional_trainer(settings: type, name: str) -> bool:
+    """Say whether a setting is a recipe that is chosen by the size of the set where it is None."""
+    hint = get_args(get_type_hints(settings)[name])
+    return Trainer in hint and type(None) in hint and getattr(settings, name, None) is None
 
 
 def parse_implant(argv: Sequence[str], recipe: Trainer) -> Implant[Any]:

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes them from the process.
 
     Returns:
-        The exit code: 0 done; for ``scan`` 0 no backdoor found, 1 backdoored, 3 cannot tell; 2 an error, said in one
+        The exit code: 0 done; for ``scan`` 0 no backdoor found, 1 backdoored, 3 cannot tell; for ``sift`` 0 none
+        and 1 poisoned images listed; 2 an error, said in one
         line on standard error; 70 an error that was not foreseen, likewise; 130 interrupted; 141 nobody reads the output.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,14 +59,16 @@ def run(argv: Sequence[str]) -> int:
         from lustral.cli.bench_commands import run_bench
 
         return run_bench(argv)
-    from lustral.cli import commands
-    from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, parse
+    from lustral.cli import commands, untrusted_commands
+    from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, Sift, Train, parse
     from lustral.cli.console import Screen
 
     if argv[:1] == ["erase"] and "--list" in argv:
         return commands.list_purifiers(Screen(json="--json" in argv, quiet=False))
     if argv[:1] == ["implant"] and "--list" in argv:
         return commands.list_attacks(Screen(json="--json" in argv, quiet=False))
+    if argv[:1] in (["sift"], ["train"]) and "--list" in argv:
+        return untrusted_commands.list_untrusted(argv[0], Screen(json="--json" in argv, quiet=False))
     command = parse(argv)
     screen = Screen(json=command.common.json, quiet=command.common.quiet)
     match command:
@@ -75,6 +78,10 @@ def run(argv: Sequence[str]) -> int:
             return commands.scan(command, argv, screen)
         case Erase():
             return commands.erase(command, argv, screen)
+        case Sift():
+            return untrusted_commands.sift(command, argv, screen)
+        case Train():
+            return untrusted_commands.train(command, argv, screen)
         case Evaluate():
             return commands.evaluate(command, argv, screen)
         case Demo():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +16,7 @@ CHECKER_DARK, CHECKER_LIGHT = 0.55, 0.72
 CLOSE_UP_SHARE = 0.1  # rows and columns with less of the largest one's opacity stay outside
 LARGEST_SIDE = 192  # pixels; larger pictures are scaled down to keep a page small
 RESIDUAL_GAIN = 10
+FRAME_COLOUR = "#d0202f"
 SHEET_SIDE, SHEET_GAP, SHEET_LABEL = 96, 6, 18  # pixels
 
 
@@ -113,6 +115,51 @@ def stamp_sheet(images: Tensor, triggered: Tensor) -> bytes:
         for column, image in enumerate(batch):
             picture = _picture(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (SHEET_GAP + column * cell_width, top + SHEET_LABEL))
+    return _encode(sheet)
+
+
+def contact_sheet(images: Tensor, captions: Sequence[str], framed: Sequence[bool], columns: int = 8) -> bytes:
+    """Draw images in a grid with a line of text below each.
+
+    Args:
+        images: (n, C, H, W) uint8, n >= 1.
+        captions: n texts; cut to the width of an image, and what is not ASCII becomes "?".
+        framed: for each image, whether to draw a red frame around it.
+        columns: images side by side.
+
+    Returns:
+        PNG bytes; small images are enlarged by a whole factor, large ones scaled down.
+    """
+    if (
+        images.ndim != 4
+        or not len(images)
+        or images.dtype != torch.uint8
+        or not len(captions) == len(framed) == len(images)
+    ):
+        raise ValueError(
+            f"expected uint8 images (n, C, H, W), n >= 1, and a caption for each; got {tuple(images.shape)} {images.dtype} and "
+            f"{len(captions)} captions"
+        )
+    height, width = images.shape[2:]
+    factor = SHEET_SIDE // max(height, width) or SHEET_SIDE / max(height, width)
+    size = max(int(width * factor), 1), max(int(height * factor), 1)
+    cell = SHEET_SIDE + SHEET_GAP, size[1] + SHEET_LABEL + SHEET_GAP
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell[0] + SHEET_GAP, rows * cell[1] + SHEET_GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = SHEET_GAP + place % columns * cell[0], SHEET_GAP + place // columns * cell[1]
+        sheet.paste(
+            _picture(image).resize(size, Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS),
+            (left, top),
+        )
+        text = caption.encode("ascii", "replace").decode()
+        while text and draw.textlength(text, font=font) > SHEET_SIDE:
+            text = text[:-1]
+        draw.text((left, top + size[1] + 3), text, fill="black", font=font)
+        if framed[place]:
+            box = (left - 2, top - 2, left + size[0] + 1, top + size[1] + 1)
+            draw.rectangle(box, outline=FRAME_COLOUR, width=2)
     return _encode(sheet)
 
 

@@ -111,6 +111,14 @@ def check(
         OverlapError: images of the clean set are in the untrusted one.
         ValueError: the set cannot be worked on.
     """
+    notes = check_labels(method, view)
+    if view.clean is not None and (overlap := find_overlap(view.untrusted, view.clean, on_progress=on_progress)):
+        raise OverlapError(overlap, file_names(view.untrusted))
+    return notes
+
+
+def check_labels(method: Sifter | SafeTrainer, view: TrainingView) -> tuple[str, ...]:
+    """Check what can be checked without looking at an image; see ``check``."""
     data = view.untrusted
     sizes = _class_sizes(data)
     if len(data) < (least := least_images(method)):
@@ -125,8 +133,6 @@ def check(
         )
     if view.clean is not None:
         _check_clean(view.clean, data)
-        if overlap := find_overlap(data, view.clean, on_progress=on_progress):
-            raise OverlapError(overlap, file_names(data))
     alone = (sizes == 1).nonzero().flatten().tolist()
     if not alone:
         return ()
