@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
@@ -40,6 +41,21 @@ def toy_images(count: int, seed: int) -> ImageSet:
     noise = 0.08 * torch.randn(count, 3, SIDE, SIDE, generator=stream)
     images: Tensor = (grey[:, None] + 0.08 * hue + noise).clamp(0, 1)
     return ImageSet(images=as_uint8(images), labels=labels, num_classes=NUM_CLASSES)
+
+
+def tinted_images(count: int, seed: int, contrast: float = 0.1) -> ImageSet:
+    """Draw four classes that differ by a faint tint under coarse noise: learnt slowly, and the same when turned or shifted.
+
+    A trigger is learnt before them, which is what early losses and transformations of a training set tell poisoned images by.
+    """
+    stream = child(seed, "tints")
+    labels = torch.arange(count) % 4
+    hues = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [-0.6, -0.6, -0.6]])
+    light = 0.5 + 0.1 * torch.randn(count, 1, 1, 1, generator=stream)
+    coarse = 0.25 * F.interpolate(torch.randn(count, 3, 4, 4, generator=stream), size=SIDE, mode="bilinear")
+    noise = 0.05 * torch.randn(count, 3, SIDE, SIDE, generator=stream)
+    images = light + contrast * hues[labels][:, :, None, None] + coarse + noise
+    return ImageSet(images=as_uint8(images.clamp(0, 1)), labels=labels, num_classes=4)
 
 
 def as_batch(images: Tensor, labels: Tensor | None = None) -> Batch:

@@ -49,6 +49,7 @@ FIGURES: dict[str, Figure] = {
     "clean_accuracy": Figure("clean accuracy (held-out)", is_share=True),
     "recovered_asr": Figure("recovered trigger works", is_share=True),
     "natural_rate": Figure("called the target without a trigger", is_share=True),
+    "suspects_called": Figure("suspicious images called by their labels", is_share=True),
     "area": Figure("pixels needed"),
     "threshold": Figure("threshold u"),
     "reconstruction_error": Figure("mean squared error of the reconstruction"),
@@ -69,6 +70,7 @@ class HistoryEntry:
         clean_accuracy: on held-out clean images, fraction.
         recovered_asr: how often the recovered triggers fire on them, fraction, of the worst one.
         natural_rate: how often images without a trigger are called its label, fraction, of the worst one.
+        suspects_called: how often images of the training set that were found poisoned are called by their labels, fraction.
         area: pixels that a fresh search needed.
         threshold: the u above which channels were cut.
         reconstruction_error: mean squared error of a decoder's images, per element on the [0, 1] scale.
@@ -82,6 +84,7 @@ class HistoryEntry:
     clean_accuracy: float | None = None
     recovered_asr: float | None = None
     natural_rate: float | None = None
+    suspects_called: float | None = None
     area: float | None = None
     threshold: float | None = None
     reconstruction_error: float | None = None

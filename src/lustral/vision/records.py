@@ -228,6 +228,15 @@ class DefenderView:
             )
         return self.verdict
 
+    def require_untrusted(self) -> LabelledImages:
+        """Return the training set; raise ``ValueError`` where none was granted."""
+        if self.untrusted is None:
+            raise ValueError(
+                "this method learns from the training set that the model was trained on, and the view has none: give "
+                "DefenderView(untrusted=...), or use a method that needs clean images only"
+            )
+        return self.untrusted
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingView:

@@ -94,6 +94,11 @@ class PurifyRun:
         """Stop counting."""
         self._meter.__exit__(kind, error, trace)
 
+    @property
+    def cost(self) -> Cost:
+        """What was used so far; after the block, all of it."""
+        return self._meter.cost
+
     def follow(self, model: nn.Module) -> nn.Module:
         """Count the passes of a copy of the given model too, and return it."""
         CostMeter.follow(self.view.model, model)

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from lustral.core.history import HistoryEntry, Part
 from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
 from lustral.vision.inverters.max_entropy import firing_rate
-from lustral.vision.records import ImageSet, RecoveredTrigger
+from lustral.vision.records import ImageSet, LabelledImages, RecoveredTrigger
 
 SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divided by, again and again, and the most
 EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; within a step: a tie
 
 
-def predictions(model: nn.Module, images: ImageSet) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield (predicted labels, labels) batch by batch, in evaluation mode."""
+def predictions(model: nn.Module, images: LabelledImages) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield (predicted labels, labels) batch by batch, in evaluation mode, on the model's device."""
+    device = next(model.parameters()).device
     with torch.no_grad(), frozen(model):
-        for x, labels, _ in images.batches(256):
-            with autocast(images.device):
+        for batch in images.batches(256):
+            x, labels, _ = batch.to(device)
+            with autocast(device):
                 predicted = model(x.contiguous(memory_format=torch.channels_last)).argmax(1)
             yield predicted, labels
 
@@ -37,6 +39,11 @@ def predicted_labels(model: nn.Module, images: ImageSet) -> Tensor:
 def held_out_accuracy(model: nn.Module, held_out: ImageSet) -> float:
     """Return the clean accuracy on held-out images."""
     return int((predicted_labels(model, held_out) == held_out.labels).sum()) / len(held_out)
+
+
+def share_called(model: nn.Module, images: LabelledImages) -> float:
+    """Return how often images are called by the labels that they carry, whatever these are worth."""
+    return sum(int((predicted == labels).sum()) for predicted, labels in predictions(model, images)) / len(images)
 
 
 def accuracy_up_to(model: nn.Module, images: ImageSet, bound: float) -> float | None:
@@ -74,12 +81,14 @@ class Selection:
     Among epochs whose held-out accuracy is at least ``floor``, those on which recovered triggers fire least (images that the
     model calls that label anyway do not count: firing less often than by nature is no better); among these, with triggers to
     look at, the last, because a falling learning rate settles the weights while a few hundred images cannot rank
-    accuracies half a point apart. Without triggers, or without an epoch above the floor, the most accurate.
+    accuracies half a point apart. Images of the training set that were found poisoned count as a trigger does: by how often the
+    model still calls them by their labels. Without either, or without an epoch above the floor, the most accurate.
 
     Attributes:
         held_out: clean images that the training does not see.
         triggers: recovered triggers, or none to choose by accuracy alone.
         floor: least held-out accuracy.
+        suspects: images that were found poisoned, with the labels that they came with; None: there are none to look at.
         parts: of every history entry, e.g. the round.
         history: one entry per epoch seen.
     """
@@ -87,6 +96,7 @@ class Selection:
     held_out: ImageSet
     triggers: Sequence[RecoveredTrigger]
     floor: float
+    suspects: LabelledImages | None = None
     parts: dict[Part, float] = field(default_factory=dict)
     history: list[HistoryEntry] = field(default_factory=list)
     best: tuple[float, ...] | None = None
@@ -110,13 +120,18 @@ class Selection:
             excess = max(excess, firing_rate(model, self.held_out, trigger))
             natural = max(natural, natural_rate(model, self.held_out, trigger.target_label))
         entry = replace(entry, parts=tuple(self.parts.items()), clean_accuracy=accuracy)
-        self.history.append(replace(entry, recovered_asr=excess, natural_rate=natural) if self.triggers else entry)
+        if self.triggers:
+            entry = replace(entry, recovered_asr=excess, natural_rate=natural)
+        if self.suspects is not None:
+            called = share_called(model, self.suspects)
+            entry, excess = replace(entry, suspects_called=called), max(excess, called)
+        self.history.append(entry)
         key = (0.0, accuracy, -excess)
         if accuracy >= self.floor:
             key = (
                 1.0,
                 -float(round(excess / EXCESS_STEP)),
-                accuracy if not self.triggers else float(len(self.history)),
+                float(len(self.history)) if self.triggers or self.suspects is not None else accuracy,
             )
         if self.best is None or key > self.best:
             self.best, self.best_index = key, len(self.history) - 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import Generator, nn
 
 from lustral.core.randomness import fork
@@ -33,3 +36,31 @@ def plain_model(
         on_progress=on_progress,
         stage=STAGE,
     )
+
+
+def untrained_copy(model: nn.Module, *, generator: Generator) -> nn.Module:
+    """Return a copy of a model with new weights, for whoever has a trained model and not the code that builds one.
+
+    Every module that can (``reset_parameters``: convolutions, linear layers and normalisations of torch can) draws its weights and
+    forgets its statistics. What a module without it holds by itself, as the class token of a transformer, stays as it was trained.
+
+    Args:
+        model: classifier; unchanged.
+        generator: CPU stream of the weights.
+
+    Returns:
+        The copy in training mode, on the same device, every parameter taking a gradient.
+
+    Raises:
+        ValueError: no module can.
+    """
+    fresh = copy.deepcopy(model).train().requires_grad_(True)
+    modules = [module for module in fresh.modules() if callable(getattr(module, "reset_parameters", None))]
+    if not modules:
+        raise ValueError("expected a network with layers that can draw new weights (`reset_parameters`); found none")
+    devices = {parameter.device for parameter in fresh.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        for module in modules:
+            module.reset_parameters()  # type: ignore[operator]
+    return fresh
