@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from lustral.vision.detectors.mask_area import SearchedLabel
 from lustral.vision.evaluation import TaskCheck
 from lustral.vision.images import as_uint8
 from lustral.vision.inverters import MaskSearch, MaxEntropy
-from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger, Sifted, TrainingView, Verdict
+from lustral.vision.sifters import FCT
 
 NUM_CLASSES = 7
 SIDE = 12
@@ -188,6 +190,20 @@ def mask_verdict(
         triggers=tuple(triggers),
         cost=Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=280),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CornerSifter(FCT):
+    """A stand-in for a sifter that goes through one, as short as it gets, and then flags what has a white corner."""
+
+    least_steps: int = 0
+    intra_epochs: int = 0
+
+    def sift(self, view: TrainingView, **rest: Any) -> Sifted:
+        found = super().sift(view, **rest)
+        corner = torch.cat([batch.inputs[..., -2:, -2:].flatten(1).mean(1) for batch in view.untrusted.batches(256)])
+        flagged = corner.cpu() == 1
+        return replace(found, scores=corner.cpu(), flagged=flagged, threshold=1.0)
 
 
 class KnownAnswer:

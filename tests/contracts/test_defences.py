@@ -24,6 +24,7 @@ from lustral.core.randomness import child
 from lustral.core.records import Progress
 from lustral.report.page import ReportData, write_erase_report
 from lustral.training import Trainer
+from lustral.vision.attacks import BadNets
 from lustral.vision.erasing import erase, takes_verdict
 from lustral.vision.evaluation import evaluate
 from lustral.vision.inverters import MaskSearch
@@ -31,6 +32,7 @@ from lustral.vision.models import arch_of
 from lustral.vision.purifiers import (
     ANP,
     CNPD,
+    DBR,
     FST,
     FTSAM,
     IBAU,
@@ -49,6 +51,7 @@ from lustral.vision.purifiers import (
 from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
 from passes import counting
 from toy import (
+    CornerSifter,
     KnownAnswer,
     clean_images,
     gentle_trainer,
@@ -59,7 +62,7 @@ from toy import (
     toy_trainer,
 )
 
-CLAIM_ERASING = ("anp", "baeraser", "cnpd", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
+CLAIM_ERASING = ("anp", "baeraser", "cnpd", "d_br", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
 MOST_LEFT = 0.40  # of 0.95 and more; over seeds and instruction sets erasers left 0.16 at most, fine-tuning 0.99
 FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0.3 or 29 %, by the last bits of a victim
 SMALL: dict[str, Callable[[], Any]] = {
@@ -85,6 +88,7 @@ SMALL: dict[str, Callable[[], Any]] = {
         trainer=Trainer(epochs=1, batch_size=128, learning_rate=0.1, schedule="constant", weight_decay=0.0),
         least_steps=100,
     ),
+    "d_br": lambda: DBR(sifter=CornerSifter(), trainer=gentle_trainer(epochs=10, learning_rate=0.01), least_steps=60),
     "rnp": lambda: RNP(least_steps=20),
     "sau": lambda: SAU(trainer=dataclasses.replace(SAU().trainer, learning_rate=1e-3), steps=3, least_steps=100),
     "tsbd": lambda: TSBD(neuron_ratios=(0.3, 0.5), least_steps=60),
@@ -106,6 +110,11 @@ def brief(name: str) -> Any:
     return dataclasses.replace(method, **{key: value for key, value in changes.items() if key in has})
 
 
+def training_set() -> ImageSet:
+    """Return a part of what the backdoored toy network was trained on, on the CPU wherever the model is."""
+    return BadNets(target_label=4, size=2, poison_rate=0.1).poison(toy_images(700, seed=0), generator=child(8)).data
+
+
 def run(
     name: str,
     view: DefenderView,
@@ -121,6 +130,8 @@ def run(
         return method.invert(view, target_labels, **rest)
     if name in DETECTORS:
         return method.inspect(view, **rest)
+    if getattr(method, "takes_untrusted", False):
+        view = dataclasses.replace(view, untrusted=training_set())
     detector = KnownAnswer() if settings is brief else quick_detector()
     return erase(method, view, detector=detector, audit=False, **rest)
 

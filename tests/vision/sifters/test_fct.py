@@ -6,17 +6,19 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from lustral.core.randomness import child, on_device
+from lustral.training import Trainer
+from lustral.vision.attacks import BadNets
 from lustral.vision.images import as_uint8
 from lustral.vision.models import build_classifier
 from lustral.vision.records import ImageSet, TrainingView
-from lustral.vision.sifters import FCT
+from lustral.vision.sifters import FCT, EarlyLoss
 from lustral.vision.sifters.fct import COLLAPSED, collapse_notes, intra_class_loss, transformed
 from lustral.vision.suspicion.features import gather
-from toy import toy_images
+from toy import tinted_images, toy_images
 
 
 def plainly_transformed(image: Tensor, angle: float, right: int, down: int) -> Tensor:
@@ -158,3 +160,43 @@ def test_collapsed_features_are_noted() -> None:
     assert collapse_notes(scores) == ()
     scores[5] = 0.0
     assert "6 % of the images do not move" in collapse_notes(scores)[0]
+
+
+def poisoned_view(rate: float) -> tuple[TrainingView, Tensor]:
+    """Return tinted images, a share of them with a patch, with 120 clean ones; and which have it."""
+    data, clean = tinted_images(600, seed=0), tinted_images(120, seed=7)
+    found = BadNets(target_label=2, size=3, poison_rate=rate).poison(data, generator=child(0, "p")) if rate else None
+
+    def build(stream: Generator) -> torch.nn.Module:
+        return build_classifier("small_cnn:width=8", num_classes=4, image_shape=(3, 12, 12), generator=stream)
+
+    return (
+        TrainingView(untrusted=found.data if found else data, build_model=build, clean=clean),
+        found.is_poisoned if found else torch.zeros(600, dtype=torch.bool),
+    )
+
+
+SHORT: dict[str, FCT | EarlyLoss] = {
+    "fct": FCT(least_steps=150, intra_epochs=1, intra_least_steps=60),
+    "early_loss": EarlyLoss(
+        trainer=Trainer(epochs=1, batch_size=64, learning_rate=0.05, schedule="constant"), least_steps=60
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_images_with_a_patch_are_told_from_others(name: str) -> None:
+    view, is_poisoned = poisoned_view(0.1)
+    sifted = SHORT[name].sift(view, generator=child(1))
+    poisoned, others = sifted.scores[is_poisoned], sifted.scores[~is_poisoned]
+    assert float((poisoned[:, None] > others).float().mean()) > 0.9  # the AUROC: 0.97 and more on both
+    assert float(sifted.flagged[is_poisoned].float().mean()) > 0.4
+    assert float(sifted.flagged[~is_poisoned].float().mean()) < 0.03
+    assert torch.equal(sifted.flagged, sifted.scores > sifted.threshold)
+    assert "120 clean images" in sifted.basis
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_a_clean_set_comes_out_as_clean(name: str) -> None:
+    sifted = SHORT[name].sift(poisoned_view(0.0)[0], generator=child(1))
+    assert float(sifted.flagged.float().mean()) <= 0.02

@@ -10,6 +10,7 @@ from lustral.vision.evaluation.metrics import (
     predict,
     rir,
 )
+from lustral.vision.evaluation.oracle import oracle_round
 from lustral.vision.evaluation.protocol import Evaluation, compare_evaluations, evaluate, unmet_criteria
 from lustral.vision.evaluation.reactivation import Controls, Reactivation, resistance
 from lustral.vision.evaluation.sifting import SiftingRates, auprc, auroc, score_histogram, sifting_rates
@@ -35,6 +36,7 @@ __all__ = [
     "der",
     "evaluate",
     "evaluate_trap",
+    "oracle_round",
     "per_class_accuracy",
     "predict",
     "reconstruction_error",

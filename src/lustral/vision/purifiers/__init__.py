@@ -5,6 +5,7 @@ from lustral.vision.purifiers.baeraser import BaEraser
 from lustral.vision.purifiers.bn_refresh import BNRefresh
 from lustral.vision.purifiers.clp import CLP
 from lustral.vision.purifiers.cnpd import CNPD
+from lustral.vision.purifiers.d_br import DBR
 from lustral.vision.purifiers.fine_pruning import FinePruning
 from lustral.vision.purifiers.fine_tuning import FineTuning
 from lustral.vision.purifiers.fst import FST
@@ -22,6 +23,7 @@ __all__ = [
     "ANP",
     "CLP",
     "CNPD",
+    "DBR",
     "FST",
     "FTSAM",
     "IBAU",

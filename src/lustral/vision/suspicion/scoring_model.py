@@ -41,8 +41,8 @@ def plain_model(
 def untrained_copy(model: nn.Module, *, generator: Generator) -> nn.Module:
     """Return a copy of a model with new weights, for whoever has a trained model and not the code that builds one.
 
-    Every module that can (``reset_parameters``: convolutions, linear layers and normalisations of torch can) draws its weights and
-    forgets its statistics. What a module without it holds by itself, as the class token of a transformer, stays as it was trained.
+    Every module that has ``reset_parameters``, as convolutions, linear layers and normalisations of torch do, draws its weights
+    and forgets its statistics. What another module holds by itself, as the class token of a transformer, stays as it was trained.
 
     Args:
         model: classifier; unchanged.
