@@ -5,8 +5,8 @@
 
 Passes of one image through the network, forward and back, per clean image; a forward pass alone is a third. They depend on the
 settings and on the number of clean images (2,500 here, drawn from the embedded digits with replacement), hardly on the network,
-so a small one serves. What ends early (bisections, searches, unlearning) makes them vary by a fifth between victims. What takes the
-training set gets 50,000 images of it, poisoned at 10 %, drawn likewise.
+so a small one serves. What ends early (bisections, searches, unlearning) makes them vary by a fifth between victims. What takes
+the training set gets 50,000 images of it, poisoned at 10 %, drawn likewise.
 """
 
 from __future__ import annotations

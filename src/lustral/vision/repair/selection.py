@@ -22,7 +22,7 @@ EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; with
 
 def predictions(model: nn.Module, images: LabelledImages) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield (predicted labels, labels) batch by batch, in evaluation mode, on the model's device."""
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), images.labels.device)
     with torch.no_grad(), frozen(model):
         for batch in images.batches(256):
             x, labels, _ = batch.to(device)
