@@ -367,7 +367,8 @@ def test_all_complaints_about_a_plan_are_one_line(
 def test_verify(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = answer_of(capsys, "verify", "--store", store, "--plan", plan, "--sample", 2)
     assert (report["faults"], report["missing"], report["failed"], len(report["measured"])) == ([], [], [], 2)
-    assert report["records"] == {"victims": 2, "scans": 0, "purifications": 4, "audits": 0, "assets": 0, "failures": 0}
+    expected = {"victims": 2, "scans": 0, "purifications": 4, "siftings": 0, "trainings": 0, "audits": 0}
+    assert report["records"] == {**expected, "assets": 0, "failures": 0}
     shown = text_of(capsys, "verify", "--store", store, "--sample", 0)
     assert (
         "Looked at 2 victims, 0 scans, 4 purifications, 0 audits, 0 assets, 0 failures and 16 files; measured 0 models again."
