@@ -45,7 +45,7 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
-from lustral.vision.safe_training import PlainTraining, TrapAndReplace
+from lustral.vision.safe_training import ABL, DST, PlainTraining, TrapAndReplace
 from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
@@ -105,6 +105,8 @@ SIFTERS: dict[str, type[Sifter]] = {
 }
 
 SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
+    "abl": ABL,
+    "d_st": DST,
     "plain": PlainTraining,
     "trap_and_replace": TrapAndReplace,
 }

@@ -20,11 +20,24 @@ from lustral.core.records import Progress
 from lustral.vision.models.classifier import Classifier
 from lustral.vision.models.networks.small_cnn import SmallCNN
 from lustral.vision.records import ImageSet, Sifted, Trained, TrainingView
-from lustral.vision.safe_training import PlainTraining, TrapAndReplace
+from lustral.vision.safe_training import ABL, DST, PlainTraining, TrapAndReplace
+from lustral.vision.sifters import FCT, EarlyLoss
 from passes import counting
 from toy import clean_images, toy_images, toy_trainer
 
 SMALL: dict[str, Callable[[], Any]] = {
+    "abl": lambda: ABL(
+        sifter=EarlyLoss(trainer=toy_trainer(epochs=1, augment=None), least_steps=1),
+        trainer=toy_trainer(epochs=1),
+        unlearner=toy_trainer(epochs=2, learning_rate=1e-3),
+    ),
+    "d_st": lambda: DST(
+        sifter=FCT(trainer=toy_trainer(epochs=1, augment=None), least_steps=1, intra_epochs=1, intra_least_steps=1),
+        epochs=1,
+        least_steps=1,
+        projection=16,
+        head_least_steps=1,
+    ),
     "plain": lambda: PlainTraining(trainer=toy_trainer(epochs=1)),
     "trap_and_replace": lambda: TrapAndReplace(
         trainer=toy_trainer(epochs=1), head_trainer=toy_trainer(epochs=1, batch_size=16)

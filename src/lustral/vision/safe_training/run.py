@@ -38,13 +38,15 @@ class TrainingRun:
         view: what the trainer was given.
         generator: stream of the run.
         on_progress: called by every training.
+        given: a classifier that training goes on from; None: an untrained one is built.
         history: one entry per epoch.
-        start: the untrained classifier.
+        start: the classifier that training begins with.
     """
 
     view: TrainingView
     generator: Generator
     on_progress: OnProgress | None = None
+    given: nn.Module | None = None
     history: list[HistoryEntry] = field(default_factory=list)
     start: nn.Module = field(init=False)
     _meter: CostMeter = field(init=False)
@@ -52,7 +54,8 @@ class TrainingRun:
     def __post_init__(self) -> None:
         """Check the untrusted set and build the network."""
         require_trainable(self.view)
-        self.start = self.view.build_model(fork(self.generator, "weights"))
+        weights = fork(self.generator, "weights")
+        self.start = self.view.build_model(weights) if self.given is None else self.given
         clean = self.view.clean
         self._meter = CostMeter(self.start, clean_images=0 if clean is None else len(clean))
 
@@ -84,6 +87,11 @@ class TrainingRun:
             entry = replace(entry, clean_accuracy=clean_accuracy(model, clean).value)
         self.history.append(entry)
 
+    def measure(self, model: nn.Module) -> None:
+        """Add the accuracy on the clean images, where there are any, to the last entry."""
+        if self.history:
+            self.note(model, self.history.pop())
+
     def train(
         self,
         model: nn.Module,
@@ -94,6 +102,7 @@ class TrainingRun:
         objective: Objective | None = None,
         parts: tuple[tuple[Part, float], ...] = (),
         classifier: Callable[[nn.Module], nn.Module | None] = lambda model: model,
+        ends: Callable[[EpochReport], bool] = lambda report: False,
     ) -> nn.Module:
         """Return the model after the last epoch; each epoch is noted.
 
@@ -105,13 +114,15 @@ class TrainingRun:
             objective: loss; None is cross-entropy.
             parts: of the history entries.
             classifier: gives what classifies images, of the model that is trained; None where nothing does yet.
+            ends: says after an epoch whether training ends with it.
         """
 
-        def note(report: EpochReport) -> None:
+        def note(report: EpochReport) -> bool:
             entry = HistoryEntry(
                 count=report.epoch, parts=parts, loss=report.loss, images_per_second=report.images_per_second
             )
             self.note(classifier(report.model), entry)
+            return ends(report)
 
         return trainer.fit(
             model,
