@@ -312,6 +312,34 @@ def test_what_the_method_cannot_do_without_is_named() -> None:
         replace(method, stem="layer9").train(view(data), generator=child(0))
 
 
+class Flattening(nn.Module):
+    """Flattens maps by ``view``, as many public networks do, which channels-last memory does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.last = nn.Linear(72, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = torch.relu(self.second(torch.relu(self.first(images))))
+        logits: Tensor = self.last(maps.view(len(maps), -1))
+        return logits
+
+
+def test_a_network_that_cannot_work_in_channels_last_memory_is_split_all_the_same() -> None:
+    def flattening(generator: Generator) -> Classifier:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            return Classifier(Flattening(), (0.5,) * 3, (0.25,) * 3, num_classes=NUM_CLASSES)
+
+    method = TrapAndReplace(trainer=toy_trainer(epochs=1), head_trainer=replace(HEAD, epochs=1))
+    out = method.train(view(toy_images(140, seed=0), build_model=flattening), generator=child(0))
+    assert out.split.name == "network.first"
+    assert out.reconstruct(torch.rand(2, *SHAPE, generator=child(0))).shape == (2, *SHAPE)
+    old, new = out.trap_model.state_dict(), out.model.state_dict()
+    assert {name for name in old if torch.equal(old[name], new[name])} == {"network.first.weight", "network.first.bias"}
+
+
 def test_few_clean_images_will_do() -> None:
     method = TrapAndReplace(trainer=toy_trainer(epochs=1), head_trainer=replace(HEAD, epochs=2, batch_size=64))
     out = method.train(view(toy_images(70, seed=0), clean=clean_images(14)), generator=child(0))

@@ -51,7 +51,9 @@ class _Call:
 
 
 def last_block(model: nn.Module, wiring: Wiring) -> str:
-    """Return the module that holds the last convolution (or layer with weights, if none is one); in a plain sequence, that layer.
+    """Return the module that holds the last convolution (or layer with weights, if none is one).
+
+    It is that layer itself in a plain sequence, or where the module holds the layer that gives the logits as well.
 
     >>> vgg = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     >>> last_block(vgg, trace(vgg, torch.zeros(1, 3, 8, 8)))
@@ -65,7 +67,8 @@ def last_block(model: nn.Module, wiring: Wiring) -> str:
     convolutions = [name for name in wiring.layers if isinstance(model.get_submodule(name), nn.Conv2d)]
     last = (convolutions or wiring.layers)[-1]
     parent = last.rpartition(".")[0]
-    return last if parent == "" or type(model.get_submodule(parent)) is nn.Sequential else parent
+    holds_all = parent == "" or wiring.head.startswith(f"{parent}.")
+    return last if holds_all or type(model.get_submodule(parent)) is nn.Sequential else parent
 
 
 def cut_points(model: nn.Module, images: Tensor) -> tuple[str, ...]:
@@ -124,7 +127,10 @@ def copy_stem(source: nn.Module, target: nn.Module, split: Split) -> None:
 
 @contextmanager
 def tapped(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Collect what a module gives inside the block, pass by pass: copies, which layers that work in place do not change."""
+    """Collect what a module gives inside the block: copies, which layers that work in place do not change.
+
+    Take the last one: a ``Classifier`` whose network cannot work in channels-last memory begins its first pass twice.
+    """
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: object, output: Tensor) -> None:
@@ -193,8 +199,8 @@ def _default(
                 return name
     known = ", ".join(cut_points(model, images)) or "none; use another architecture"
     raise ValueError(
-        "found no place before the last block where this network passes through one feature map (B, C, H, W) and has half of its "
-        f"layers behind it. Name the module that the stem shall end with, among: {known}"
+        "found no place before the last block where this network passes through one feature map (B, C, H, W) with half of its "
+        f"layers before it. Name the module that the stem shall end with, among: {known}"
     )
 
 
@@ -242,7 +248,7 @@ def _head_parameters(model: nn.Module, images: Tensor, name: str) -> frozenset[s
             logits: Tensor = model(images)
         finally:
             handle.remove()
-        used = [torch.autograd.grad(out.float().sum(), parameters, allow_unused=True) for out in (logits, maps[0])]
+        used = [torch.autograd.grad(out.float().sum(), parameters, allow_unused=True) for out in (logits, maps[-1])]
     head, stem = ({own for own, slope in zip(names, slopes, strict=True) if slope is not None} for slopes in used)
     if not head or head & stem:
         said = (

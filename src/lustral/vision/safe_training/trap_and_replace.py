@@ -209,7 +209,7 @@ class TrapTrained(Trained):
             raise ValueError("nothing was reconstructed in this training: it ran with no_trap=True")
         with torch.no_grad(), frozen(self.trap_model), tapped(self.trap_model, self.split.name) as seen:
             self.trap_model(images)
-            drawn: Tensor = self.decoder(seen[0])
+            drawn: Tensor = self.decoder(seen[-1])
         return drawn
 
 
@@ -317,7 +317,7 @@ class TrapAndReplace:
         def objective(model: nn.Module, batch: Batch, stream: Generator) -> Tensor:
             with tapped(model, split.name) as seen:
                 logits = model(batch.inputs).float()
-            drawn = decoder(seen[0])
+            drawn = decoder(seen[-1])
             error = F.mse_loss(drawn, batch.inputs)
             errors.append(error.detach())
             smoothness = self.tv_weight * total_variation(drawn)
