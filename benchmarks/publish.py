@@ -28,7 +28,7 @@ from typing import Any
 from lustral.bench.expansion import expand
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
-from lustral.catalog import DETECTORS, PURIFIERS
+from lustral.catalog import DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.files import canonical, write_json_atomic, write_text_atomic
 from lustral.core.versions import outdated
 from lustral.store.store import KINDS, Store
@@ -55,6 +55,8 @@ README_ROWS = (
     ("erasers", "fine_tuning"),
 )
 NOTHING = "not run"
+AREAS = ("auroc", "auprc")
+SIFTED = ("tpr", "fpr", "precision", "listed", "covers_listed")
 
 Row = dict[str, Any]
 
@@ -136,6 +138,10 @@ def row_of(name: str, cell: Mapping[str, Any], record: Mapping[str, Any]) -> Row
     }
     if "after" in metrics and cell["defence"] != UNDEFENDED:
         row |= {rate: counts(metrics["after"][rate]) for rate in RATES} | {"der": cell["der"]}
+    if "sifting" in metrics:
+        row["sifting"] = sifting_of(metrics["sifting"])
+    if "parts" in metrics:
+        row["parts"] = {name: sifting_of(part) for name, part in metrics["parts"].items()}
     if "scan" in spec:
         row["scan"] = spec["scan"]["defence"]
     if cell["outcome"] is not None:
@@ -145,6 +151,12 @@ def row_of(name: str, cell: Mapping[str, Any], record: Mapping[str, Any]) -> Row
     if cell["defence"] == UNDEFENDED:
         return row | {"seconds": round(cell["victim_seconds"], 1)}
     return row | {"seconds": round(cell["seconds"], 1), "image_passes": round(cell["image_passes"])}
+
+
+def sifting_of(found: Mapping[str, Any]) -> Row:
+    """Return what a list of suspicious images was worth as it is kept: AUROC and AUPRC, and counts."""
+    areas = {name: None if found[name] is None else round(found[name], 5) for name in AREAS}
+    return areas | {name: counts(found[name]) for name in SIFTED}
 
 
 def counts(rate: Mapping[str, Any]) -> list[int]:
@@ -192,9 +204,14 @@ class Mean:
     passes: float
 
 
+def method_of(row: Row) -> str:
+    """Return the method that a row's label begins with."""
+    return str(row["defence"].split()[0])
+
+
 def erased(rows: Sequence[Row]) -> list[Row]:
     """Return the rows in which an eraser was measured."""
-    return [row for row in rows if "acc" in row]
+    return [row for row in rows if "acc" in row and method_of(row) not in SAFE_TRAINERS]
 
 
 def worked(row: Row) -> bool:
@@ -360,7 +377,7 @@ def means_table(rows: Sequence[Row]) -> str:
     """Return the means of every eraser of a plan."""
     lines: list[list[object]] = []
     for label in labels_of(rows):
-        if label.split()[0] in DETECTORS:
+        if any(label.split()[0] in others for others in (DETECTORS, SIFTERS, SAFE_TRAINERS)):
             continue
         mean = mean_of(label, rows)
         if mean is None:
@@ -378,6 +395,8 @@ def cells_table(rows: Sequence[Row]) -> str:
     by_cell = {(row["defence"], *victim_of(row)): row for row in rows}
     lines = []
     for label in labels_of(rows):
+        if label.split()[0] in SIFTERS or label.split()[0] in SAFE_TRAINERS:
+            continue
         cells = []
         for name in names:
             row = by_cell.get((label, *name))
@@ -390,6 +409,46 @@ def cells_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{left}{percent(loss(row))}")
         lines.append([label, *cells])
     return table(" | ".join(["ASR left / ACC lost", *heads(names)]), lines)
+
+
+def siftings_table(rows: Sequence[Row]) -> str:
+    """Return what every sifter found in the training set of each victim; shares in per cent."""
+    own = [row for row in rows if method_of(row) in SIFTERS]
+    lines: list[list[object]] = []
+    for row in own:
+        told = [row["defence"], *head_of(row, own)]
+        if row["status"] != "done":
+            lines.append([*told, NOTHING, *[""] * 7])
+            continue
+        found = row["sifting"]
+        areas = ["—" if found[name] is None else f"{found[name]:.3f}" for name in AREAS]
+        rates = [percent(value(found[name])) for name in ("tpr", "fpr", "precision", "listed")]
+        lines.append([*told, *areas, *rates, f"{row['seconds']:.0f}", f"{row['image_passes']:,}"])
+    return table("sifter | attack | AUROC | AUPRC | TPR | FPR | precision | listed | seconds | passes", lines)
+
+
+def trainings_table(rows: Sequence[Row]) -> str:
+    """Return what every safe trainer made of each victim's training set, beside the victim, which was trained plainly."""
+    own = [row for row in rows if method_of(row) in SAFE_TRAINERS]
+    lines: list[list[object]] = []
+    for row in own:
+        told = [row["defence"], *head_of(row, own)]
+        if row["status"] != "done":
+            lines.append([*told, NOTHING, *[""] * 6])
+            continue
+        rates = [percent(value(row[name])) for name in ("asr0", "asr", "acc0", "acc", "ra")]
+        lines.append([*told, *rates, f"{row['seconds']:.0f}", f"{row['image_passes']:,}"])
+    return table("trainer | attack | ASR, victim | ASR | ACC, victim | ACC | RA | seconds | passes", lines)
+
+
+def head_of(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Return what a row's victim is called among those of a table: its attack, with what else differs."""
+    names = list(dict.fromkeys(map(victim_of, rows)))
+    head = heads(names)[names.index(victim_of(row))]
+    rates = {other["poison_rate"] for other in rows if other["poison_rate"] is not None}
+    if len(rates) > 1 and row["poison_rate"] is not None:
+        head = f"{head}, {100 * row['poison_rate']:g} %"
+    return [head]
 
 
 def section(kept: Mapping[str, Any]) -> str:
@@ -407,6 +466,10 @@ def section(kept: Mapping[str, Any]) -> str:
         parts.append(victims_table(begun))
     if erased(begun):
         parts += [means_table(begun), cells_table(begun)]
+    if any("sifting" in row and method_of(row) in SIFTERS for row in begun):
+        parts.append(siftings_table(begun))
+    if any("acc" in row and method_of(row) in SAFE_TRAINERS for row in begun):
+        parts.append(trainings_table(begun))
     return "\n\n".join(parts)
 
 
@@ -484,8 +547,12 @@ def card_row(row: Row, *, with_arch: bool) -> dict[str, Any]:
         shown["name"] = ", ".join([row["attack"], *told])
     end = "" if is_victim else "_before"
     rates = {f"{rate}{end}": value(row[f"{rate}0"]) for rate in (RATES if is_victim else ("acc", "asr"))}
+    if "sifting" in row:
+        rates |= {name: row["sifting"][name] for name in AREAS}
+        rates |= {name: value(row["sifting"][name]) for name in ("tpr", "fpr", "precision", "listed")}
     if not is_victim:
         shown["clean_images"] = row["clean_images"]
+    if not is_victim and "acc" in row:
         rates |= {rate: value(row[rate]) for rate in RATES} | {"der": row["der"]}
     shown |= {name: round(number, 5) for name, number in rates.items() if number is not None}
     return shown | {name: row[name] for name in ("seconds", "image_passes") if name in row}
@@ -496,8 +563,10 @@ def card_tables(method: str, plans: Mapping[str, Mapping[str, Any]]) -> Iterator
     order = [*(name for name in FIRST if name in plans), *sorted(set(plans) - {*FIRST})]
     for plan in order:
         rows = [row for row in plans[plan]["rows"] if row["status"] == "done"]
-        if method in PURIFIERS:
-            own = [row for row in rows if row["defence"].split()[0] == method and "acc" in row]
+        if method in SIFTERS:
+            own = [row for row in rows if method_of(row) == method and "sifting" in row]
+        elif method in PURIFIERS or method in SAFE_TRAINERS:
+            own = [row for row in rows if method_of(row) == method and "acc" in row]
         else:
             own = [row for row in rows if row["defence"] == UNDEFENDED and row["attack"].split()[0] == method]
         several = len({row["arch"] for row in own}) > 1
@@ -523,7 +592,8 @@ def write_cards(folder: Path, plans: Mapping[str, Mapping[str, Any]]) -> None:
         tables = dict(card_tables(card["method"], plans))
         if not tables:
             raise PublishError(f"no kept row is of {card['method']}; its card would have no number of ours")
-        kind = "erasers" if card["method"] in PURIFIERS else "zoo"
+        rooms = {"erasers": PURIFIERS, "siftings": SIFTERS, "trainings": SAFE_TRAINERS}
+        kind = next((name for name, methods in rooms.items() if card["method"] in methods), "zoo")
         ours = next(iter(tables.values()))
         write_json_atomic(path, {"method": card["method"], "published": card["published"], "ours": ours, kind: tables})
 

@@ -191,3 +191,70 @@ def test_pages_and_cards_are_what_the_kept_rows_make(publish: ModuleType, tmp_pa
     publish.publish(tmp_path)
     for path in [*tmp_path.glob("*.md"), *tmp_path.glob("docs/*.md"), *tmp_path.glob("tests/cards/*.json")]:
         assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), path.name
+
+
+UNTRUSTED = (
+    PLAN.replace('"badnets"\n', '"badnets"\nlabel = "patch"\n').split("[[defences]]")[0]
+    + """
+[[attacks]]
+method = "none"
+[[defences]]
+method = "spectral"
+clean = [0]
+[[defences]]
+method = "plain"
+label = "plain short"
+clean = [0]
+settings = { trainer = { epochs = 1 } }
+[[defences]]
+method = "strip"
+[run]
+threads = 1
+"""
+)
+
+
+def test_siftings_and_trainings_have_tables_cards_and_pages(publish: ModuleType, tmp_path: Path) -> None:
+    root = repository(tmp_path)
+    plan, results, url = root / "benchmarks/plans/small.toml", root / "benchmarks/results", str(root / "store")
+    plan.write_text(UNTRUSTED)
+    for card in (root / "tests/cards").glob("*.json"):
+        card.unlink()
+    for method in ("spectral", "plain"):
+        card = {"method": method, "published": {"source": "a paper"}, "ours": {"command": "older"}}
+        (root / f"tests/cards/{method}.json").write_text(json.dumps(card))
+    site = root / "pages"
+    command = ["bench", "run", str(plan), "--store", url, "--where", "defence_method=spectral,plain", "--quiet"]
+    assert main([*command, "--site", str(site), "--cards", str(root / "tests/cards")]) == 0
+    store = Store(url).open(create=False)
+    publish.keep(plan, store, results)
+    publish.publish(root)
+
+    page = (root / "docs/results.md").read_text()
+    siftings = {record["facts"]["attack"]: record for record in store.records("siftings")}
+    found = siftings["patch"]["metrics"]["sifting"]
+    rates = [f"{100 * found[name]['hits'] / found[name]['n']:.1f}" for name in ("tpr", "fpr") if found[name]["n"]]
+    assert f"| spectral | patch | {found['auroc']:.3f} | {found['auprc']:.3f} | {' | '.join(rates)} |" in page
+    assert "| spectral | benign | — | — | — |" in page
+    trained = next(r for r in store.records("trainings") if r["facts"]["attack"] == "patch")["metrics"]
+    ends = [100 * trained[when]["asr"]["hits"] / trained[when]["asr"]["n"] for when in ("before", "after")]
+    assert f"| plain short | patch | {ends[0]:.1f} | {ends[1]:.1f} |" in page
+    assert "eraser | victims" not in page
+    assert "Not run at all: strip." in page
+
+    card = json.loads((root / "tests/cards/spectral.json").read_text())
+    (patch, benign) = card["siftings"]["small"]["victims"]
+    assert patch["auroc"] == pytest.approx(found["auroc"], abs=1e-5)
+    assert "auroc" not in benign
+    assert json.loads((root / "tests/cards/plain.json").read_text())["trainings"]["small"]["victims"][0]["acc"] > 0
+
+    text = (site / "methods/spectral.html").read_text()
+    assert "Needs beyond the training set" in text
+    assert "image of the training set" in text
+    cell = (site / f"cells/{siftings['patch']['key']}.html").read_text()
+    assert "The list of suspicious images" in cell
+    assert "Scores of clean and poisoned images" in cell
+    assert f"{found['auroc']:.3f}" in cell
+    assert (site / f"cells/{siftings['benign']['key']}.html").exists()
+    assert "holds something else" not in (site / "index.html").read_text()
+    assert "safe trainer" in (site / "assets/cells.js").read_text()

@@ -68,6 +68,23 @@ def listed_methods() -> dict[str, dict[str, Any]]:
     }
 
 
+@cache
+def listed_rooms() -> dict[str, str]:
+    """Return which table of the catalog lists each method, e.g. "SIFTERS", read from the source.
+
+    >>> listed_rooms()["badnets"]
+    'ATTACKS'
+    """
+    tree = ast.parse(files("lustral").joinpath("catalog.py").read_text(encoding="utf-8"))
+    return {
+        ast.literal_eval(name): line.target.id
+        for line in tree.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Dict) and isinstance(line.target, ast.Name)
+        for name in line.value.keys
+        if name is not None
+    }
+
+
 def outdated(versions: object) -> str | None:
     """Say how recorded versions differ from those of this library; None if they do not.
 

@@ -17,6 +17,7 @@ CELL_COLUMNS = (
     *("key", "kind", "status", "title", "data", "arch", "attack", "attack_method", "poison_rate"),
     *("defence", "defence_method", "defence_kind", "clean_images", "seed", "defence_seed", "victim_key"),
     *("acc", "acc_low", "acc_high", "asr", "asr_low", "asr_high", "ra", "der", "acc_loss", "seconds"),
+    *("auroc", "tpr", "fpr", "listed"),
     *("erased", "outcome", "correct", "error", "device", "threads"),
 )
 FEW_WORDS = (  # columns in which the same texts come again and again
@@ -25,7 +26,10 @@ FEW_WORDS = (  # columns in which the same texts come again and again
 )
 SETTING = ("data", "arch", "poison_rate", "clean_images", "attack", "attack_method", "defence", "defence_method")
 MEAN = ("data", "arch", "poison_rate", "clean_images", "defence", "defence_method")
-METRICS = ("der", "asr", "acc", "ra", "rir", "acc_loss", "erased", "correct", "alarm", "seconds", "asr0")
+METRICS = (
+    *("der", "asr", "acc", "ra", "rir", "acc_loss", "erased", "correct", "alarm", "seconds", "asr0"),
+    *("auroc", "tpr", "fpr", "listed"),
+)
 ENDS = ("", "_half", "_low", "_high")
 LONGEST_ERROR = 200  # characters; the page of the cell has the whole
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lustral.core.history import MISSING
-from lustral.core.versions import listed_methods
+from lustral.core.versions import listed_methods, listed_rooms
 from lustral.report.words import PRINTS, count, is_number, plain, plus_minus, spaced
 from lustral.site.addresses import file_name, table_link
 from lustral.tables.rows import UNDEFENDED
@@ -29,6 +29,12 @@ CARD_FORMS = {  # fields of cards, in the order of the table: heading and how th
     "seconds": ("time", "seconds"),
     "image_passes": ("image passes", "passes"),
     "num_victims": ("victims", "passes"),
+    "auroc": ("AUROC", "score"),
+    "auprc": ("AUPRC", "score"),
+    "tpr": ("TPR", "percent"),
+    "fpr": ("FPR", "percent"),
+    "precision": ("precision", "percent"),
+    "listed": ("listed", "percent"),
 }
 CARD_SETTINGS: dict[
     str, Callable[[float], str]
@@ -41,7 +47,22 @@ CARD_SETTINGS: dict[
 }
 CARD_NAMES = {"accuracy_loss": "acc_loss", "worst_accuracy_loss": "worst_acc_loss", "asr0": "asr_before"}
 WORKED = 0.5  # attack success rate above which a victim counts in means
-STORE_FIELDS = ("acc", "asr", "ra", "der", "correct", "acc_loss", "asr_before", "seconds")
+STORE_FIELDS = (
+    "acc",
+    "asr",
+    "ra",
+    "der",
+    "correct",
+    "acc_loss",
+    "asr_before",
+    "auroc",
+    "tpr",
+    "fpr",
+    "listed",
+    "seconds",
+)
+SIFTED = ("auroc", "auprc", "tpr", "fpr", "precision", "listed")
+ON_TRAINING_SETS = ("SIFTERS", "SAFE_TRAINERS")  # tables of the catalog whose methods work on a training set
 
 
 class CardError(ValueError):
@@ -103,7 +124,7 @@ def method_page(
     return {
         "title": method,
         "kind": "attack" if is_attack else "defence" if settings or says else "",
-        "about": _about(says),
+        "about": _about(says, listed_rooms().get(method, "")),
         "absence": _absence(settings),
         "columns": [CARD_FORMS[name][0] if name in CARD_FORMS else spaced(name) for name in columns],
         "groups": [
@@ -138,6 +159,8 @@ def _groups(
     else:
         worked = "Our tables on the card: mean over attacks that had worked"
         groups.append((worked, _table_rows(card.get("erasers"))))
+        groups.append((worked, _table_rows(card.get("trainings"))))
+        groups.append(("Our tables on the card: mean over victims", _table_rows(card.get("siftings"))))
         groups.append(("This store: mean over attacks", [_store_row(row) for row in means]))
         groups.append(("This store: mean over seeds", [_store_row(row) for row in settings]))
     if any("asr_drop" in row["values"] for _, rows in groups for row in rows):
@@ -146,15 +169,17 @@ def _groups(
     return groups
 
 
-def _about(says: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what a method of the catalog says of itself: (name, text)."""
+def _about(says: Mapping[str, Any], room: str = "") -> list[tuple[str, str]]:
+    """Return what a method of the catalog says of itself: (name, text); ``room`` is the table that lists it."""
     about = []
     if "threat_model" in says:
         about.append(("The attacker", says["threat_model"]))
     if "needs" in says:
-        about.append(("Needs beyond clean images", says["needs"]))
+        beyond = "the training set" if room in ON_TRAINING_SETS else "clean images"
+        about.append((f"Needs beyond {beyond}", says["needs"]))
     if "cost_passes" in says:
-        passes = f"{plain(says['cost_passes'])} passes of each of 2,500 clean images through the network and back"
+        images = "image of the training set" if room in ON_TRAINING_SETS else "of 2,500 clean images"
+        passes = f"{plain(says['cost_passes'])} passes of each {images} through the network and back"
         about.append(("Costs by default", passes))
     return about
 
@@ -239,7 +264,7 @@ def _table_rows(tables: Any) -> list[dict[str, Any]]:
                 groups.setdefault((clean if is_number(clean) else None, variant), []).append(victim)
         for (clean, variant), victims in groups.items():
             values: dict[str, Any] = {"num_victims": len(victims)}
-            for key in ("acc", "asr", "ra", "der", "asr_before", "seconds"):
+            for key in ("acc", "asr", "ra", "der", "asr_before", "seconds", *SIFTED):
                 if found := [float(victim[key]) for victim in victims if is_number(victim.get(key))]:
                     values[key] = statistics.median(found) if key == "seconds" else statistics.fmean(found)
             if losses := [

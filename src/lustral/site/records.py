@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from lustral.core.files import canonical
@@ -39,6 +39,13 @@ from lustral.tables.rows import BENIGN
 
 MOST_LINKS = 24  # to other cells in one list
 MOST_ENTRIES = 120  # of a history or an evidence table; the file beside the record has all
+SIFTING_RATES = (  # of a list of suspicious images: field and heading
+    ("tpr", "poisoned images listed (TPR)"),
+    ("fpr", "clean images listed (FPR)"),
+    ("precision", "precision"),
+    ("listed", "listed"),
+    ("covers_listed", "covers listed"),
+)
 P_VALUE = " p_value"  # ends the name of a column of chances
 SHORT_KEY = 12  # digits of a key that commands take
 LARGEST_PIXELATED = 200  # pixels; smaller pictures are drawn with sharp edges
@@ -134,6 +141,8 @@ def _telling_number(row: Mapping[str, Any]) -> str:
         return f"ASR {percent(row['asr'])}" if row["asr"] is not None else f"ACC {percent(row['acc'])}"
     if row["defence_kind"] == "detector":
         return f"{row['outcome']}, {'right' if row['correct'] else 'wrong'}"
+    if row["kind"] == "sifting":
+        return f"{percent(row['listed'])} listed" if row["auroc"] is None else f"AUROC {score(row['auroc'])}"
     return f"DER {score(row['der'])}" if row["der"] is not None else f"ACC {percent(row['acc'])}"
 
 
@@ -179,6 +188,7 @@ def record_page(
         "curves": curves(history, selected),
         "history": _history_grid(history, selected),
         "detection": _detection(metrics.get("detection"), names),
+        "sifting": _sifting(metrics.get("sifting"), metrics.get("parts") or {}, detail.get("sifting") or {}),
         "verdict": _verdict(detail.get("verdict"), names),
         "audit": _verdict(detail.get("audit"), names),
         "classes": _classes(detail.get("per_class") or {}, names),
@@ -274,6 +284,11 @@ def _tiles(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str
             ("outcome", str(found["outcome"])),
             (f"score, threshold {plain(found['threshold'])}", plain(found["score"])),
         ]
+        return [*tiles, ("time of the defence", duration(row["seconds"]))]
+    if row["kind"] == "sifting":
+        tiles = [("listed", percent(row["listed"])), ("clean images listed (FPR)", percent(row["fpr"]))]
+        if row["auroc"] is not None:
+            tiles = [("AUROC", score(row["auroc"])), ("poisoned images listed (TPR)", percent(row["tpr"])), *tiles]
         return [*tiles, ("time of the defence", duration(row["seconds"]))]
     tiles = [("clean accuracy", f"{percent(row['acc0'])} → {percent(row['acc'])}")]
     if row["asr"] is not None:
@@ -377,6 +392,34 @@ def _detection(found: Mapping[str, Any] | None, names: Sequence[str]) -> list[tu
         ("Score and threshold", f"{plain(found['score'])}, {plain(found['threshold'])}"),
         ("Right", plain(found["correct"])),
     ]
+
+
+def _sifting(
+    found: Mapping[str, Any] | None, parts: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return what a list of suspicious images was worth, as texts: {basis, threshold, rates, histogram}; None without one."""
+    if found is None:
+        return None
+    columns = ["method", "AUROC", "AUPRC", *(heading for _, heading in SIFTING_RATES)]
+    rows = [([name, *_sifting_texts(rates)], False) for name, rates in {"all": found, **parts}.items()]
+    counts = told.get("histogram") or {}
+    edges = [plain(float(edge)) for edge in counts.get("edges") or ()]
+    kinds = [name for name in ("clean", "poisoned", "cover") if any(counts.get(name) or ())]
+    lines = [
+        ([f"{low} to {high}", *(count(counts[name][place]) for name in kinds)], False)
+        for place, (low, high) in enumerate(pairwise(edges))
+        if any(counts[name][place] for name in kinds)
+    ]
+    return {
+        "basis": str(told.get("basis") or ""),
+        "threshold": "nothing is listed" if told.get("threshold") is None else plain(told["threshold"]),
+        "rates": {"columns": columns, "rows": rows, "more": 0},
+        "histogram": {"columns": ["score", *kinds], "rows": lines, "more": 0} if lines else None,
+    }
+
+
+def _sifting_texts(rates: Mapping[str, Any]) -> list[str]:
+    return [score(rates["auroc"]), score(rates["auprc"]), *(_rate(rates[name])[0] for name, _ in SIFTING_RATES)]
 
 
 def _label_list(labels: Iterable[Any], names: Sequence[str]) -> str:

@@ -63,6 +63,10 @@ window.lustral = (() => {
     acc_loss: { name: "ACC loss", long: "accuracy lost (percentage points)", print: points, better: -1, range: [0, 0.1] },
     correct: { name: "Right", long: "right verdicts of detectors", print: percent(0), better: 1, range: [0, 1] },
     erased: { name: "Erased", long: "share of models erased", print: percent(0), better: 1, range: [0, 1] },
+    auroc: { name: "AUROC", long: "ranking of the poisoned images (AUROC)", print: fixed(3), better: 1, range: [0.5, 1] },
+    tpr: { name: "TPR", long: "poisoned images listed (TPR)", print: percent(1), better: 1, range: [0, 1] },
+    fpr: { name: "FPR", long: "clean images listed (FPR)", print: percent(1), better: -1, range: [0, 0.1] },
+    listed: { name: "Listed", long: "share of images listed", print: percent(1), better: -1, range: [0, 0.2] },
     seconds: { name: "Time", long: "time of the defence", print: seconds, better: -1, range: null, log: true },
   };
 

@@ -8,7 +8,7 @@
   const SELECTS = ["data", "arch", "attack", "poison_rate", "defence", "clean_images", "kind", "status"];
   const SIZES = [25, 50, 100, 250];
   const LEAST_KEY = 6; // digits of a key that find it
-  const FALLING = new Set(["der", "rir", "acc", "ra"]); // the best first
+  const FALLING = new Set(["der", "rir", "acc", "ra", "auroc", "tpr"]); // the best first
   const COLUMNS = [
     { id: "defence", name: "Defence", isText: true, print: defenceName },
     { id: "attack", name: "Attack", isText: true },
@@ -20,6 +20,8 @@
     { id: "defence_seed", name: "Def. seed", optional: true },
     ...["der", "asr", "acc", "ra", "acc_loss", "seconds"].map((id) => (
       { id, name: lustral.METRICS[id].name, print: (value) => show(id, value) })),
+    ...["auroc", "tpr", "fpr", "listed"].map((id) => (
+      { id, name: lustral.METRICS[id].name, optional: true, print: (value) => show(id, value) })),
     { id: "verdict", name: "Outcome", isText: true },
   ];
   const TONES = { erased: "good", right: "good", failed: "bad", "not erased": "unsure", wrong: "unsure" };
@@ -67,6 +69,7 @@
     if (row.status === "failed") return "failed";
     if (row.kind === "victim") return row.attack_method === "none" ? "benign model" : "victim";
     if (row.defence_kind === "detector") return row.correct === null ? row.outcome ?? "–" : row.correct ? "right" : "wrong";
+    if (row.defence_kind === "sifter") return isNumber(row.auroc) ? `AUROC ${show("auroc", row.auroc)}` : "done";
     return row.erased === null ? "done" : row.erased ? "erased" : "not erased";
   }
 
