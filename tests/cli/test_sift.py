@@ -20,8 +20,9 @@ from torch import Generator
 
 from lustral.catalog import SAFE_TRAINERS, SIFTERS
 from lustral.cli import main
-from lustral.cli.arguments import Sift, Train, UsageError, parse, parse_untrusted
-from lustral.cli.untrusted_files import class_folders, csv_text
+from lustral.cli.arguments import UsageError, parse, parse_untrusted
+from lustral.cli.untrusted.arguments import Sift, Train
+from lustral.cli.untrusted.files import class_folders, csv_text
 from lustral.core.records import Cost, OnProgress
 from lustral.training import Trainer
 from lustral.vision.models import load_model

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, get_args, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
 
 import tyro
 
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
+from lustral.cli.untrusted.arguments import Sift, Train, UntrustedData
 from lustral.training import Augment, Trainer
 from lustral.vision.detectors import MaskArea
-from lustral.vision.erasing import takes_verdict
+from lustral.vision.erasing import takes_untrusted, takes_verdict
 from lustral.vision.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
@@ -154,6 +155,7 @@ class Erase(Generic[Settings, Scans]):
         method: how to erase; `lustral erase --list` explains each.
         settings: of the method.
         scanning: of a method that starts from a scan.
+        untrusted: the set that the model was trained on, for a method that looks at it: as for `lustral sift`.
         list: explain each method in a line.
     """
 
@@ -162,78 +164,7 @@ class Erase(Generic[Settings, Scans]):
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PURIFIERS) + "}")] = DEFAULT_PURIFIER
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
     scanning: Annotated[Scans, FLAT]
-    list: Switch = False
-    common: Annotated[Common, FLAT] = Common()
-
-
-@dataclass(frozen=True, kw_only=True)
-class UntrustedData:
-    """A training set of unknown origin, and what is known about it.
-
-    Attributes:
-        data: the training set: an image folder, a .csv label table with the columns file and label, an .npz or .parquet
-            file, or a name as cifar10, whose whole training split is then untrusted.
-        clean: images that nobody could have poisoned: a set like DATA; or, of a known name, how many of its reserve.
-        classes: file with the names of the classes in the order of their numbers, one a line or a JSON list.
-        image_size: pixels to resize the images to: the side of a square, or height and width.
-        resize: scale the shorter side to this many pixels first, and cut --image-size out of the middle.
-        flip: whether a mirrored image keeps its meaning; where it is left out, known names know it, and others do.
-        arch: network to train; small_cnn for images below 20 pixels and preact_resnet18:width=16 for the rest if left out.
-            FILE.py:function runs that file.
-    """
-
-    data: tyro.conf.Positional[str]
-    clean: str | None = None
-    classes: Path | None = None
-    image_size: tuple[int, ...] | None = None
-    resize: int | None = None
-    flip: bool | None = None
-    arch: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sift(Generic[Settings]):
-    """List the suspicious images of a training set. Exit code 0: none listed, 1: poisoned images listed, 2: error.
-
-    Attributes:
-        given: the training set and what is known about it.
-        out: folder for scores.csv, scores.parquet, sheet.png, report.html and result.json.
-        method: how to sift; `lustral sift --list` explains each.
-        settings: of the method.
-        write_clean: folder, new or empty, for what is left when the listed images are taken away. Nothing is ever deleted.
-        write_clean_as: copies of the pictures in a folder for each class, or a list of their files in clean.txt. Arrays are
-            copied to clean.npz.
-        list: explain each method in a line.
-    """
-
-    given: Annotated[UntrustedData, FLAT]
-    out: Path
-    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIFTERS) + "}")] = ""
-    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
-    write_clean: Path | None = None
-    write_clean_as: Literal["copies", "list"] = "copies"
-    list: Switch = False
-    common: Annotated[Common, FLAT] = Common()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train(Generic[Settings]):
-    """Train a model on a set of unknown origin without learning its backdoor.
-
-    Attributes:
-        given: the training set and what is known about it.
-        out: folder for model.safetensors, report.html and result.json.
-        method: how to train; `lustral train --list` explains each.
-        settings: of the method.
-        test: images to measure the model on, which the method never sees; the test split of DATA if left out.
-        list: explain each method in a line.
-    """
-
-    given: Annotated[UntrustedData, FLAT]
-    out: Path
-    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SAFE_TRAINERS) + "}")] = ""
-    settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
-    test: str | None = None
+    untrusted: str | None = None
     list: Switch = False
     common: Annotated[Common, FLAT] = Common()
 
@@ -348,9 +279,8 @@ def parse(argv: Sequence[str]) -> Command:
     detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
     purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
     scanning = Scanning if takes_verdict(purifier) else NoScanning
-    if verb == "erase" and scanning is NoScanning and any(word.partition("=")[0] == "--verdict" for word in argv):
-        takers = " or ".join(name for name, kind in PURIFIERS.items() if takes_verdict(kind))
-        raise UsageError(f"{method} starts from no scan: leave --verdict out, or choose --method {takers}")
+    if verb == "erase":
+        require_fitting_flags(argv, method, purifier)
     kinds: Mapping[str, Any] = {
         "demo": Demo,
         "scan": Scan[detector],  # type: ignore[valid-type]
@@ -371,6 +301,27 @@ def parse(argv: Sequence[str]) -> Command:
         follows = replace(command.scanning.detector, inverter=command.settings.inverter)
         return replace(command, scanning=replace(command.scanning, detector=follows))
     return command
+
+
+def require_fitting_flags(argv: Sequence[str], method: str, purifier: type) -> None:
+    """Raise ``UsageError`` where a line hands a purifier a scan or a training set that it has no use for, or lacks one."""
+    flags = {word.partition("=")[0] for word in argv}
+
+    def takers(takes: Callable[[type], bool]) -> str:
+        return (
+            " or ".join(name for name, kind in PURIFIERS.items() if takes(kind)) or "one that does: there is none yet"
+        )
+
+    if "--verdict" in flags and not takes_verdict(purifier):
+        raise UsageError(
+            f"{method} starts from no scan: leave --verdict out, or choose --method {takers(takes_verdict)}"
+        )
+    if "--untrusted" in flags and not takes_untrusted(purifier):
+        raise UsageError(
+            f"{method} does not look at the training set: leave --untrusted out, or choose --method {takers(takes_untrusted)}"
+        )
+    if "--untrusted" not in flags and takes_untrusted(purifier) and not flags & {"--help", "-h", "--list"}:
+        raise UsageError(f"{method} looks at the set that the model was trained on: give it as --untrusted DATA")
 
 
 def default_method(catalog: Mapping[str, type], preferred: str) -> str:

@@ -28,6 +28,7 @@ from lustral.cli.tables import (
     purified_record,
     verdict_table,
 )
+from lustral.cli.untrusted.opening import open_training_set
 from lustral.core.files import write_bytes_atomic, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Assets
@@ -55,7 +56,7 @@ from lustral.vision.models import (
 from lustral.vision.models.architecture import innermost
 from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import CNPD, BaEraser
-from lustral.vision.records import ImageSet, Verdict, Victim
+from lustral.vision.records import DefenderView, ImageSet, Verdict, Victim
 from lustral.vision.sources import load_source, source_names
 from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, read_verdict, verdict_record, write_verdict
 
@@ -144,7 +145,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         )
     scanning: dict[str, Any] = dict(vars(command.scanning))
     taken: Path | None = scanning.pop("verdict", None)
-    view = opened.view if taken is None else dataclasses.replace(opened.view, verdict=read_verdict(taken, opened.view))
+    view = granted_view(command, opened, taken)
     out = prepare_folder(command.out)
     with screen.progress() as on_progress:
         purified = run_eraser(
@@ -193,6 +194,16 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         screen.show(*shown)
         screen.record(record)
     return 0
+
+
+def granted_view(command: Erase[Any, Any], opened: Opened, taken: Path | None) -> DefenderView:
+    """Return what a purifier may look at: the opened view, with the scan and the training set that a line hands over."""
+    view = opened.view if taken is None else dataclasses.replace(opened.view, verdict=read_verdict(taken, opened.view))
+    if command.untrusted is None:
+        return view
+    size, resize = command.suspect.image_size, command.suspect.resize
+    training_set = open_training_set(command.untrusted, view.clean, image_size=size, resize=resize)
+    return dataclasses.replace(view, untrusted=training_set)
 
 
 def write_erased(out: Path, model: Classifier, loaded: LoadedModel) -> Path:
@@ -357,6 +368,7 @@ def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened
         "method": command.method,
         "settings": dataclasses.asdict(command.settings),
         **scanning_record(command),
+        **({"untrusted": command.untrusted} if isinstance(command, Erase) and command.untrusted else {}),
         "versions": victims.library_versions(),
     }
 

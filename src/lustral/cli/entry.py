@@ -59,9 +59,11 @@ def run(argv: Sequence[str]) -> int:
         from lustral.cli.bench_commands import run_bench
 
         return run_bench(argv)
-    from lustral.cli import commands, untrusted_commands
-    from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, Sift, Train, parse
+    from lustral.cli import commands
+    from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, parse
     from lustral.cli.console import Screen
+    from lustral.cli.untrusted import commands as untrusted_commands
+    from lustral.cli.untrusted.arguments import Sift, Train
 
     if argv[:1] == ["erase"] and "--list" in argv:
         return commands.list_purifiers(Screen(json="--json" in argv, quiet=False))

@@ -65,6 +65,11 @@ def erase(
         raise ValueError(
             f"{type(purifier).__name__} starts from a scan and is checked by one; expected a detector, got None"
         )
+    if takes_untrusted(purifier) and view.untrusted is None:
+        raise ValueError(
+            f"{type(purifier).__name__} looks at the set that the model was trained on, and the view has none: give it as "
+            "DefenderView(untrusted=...), or as `lustral erase --untrusted DATA`"
+        )
     require_usable(view.clean, least=2)
     with CostMeter(view.model, clean_images=len(view.clean)) as meter:
         doubts = require_task(view.model, view.clean).notes(view.clean.class_names)

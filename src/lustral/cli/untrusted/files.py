@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lustral.cli.untrusted_opening import OpenedSet
+from lustral.cli.untrusted.opening import OpenedSet
 from lustral.core.characters import visible
 from lustral.core.files import atomic_write, open_regular, write_text_atomic
 from lustral.vision.records import ImageSet, Sifted

@@ -14,9 +14,9 @@ import torch
 from torch import Generator, nn
 from torch.nn import functional as F
 
-from lustral.cli.arguments import UntrustedData
 from lustral.cli.opening import draw_clean
 from lustral.cli.parsing import UsageError
+from lustral.cli.untrusted.arguments import UntrustedData
 from lustral.core.randomness import child
 from lustral.report.words import count, duration
 from lustral.training.modes import autocast
@@ -33,7 +33,7 @@ from lustral.vision.sources import (
     source_names,
 )
 from lustral.vision.sources.checks import memory_limit
-from lustral.vision.untrusted import find_overlap
+from lustral.vision.untrusted import OverlapError, file_names, find_overlap
 
 Images = TypeVar("Images", bound=ImageSet | FolderStream)
 SMALL_SIDE = 20  # pixels below which the default network is the small one
@@ -105,6 +105,35 @@ def open_untrusted(given: UntrustedData, *, seed: int, device: torch.device) -> 
     view.build_model(child(seed, "trial"))  # so that a wrong --arch fails now
     test = None if source.test is None else _in_order(source.test, order)
     return OpenedSet(source=source, view=view, names=names, files=files, arch=arch, test=test, dropped_clean=dropped)
+
+
+def open_training_set(spec: str, clean: ImageSet, *, image_size: Any, resize: int | None) -> LabelledImages:
+    """Open the set that a model was trained on, for a purifier that looks at it: with the classes and the shape of clean images.
+
+    Raises:
+        ValueError: it has other classes or another shape, or holds some of the clean images (``OverlapError``).
+    """
+    channels, height, width = clean.image_shape
+    size = image_size or (height, width)
+    source = load_source(spec, image_size=size, resize=resize, channels=channels, stream=None, skip_unreadable=True)
+    train = source.train
+    if spec in source_names():  # what the clean images were drawn from is no part of it
+        train = source.training_split()[0]
+    names = tuple(clean.class_names)
+    if names and train.class_names and set(names) == set(train.class_names):
+        train = _in_order(train, names)
+    if (train.num_classes, train.image_shape) != (clean.num_classes, clean.image_shape):
+        raise SourceError(
+            f"expected a training set like the clean images, {clean.image_shape} in {clean.num_classes} classes; {spec} has "
+            f"{train.image_shape} in {train.num_classes}"
+        )
+    if overlap := find_overlap(train, clean):
+        if spec not in source_names():
+            raise OverlapError(overlap, file_names(train))
+        is_other = torch.ones(len(train), dtype=torch.bool)  # a known set may hold an image twice
+        is_other[overlap] = False
+        train = train.subset(is_other)
+    return train.to(clean.device) if isinstance(train, ImageSet) else train
 
 
 def open_test(spec: str, opened: OpenedSet, given: UntrustedData) -> ImageSet:

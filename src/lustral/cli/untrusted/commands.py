@@ -14,13 +14,14 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from lustral.catalog import SAFE_TRAINERS, SIFTERS
-from lustral.cli.arguments import Sift, Train, parse_untrusted
+from lustral.cli.arguments import parse_untrusted
 from lustral.cli.commands import shown_command
 from lustral.cli.console import Screen
 from lustral.cli.opening import pick_device, prepare_folder
 from lustral.cli.tables import cost_sentence, finding_text, interval
-from lustral.cli.untrusted_files import require_free, write_clean, write_scores
-from lustral.cli.untrusted_opening import (
+from lustral.cli.untrusted.arguments import Sift, Train
+from lustral.cli.untrusted.files import require_free, write_clean, write_scores
+from lustral.cli.untrusted.opening import (
     SHORT_WORK,
     OpenedSet,
     estimate_sentence,
