@@ -91,6 +91,18 @@ def test_a_class_listed_whole_has_nothing_to_compare_with(tmp_path: Path) -> Non
     assert "What they have in common" not in page
 
 
+def test_classes_with_few_listed_images_share_a_row(tmp_path: Path) -> None:
+    data, sifted = answer(10)
+    flagged = sifted.flagged.clone()
+    flagged[(data.labels == 2).nonzero().flatten()[:2]] = True
+    write_sift_report(tmp_path / "report.html", report(data), replace(sifted, flagged=flagged))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "12 of 140 images look poisoned, 10 of them in the class “d”." in page
+    assert page.count("What they have in common") == 1
+    assert "Other classes, a few images each" in page
+    assert page.count("<img") == 10 + 4 + 3 * 6 + 2
+
+
 def test_the_training_page_has_the_accuracy_the_history_and_what_was_sifted(tmp_path: Path) -> None:
     data, sifted = answer(10)
     history = tuple(HistoryEntry(count=n, loss=1.0 / n, clean_accuracy=0.8 + n / 100) for n in (1, 2, 3))

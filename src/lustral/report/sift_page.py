@@ -164,9 +164,14 @@ def _suspects(report: SiftReport, sifted: Sifted) -> dict[str, Any]:
     shown = [label for label in listed.argsort(descending=True, stable=True).tolist() if listed[label]]
     order = scores.argsort(descending=True, stable=True)
     order = torch.cat([order[flagged[order]], order[~flagged[order]]])
+    large = [label for label in shown if listed[label] >= LEAST_IN_COMMON] or shown[:1]
+    few = [index for index in order[: int(flagged.sum())].tolist() if int(labels[index]) not in large]
     rows = order[: int(flagged.sum())][:ROWS_SHOWN].tolist()
     return {
-        "classes": [_class_pictures(report, sifted, label) for label in shown[:MOST_CLASSES_SHOWN]],
+        "classes": [_class_pictures(report, sifted, label) for label in large[:MOST_CLASSES_SHOWN]],
+        "few": _row("listed images of other classes", fetch(report.data, torch.tensor(few[:PICTURES])))
+        if few
+        else None,
         "class_table": [
             (
                 visible(report.class_names[label]),
@@ -213,7 +218,7 @@ def _class_pictures(report: SiftReport, sifted: Sifted, label: int) -> ClassPict
 
 def _means(found: SharedTraits) -> tuple[tuple[str, str], ...]:
     gain = 0.5 / max(float(found.residual.abs().max()), 1e-6)
-    heat = found.agreement / max(float(found.agreement.max()), 1e-6)
+    heat = (found.agreement / max(float(found.agreement.max()), 1e-6)).sqrt()  # so that all of a trigger shows
     pictures = (found.mean, found.mean_neighbours, 0.5 + gain * found.residual, heat.expand_as(found.mean))
     return tuple(
         (caption, data_uri(png(as_uint8(picture)))) for caption, picture in zip(MEAN_CAPTIONS, pictures, strict=True)

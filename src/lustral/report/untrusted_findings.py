@@ -70,7 +70,11 @@ def _where(most: Sequence[int], per_class: Sequence[int], names: Sequence[str]) 
     if per_class[most[0]] >= 0.8 * listed:
         share = "all of them" if per_class[most[0]] == listed else f"{count(per_class[most[0]])} of them"
         return f", {share} in the class {quoted(names[most[0]])}"
-    return f", mostly in the classes {quoted_list([names[label] for label in most])}"
+    chief, reached = list[int](), 0
+    while reached < 0.8 * listed:
+        chief.append(most[len(chief)])
+        reached += per_class[chief[-1]]
+    return f", mostly in the classes {quoted_list([names[label] for label in chief])}"
 
 
 def _clean_steps() -> tuple[str, ...]:
