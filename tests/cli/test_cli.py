@@ -40,7 +40,7 @@ from lustral.core.records import Cost, Progress
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
 from lustral.vision.detectors.mask_area import NULL, SearchedLabel
-from lustral.vision.erasing import TAKEN_OVER
+from lustral.vision.erasing import TAKEN_OVER, takes_untrusted
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import Classifier, build_classifier, load_model, save_model
 from lustral.vision.purifiers import BNRefresh, Mesa
@@ -233,7 +233,8 @@ def test_every_attack_has_a_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PURIFIERS))
 def test_every_purifier_has_its_own_flags(name: str) -> None:
-    command = parse(["erase", "m.pt", "--data", "digits", "--out", "o", f"--method={name}"])
+    line = ["erase", "m.pt", "--data", "digits", "--out", "o", f"--method={name}"]
+    command = parse([*line, "--untrusted", "set"] if takes_untrusted(PURIFIERS[name]) else line)
     assert isinstance(command, Erase)
     assert command.settings == PURIFIERS[name]()
 
