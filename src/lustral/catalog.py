@@ -46,7 +46,15 @@ from lustral.vision.purifiers import (
     NeuralPolarizer,
 )
 from lustral.vision.safe_training import ABL, DST, PlainTraining, TrapAndReplace
-from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
+from lustral.vision.sifters import (
+    FCT,
+    ActivationClustering,
+    BNLikelihood,
+    Combined,
+    EarlyLoss,
+    SpectralSignatures,
+    Strip,
+)
 
 ATTACKS: dict[str, type[ReadyAttack] | type[CraftedAttack]] = {
     "adap_blend": AdapBlend,
@@ -98,6 +106,7 @@ PURIFIERS: dict[str, type[Purifier]] = {
 SIFTERS: dict[str, type[Sifter]] = {
     "activation_clustering": ActivationClustering,
     "bn_likelihood": BNLikelihood,
+    "combined": Combined,
     "early_loss": EarlyLoss,
     "fct": FCT,
     "spectral": SpectralSignatures,

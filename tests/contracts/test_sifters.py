@@ -22,6 +22,7 @@ from vision.sifters.worlds import building, training_view
 SMALL: dict[str, Callable[[], Any]] = {
     "activation_clustering": lambda: ActivationClustering(trainer=toy_trainer(epochs=1)),
     "bn_likelihood": lambda: BNLikelihood(trainer=toy_trainer(epochs=1)),
+    "combined": lambda: Combined(trainer=toy_trainer(epochs=1)),
     "early_loss": lambda: EarlyLoss(trainer=toy_trainer(epochs=1, augment=None), least_steps=0),
     "fct": lambda: FCT(least_steps=0, intra_epochs=1, intra_least_steps=0),
     "spectral": lambda: SpectralSignatures(trainer=toy_trainer(epochs=1)),

@@ -191,7 +191,8 @@ class Sifter(Protocol):
     Attributes:
         version: counts changes of what the class computes.
         needs: what it asks for beyond the training set, in a few words; "nothing" too.
-        cost_passes: passes of each untrusted image through the network, forward and back, by default; > 0.
+        cost_passes: passes of each of 50,000 untrusted images through the network, forward and back, by default; > 0. Fewer
+            images take more passes each, because training has a least number of steps.
     """
 
     version: ClassVar[int]

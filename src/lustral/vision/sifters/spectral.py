@@ -50,7 +50,7 @@ class SpectralSignatures:
 
     version: ClassVar[int] = 1
     needs: ClassVar[str] = "nothing; clean images draw the line, where there are some"
-    cost_passes: ClassVar[float] = 12.4
+    cost_passes: ClassVar[float] = 2.4
 
     centre: Literal["bulk", "mean"] = "bulk"
     trainer: Trainer | None = None

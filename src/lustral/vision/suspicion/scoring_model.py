@@ -9,10 +9,20 @@ from torch import Generator, nn
 
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress
-from lustral.training import Trainer, default_trainer
+from lustral.training import Trainer
 from lustral.vision.records import TrainingView
 
 STAGE = "training a model to look at"
+LEAST_STEPS = 300  # of 128 images: the trigger is learnt, the odd clean images are not yet
+
+
+def scoring_recipe(num_images: int) -> Trainer:
+    """Return how the model is trained: briefly, and without augmentation.
+
+    Crops and flips smear a trigger, and long training fits odd clean images one by one: both hide poisoned images. Of BadNets at
+    5 % of 10,000 CIFAR-10 images, Spectral Signatures find 90 % after 4 epochs so, 6 % after 10 epochs with crops and flips.
+    """
+    return Trainer(epochs=2, batch_size=128, learning_rate=0.1).fitted_to_size(num_images, LEAST_STEPS)
 
 
 def plain_model(
@@ -23,12 +33,12 @@ def plain_model(
     Args:
         view: the untrusted set, and a model where the caller has one.
         generator: stream of the weights and the training.
-        trainer: how to train; None is the recipe for a set of that size.
+        trainer: how to train; None is ``scoring_recipe``.
         on_progress: called on the way.
     """
     if view.model is not None:
         return view.model
-    recipe = trainer or default_trainer(flip=view.flip, num_images=len(view.untrusted))
+    recipe = trainer or scoring_recipe(len(view.untrusted))
     return recipe.fit(
         view.build_model(fork(generator, "weights")),
         view.untrusted,
