@@ -15,7 +15,15 @@ from lustral.catalog import SIFTERS
 from lustral.core.randomness import child
 from lustral.core.records import Progress
 from lustral.vision.records import ImageSet, Sifted, TrainingView, Victim
-from lustral.vision.sifters import FCT, ActivationClustering, BNLikelihood, EarlyLoss, SpectralSignatures, Strip
+from lustral.vision.sifters import (
+    FCT,
+    ActivationClustering,
+    BNLikelihood,
+    Combined,
+    EarlyLoss,
+    SpectralSignatures,
+    Strip,
+)
 from toy import clean_images, toy_trainer
 from vision.sifters.worlds import building, training_view
 

@@ -1,64 +1,126 @@
-"""Combined: the default of ``lustral sift``. Spectral Signatures, Activation Clustering and the batch-norm likelihood look at one
-briefly trained model, and their ranks are put together.
+"""Combined: the default of ``lustral sift``. One briefly trained model is looked at in three ways; their scores are put together.
 
-    s_m = -log(share of the untrusted images that method m ranks at least as high)
-    score = (sum_m s_m)^(1/3)
+    z_m = (score of way m - median) / spread      among all images, the spread that of the lower half
+    score = (sum_m -log P(Z > z_m))^(1/3)
 
-That is Fisher's combination of p-values (Statistical Methods for Research Workers, 1925) with ranks in their place: no method has to
-have a scale, and one that is sure outweighs two that are not. Without poison the sum is near a gamma variable, and its cube root
-near a normal one. The choice of methods and of the recipe is ours, by measurement (docs/methods/combined.md).
+That is Fisher's combination of p-values (Statistical Methods for Research Workers, 1925): no way has to have a scale, and one
+that is sure outweighs two that are not. Without poison the sum is near a gamma variable, and its cube root near a normal one.
+Ranks in place of z were tried: where many images are poisoned, no rank is surprising. Where none of the ways lists an image by
+itself, none is listed: the sum has the tails of all of them.
+
+The ways are Activation Clustering, the batch-norm likelihood, and the distance of FCT with a mirror in place of turns and shifts,
+on the same model: how far the features move when an image is mirrored. The choice of ways and of the training is ours, by
+measurement (docs/methods/combined.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from lustral.core.records import OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer
-from lustral.vision.records import Sifted, TrainingView
+from lustral.vision.records import LabelledImages, Sifted, TrainingView
 from lustral.vision.sifters.activation_clustering import ActivationClustering
-from lustral.vision.sifters.bn_likelihood import BNLikelihood
-from lustral.vision.sifters.spectral import SpectralSignatures
-from lustral.vision.suspicion.looking import Looked, counted_model, look_at_both
+from lustral.vision.sifters.bn_likelihood import SMALLEST_SPREAD, BNLikelihood, lower_half
+from lustral.vision.sifters.bn_likelihood import combined as together
+from lustral.vision.sifters.fct import logarithm
+from lustral.vision.suspicion.looking import Looked, counted_model, look, look_at_both
 from lustral.vision.suspicion.scores import Scores
 
 
-def surprise(scores: Tensor, among: Tensor) -> Tensor:
-    """Return minus the logarithm of the share of ``among`` (N,) that is at least as high as each score (M,); at most log(2 N).
+@dataclass(frozen=True)
+class Mirrored:
+    """A set whose images are mirrored left to right; otherwise the set itself."""
 
-    >>> surprise(torch.tensor([9.0, 0.0]), torch.arange(4.0)).exp().tolist()
-    [8.0, 1.0]
-    """
-    below = torch.searchsorted(among.sort().values, scores.contiguous())
-    return -((len(among) - below).clamp_min(0.5) / len(among)).log()
+    data: LabelledImages
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return self.data.labels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the task."""
+        return self.data.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, or empty."""
+        return self.data.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.data.image_shape
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.data)
+
+    def subset(self, indices: Tensor) -> Mirrored:
+        """Return the mirrored images at ``indices``."""
+        return Mirrored(self.data.subset(indices))
+
+    def batches(
+        self, batch_size: int, *, generator: Generator | None = None, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Yield mirrored batches; see ``LabelledImages.batches``."""
+        for batch in self.data.batches(batch_size, generator=generator, drop_last=drop_last):
+            yield batch._replace(inputs=batch.inputs.flip(3))
+
+
+def mirror_scores(
+    model: nn.Module, view: TrainingView, untrusted: Looked, clean: Looked | None, *, on_progress: OnProgress | None
+) -> Scores:
+    """Return the logarithm of the mean squared distance between the features of each image and of its mirror image."""
+
+    def distances(data: LabelledImages, seen: Looked, stage: str) -> Tensor:
+        there = look(model, Mirrored(data), statistics=seen.statistics, on_progress=on_progress, stage=stage)
+        return logarithm((there.features - seen.features).square().mean(1))
+
+    of_clean = None
+    if clean is not None and view.clean is not None:
+        of_clean = distances(view.clean, clean, "mirroring clean images")[clean.is_right]
+    return Scores(
+        untrusted=distances(view.untrusted, untrusted, "mirroring untrusted images"),
+        clean=of_clean,
+        basis="A score is the logarithm of the distance between the features of an image and of its mirror image.",
+    )
 
 
 def combine(parts: Mapping[str, Tensor], among: Mapping[str, Tensor]) -> Tensor:
-    """Combine scores (M,) of several methods by their ranks among other scores (N,) of each."""
-    return torch.stack([surprise(scores, among[name]) for name, scores in parts.items()]).sum(0).pow(1 / 3)
+    """Combine scores (M,) of several ways by how far they lie above the bulk of other scores (N,) of each.
+
+    >>> bulk = {"a": torch.arange(9.0), "b": torch.arange(9.0)}
+    >>> combine({"a": torch.tensor([30.0, 4.0]), "b": torch.tensor([4.0, 4.0])}, bulk) > 2
+    tensor([ True, False])
+    """
+    bulk = torch.stack([among[name] for name in parts], 1)
+    median, spread = lower_half(bulk)
+    return together((torch.stack(list(parts.values()), 1) - median) / spread.clamp_min(SMALLEST_SPREAD))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combined:
-    """Look at one briefly trained model in three ways, and combine the ranks.
+    """Look at one briefly trained model in three ways, and combine what they say.
 
     Attributes:
-        spectral: the first way.
-        activation_clustering: the second.
-        bn_likelihood: the third; left out for a network without batch normalisation.
+        activation_clustering: the first way.
+        bn_likelihood: the second; left out for a network without batch normalisation. The third has no settings.
         trainer: trains the model to look at, where the view has none; None is the recipe for a set of that size.
     """
 
     version: ClassVar[int] = 1
     needs: ClassVar[str] = "nothing; clean images draw the line, where there are some"
-    cost_passes: ClassVar[float] = 2.4
+    cost_passes: ClassVar[float] = 2.8
 
-    spectral: SpectralSignatures = field(default_factory=SpectralSignatures)
     activation_clustering: ActivationClustering = field(default_factory=ActivationClustering)
     bn_likelihood: BNLikelihood = field(default_factory=BNLikelihood)
     trainer: Trainer | None = None
@@ -68,33 +130,34 @@ class Combined:
         with counted_model(view, generator=generator, trainer=self.trainer, on_progress=on_progress) as (model, meter):
             untrusted, clean = look_at_both(model, view, on_progress=on_progress)
             scores = self.score_parts(untrusted, clean)
+            scores["mirror"] = mirror_scores(model, view, untrusted, clean, on_progress=on_progress)
             among = {name: part.untrusted for name, part in scores.items()}
             of_clean = {name: part.clean for name, part in scores.items() if part.clean is not None}
             whole = Scores(
                 untrusted=combine(among, among),
                 clean=combine(of_clean, among) if len(of_clean) == len(scores) else None,
-                basis=f"A score combines the ranks that an image has by {' and '.join(scores)}.",
+                basis=f"A score combines how far an image lies above the bulk by {', '.join(scores)}.",
                 notes=tuple(dict.fromkeys(note for part in scores.values() for note in part.notes)),
             )
         found = whole.sifted(meter.cost)
         parts = {name: part.sifted(meter.cost) for name, part in scores.items()}
+        if found.flagged.any() and not any(bool(part.flagged.any()) for part in parts.values()):
+            basis = f"{found.basis} None of the ways lists an image by itself, so none is listed."
+            found = replace(found, flagged=torch.zeros_like(found.flagged), threshold=math.inf, basis=basis)
         return replace(found, parts=parts, notes=(*found.notes, *agreement(found, parts)))
 
     def score_parts(self, untrusted: Looked, clean: Looked | None) -> dict[str, Scores]:
-        """Return what each method says of images that a model has looked at, by its name in the catalog."""
-        scores = {
-            "spectral": self.spectral.score(untrusted, clean),
-            "activation_clustering": self.activation_clustering.score(untrusted, clean),
-        }
+        """Return what each published method says of images that a model has looked at, by its name in the catalog."""
+        scores = {"activation_clustering": self.activation_clustering.score(untrusted, clean)}
         if untrusted.likelihoods.shape[1]:
             scores["bn_likelihood"] = self.bn_likelihood.score(untrusted, clean)
         return scores
 
 
 def agreement(found: Sifted, parts: Mapping[str, Sifted]) -> tuple[str, ...]:
-    """Say how many of the listed images each method lists by itself; nothing where none is listed."""
+    """Say how many of the listed images each way lists by itself; nothing where none is listed."""
     listed = int(found.flagged.sum())
     if not listed:
         return ()
     shares = [f"{name} {int((part.flagged & found.flagged).sum()):,}" for name, part in parts.items()]
-    return (f"Of the {listed:,} images listed, each method lists by itself: {', '.join(shares)}.",)
+    return (f"Of the {listed:,} images listed, each way lists by itself: {', '.join(shares)}.",)

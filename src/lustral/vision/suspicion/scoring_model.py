@@ -13,14 +13,14 @@ from lustral.training import Trainer
 from lustral.vision.records import TrainingView
 
 STAGE = "training a model to look at"
-LEAST_STEPS = 300  # of 128 images: the trigger is learnt, the odd clean images are not yet
+LEAST_STEPS = 450  # of 128 images: the trigger is learnt, the odd clean images are not yet
 
 
 def scoring_recipe(num_images: int) -> Trainer:
     """Return how the model is trained: briefly, and without augmentation.
 
     Crops and flips smear a trigger, and long training fits odd clean images one by one: both hide poisoned images. Of BadNets at
-    5 % of 10,000 CIFAR-10 images, Spectral Signatures find 90 % after 4 epochs so, 6 % after 10 epochs with crops and flips.
+    5 % of 10,000 CIFAR-10 images, Spectral Signatures find 66 % after 6 epochs so, and 0 after 10 epochs with crops and flips.
     """
     return Trainer(epochs=2, batch_size=128, learning_rate=0.1).fitted_to_size(num_images, LEAST_STEPS)
 
