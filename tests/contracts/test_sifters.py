@@ -160,6 +160,8 @@ def test_without_a_model_one_is_trained_and_counted(name: str, view: TrainingVie
     found = sift(name, few, on_progress=reports.append)
     require_complete(found, len(data))
     assert found.cost.image_passes >= 64  # a batch at least, forward and back
+    share = found.cost.image_passes / small(name).estimated_passes(len(data))
+    assert 0.5 < share <= 1.05, "but for a last batch that is not full"
     assert found.cost.clean_images == 0
     assert len({report.stage for report in reports}) >= 2, "training and looking"
 

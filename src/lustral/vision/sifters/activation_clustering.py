@@ -19,6 +19,7 @@ from lustral.training import Trainer
 from lustral.vision.records import Sifted, TrainingView
 from lustral.vision.suspicion.looking import Looked, counted_model, look_at_both
 from lustral.vision.suspicion.scores import Measure, Scores, score_by_class, shortest_half, standardise
+from lustral.vision.suspicion.scoring_model import estimated_passes
 
 STARTS = (0.05, 0.2, 0.5)  # shares of a class beyond a first cut along a component, at either end
 ITERATIONS = 50
@@ -97,6 +98,10 @@ class ActivationClustering:
         """Check the ranges."""
         if self.dimensions < 1:
             raise ValueError(f"expected at least 1 dimension; got {self.dimensions}")
+
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes, where a model has to be trained."""
+        return estimated_passes(num_images, trainer=self.trainer)
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``; see ``Sifter``."""

@@ -32,6 +32,7 @@ from lustral.vision.records import Sifted, TrainingView
 from lustral.vision.suspicion.lines import NORMAL_QUARTILE
 from lustral.vision.suspicion.looking import LOG_2PI, Looked, counted_model, look_at_both
 from lustral.vision.suspicion.scores import Scores, standardise
+from lustral.vision.suspicion.scoring_model import estimated_passes
 
 MOST_DEVIATION = 30.0  # of a layer, so that one whose lower half is constant does not drown the others
 SMALLEST_SPREAD = 1e-6
@@ -98,6 +99,10 @@ class BNLikelihood:
     cost_passes: ClassVar[float] = 2.4
 
     trainer: Trainer | None = None
+
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes, where a model has to be trained."""
+        return estimated_passes(num_images, trainer=self.trainer)
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``; see ``Sifter``."""

@@ -32,6 +32,7 @@ from lustral.vision.sifters.bn_likelihood import combined as together
 from lustral.vision.sifters.fct import logarithm
 from lustral.vision.suspicion.looking import Looked, counted_model, look, look_at_both
 from lustral.vision.suspicion.scores import Scores
+from lustral.vision.suspicion.scoring_model import estimated_passes
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ class Combined:
     activation_clustering: ActivationClustering = field(default_factory=ActivationClustering)
     bn_likelihood: BNLikelihood = field(default_factory=BNLikelihood)
     trainer: Trainer | None = None
+
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes, where a model has to be trained."""
+        return estimated_passes(num_images, trainer=self.trainer, looks=2)
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``; see ``Sifter``."""

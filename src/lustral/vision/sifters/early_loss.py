@@ -100,6 +100,10 @@ class EarlyLoss:
         """Return the settings of the paper: 20 epochs."""
         return cls(trainer=Trainer(epochs=20, batch_size=64, learning_rate=0.1, schedule="constant", weight_decay=1e-4))
 
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes."""
+        return num_images * (self.trainer.fitted_to_size(num_images, self.least_steps).epochs + 1 / 3)
+
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return minus the logarithm of each image's loss; see ``Sifter``."""
         return self.isolate(view, generator=generator, on_progress=on_progress)[1]

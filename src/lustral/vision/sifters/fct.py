@@ -114,6 +114,17 @@ class FCT:
                 f"{self.clean_share} and {self.poisoned_share}"
             )
 
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes."""
+        short, intra = self.recipes(num_images)
+        return num_images * (short.epochs + intra.epochs + (1 + self.draws) / 3)
+
+    def recipes(self, num_images: int) -> tuple[Trainer, Trainer]:
+        """Return the short training and L_intra's, with the epochs that a set of so many images gets."""
+        short = self.trainer.fitted_to_size(num_images, self.least_steps)
+        intra = replace(short, epochs=self.intra_epochs)
+        return short, intra.fitted_to_size(num_images, self.intra_least_steps) if self.intra_epochs else intra
+
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return the distance of each image; see ``Sifter``. A model of the view is not looked at: it learnt too much."""
         data = view.untrusted
@@ -147,10 +158,7 @@ class FCT:
         """Return a copy of ``model`` after the short training and L_intra, one run of one optimiser."""
         first = next(iter(data.subset(torch.tensor([0])).batches(1))).inputs
         head = trace(model, first.to(next(model.parameters()).device)).head
-        short = self.trainer.fitted_to_size(len(data), self.least_steps)
-        intra = replace(short, epochs=self.intra_epochs)
-        if self.intra_epochs:
-            intra = intra.fitted_to_size(len(data), self.intra_least_steps)
+        short, intra = self.recipes(len(data))
         finished = 0
 
         def objective(network: nn.Module, batch: Batch, stream: Generator) -> Tensor:

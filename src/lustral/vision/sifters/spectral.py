@@ -20,6 +20,7 @@ from lustral.training import Trainer
 from lustral.vision.records import Sifted, TrainingView
 from lustral.vision.suspicion.looking import Looked, counted_model, look_at_both
 from lustral.vision.suspicion.scores import Measure, Scores, score_by_class, shortest_half, standardise
+from lustral.vision.suspicion.scoring_model import estimated_passes
 
 POWER = 0.6  # |z|^0.6 of normal z is near symmetric: its lower half, mirrored, meets the 99.5 % quantile
 
@@ -54,6 +55,10 @@ class SpectralSignatures:
 
     centre: Literal["bulk", "mean"] = "bulk"
     trainer: Trainer | None = None
+
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes, where a model has to be trained."""
+        return estimated_passes(num_images, trainer=self.trainer)
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``; see ``Sifter``."""

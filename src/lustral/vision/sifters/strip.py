@@ -23,6 +23,7 @@ from lustral.vision.records import DefenderView, LabelledImages, Sifted, Trainin
 from lustral.vision.suspicion.features import BATCH
 from lustral.vision.suspicion.looking import counted_model
 from lustral.vision.suspicion.scores import Scores
+from lustral.vision.suspicion.scoring_model import estimated_passes
 
 PRIME = 2**31 - 1
 
@@ -86,6 +87,10 @@ class Strip:
         """Check the ranges."""
         if self.num_overlays < 1 or self.weight <= 0:
             raise ValueError(f"expected at least 1 overlay and a weight > 0; got {self.num_overlays} and {self.weight}")
+
+    def estimated_passes(self, num_images: int) -> float:
+        """Return how many passes a set of so many images takes, where a model has to be trained."""
+        return estimated_passes(num_images, trainer=self.trainer, looks=self.num_overlays)
 
     def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
         """Return a score for each image of ``view.untrusted``; see ``Sifter``.

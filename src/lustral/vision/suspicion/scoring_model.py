@@ -25,6 +25,16 @@ def scoring_recipe(num_images: int) -> Trainer:
     return Trainer(epochs=2, batch_size=128, learning_rate=0.1).fitted_to_size(num_images, LEAST_STEPS)
 
 
+def estimated_passes(num_images: int, *, trainer: Trainer | None, looks: float = 1.0) -> float:
+    """Return how many image passes it takes to train a model on a set and to look at each of its images ``looks`` times.
+
+    >>> round(estimated_passes(50_000, trainer=None))
+    116667
+    """
+    recipe = trainer or scoring_recipe(num_images)
+    return num_images * (recipe.epochs + looks / 3)
+
+
 def plain_model(
     view: TrainingView, *, generator: Generator, trainer: Trainer | None = None, on_progress: OnProgress | None = None
 ) -> nn.Module:
