@@ -5,8 +5,7 @@
 
 That is Fisher's combination of p-values (Statistical Methods for Research Workers, 1925): no way has to have a scale, and one
 that is sure outweighs two that are not. Without poison the sum is near a gamma variable, and its cube root near a normal one.
-Ranks in place of z were tried: where many images are poisoned, no rank is surprising. Where none of the ways lists an image by
-itself, none is listed: the sum has the tails of all of them.
+Ranks in place of z were tried: where many images are poisoned, no rank is surprising.
 
 The ways are Activation Clustering, the batch-norm likelihood, and the distance of FCT with a mirror in place of turns and shifts,
 on the same model: how far the features move when an image is mirrored. The choice of ways and of the training is ours, by
@@ -30,6 +29,7 @@ from lustral.vision.sifters.activation_clustering import ActivationClustering
 from lustral.vision.sifters.bn_likelihood import SMALLEST_SPREAD, BNLikelihood, lower_half
 from lustral.vision.sifters.bn_likelihood import combined as together
 from lustral.vision.sifters.fct import logarithm
+from lustral.vision.suspicion.lines import enough_clean
 from lustral.vision.suspicion.looking import Looked, counted_model, look, look_at_both
 from lustral.vision.suspicion.scores import Scores
 from lustral.vision.suspicion.scoring_model import estimated_passes
@@ -144,11 +144,9 @@ class Combined:
                 basis=f"A score combines how far an image lies above the bulk by {', '.join(scores)}.",
                 notes=tuple(dict.fromkeys(note for part in scores.values() for note in part.notes)),
             )
-        found = whole.sifted(meter.cost)
         parts = {name: part.sifted(meter.cost) for name, part in scores.items()}
-        if found.flagged.any() and not any(bool(part.flagged.any()) for part in parts.values()):
-            basis = f"{found.basis} None of the ways lists an image by itself, so none is listed."
-            found = replace(found, flagged=torch.zeros_like(found.flagged), threshold=math.inf, basis=basis)
+        listed = torch.stack([part.flagged for part in parts.values()]).any(0)
+        found = only_listed(whole.sifted(meter.cost), listed, by_clean=enough_clean(whole.clean))
         return replace(found, parts=parts, notes=(*found.notes, *agreement(found, parts)))
 
     def score_parts(self, untrusted: Looked, clean: Looked | None) -> dict[str, Scores]:
@@ -157,6 +155,25 @@ class Combined:
         if untrusted.likelihoods.shape[1]:
             scores["bn_likelihood"] = self.bn_likelihood.score(untrusted, clean)
         return scores
+
+
+def only_listed(found: Sifted, listed: Tensor, *, by_clean: bool) -> Sifted:
+    """Take back what no way lists by itself: the tails of a sum are those of all its parts.
+
+    Args:
+        found: by the sum.
+        listed: (N,) bool, by at least one way.
+        by_clean: whether clean images drew the line. Then it is right for the sum as it is, and only a list that no way shares an
+            image of is taken back.
+    """
+    if not found.flagged.any() or (by_clean and bool(listed.any())):
+        return found
+    if not (listed & found.flagged).any():
+        basis = f"{found.basis} None of the ways lists one of these images by itself, so none is listed."
+        return replace(found, flagged=torch.zeros_like(found.flagged), threshold=math.inf, basis=basis)
+    scores = torch.where(listed, found.scores, found.scores.clamp_max(found.threshold))
+    basis = f"{found.basis} An image that no way lists by itself counts as one on the line."
+    return replace(found, scores=scores, flagged=found.flagged & listed, basis=basis)
 
 
 def agreement(found: Sifted, parts: Mapping[str, Sifted]) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def draw_line(scores: Tensor, clean_scores: Tensor | None = None, *, false_alarm
     """
     if not 0 < false_alarms < 0.5:
         raise ValueError(f"expected a rate of false alarms in (0, 0.5); got {false_alarms}")
-    if clean_scores is not None and len(clean_scores) >= LEAST_CLEAN:
+    if clean_scores is not None and enough_clean(clean_scores):
         threshold, rule = line_by_clean(clean_scores, false_alarms), f"{len(clean_scores):,} clean images"
     else:
         threshold, rule = line_by_bulk(scores, false_alarms), "the lower half of the scores, mirrored"
@@ -57,6 +57,11 @@ def draw_line(scores: Tensor, clean_scores: Tensor | None = None, *, false_alarm
             sentence=f"{said} Of these {100 * share:.2f} % do, which chance explains: none is listed.",
         )
     return Line(threshold=threshold, flagged=above, sentence=said)
+
+
+def enough_clean(clean_scores: Tensor | None) -> bool:
+    """Say whether there are enough scores of clean images to draw a line by."""
+    return clean_scores is not None and len(clean_scores) >= LEAST_CLEAN
 
 
 def line_by_clean(clean_scores: Tensor, false_alarms: float) -> float:
