@@ -13,9 +13,9 @@ from lustral.training import Trainer
 from lustral.vision.records import TrainingView
 
 STAGE = "training a model to look at"
-LEAST_STEPS = 450  # the trigger is learnt, the odd clean images are not yet
-MOST_EPOCHS = 6  # of a small set: its batches are made smaller instead, down to 32
-BATCHES = (32, 128)
+LEAST_STEPS = (
+    450  # of 128 images: so often a trigger has to be seen; 3,000 images with 150 poisoned ones need 20 epochs, not 6
+)
 
 
 def scoring_recipe(num_images: int) -> Trainer:
@@ -24,9 +24,7 @@ def scoring_recipe(num_images: int) -> Trainer:
     Crops and flips smear a trigger, and long training fits odd clean images one by one: both hide poisoned images. Of BadNets at
     5 % of 10,000 CIFAR-10 images, Spectral Signatures find 66 % after 6 epochs so, and 0 after 10 epochs with crops and flips.
     """
-    least, most = BATCHES
-    batch_size = min(max(num_images * MOST_EPOCHS // LEAST_STEPS, least), most)
-    return Trainer(epochs=2, batch_size=batch_size, learning_rate=0.1).fitted_to_size(num_images, LEAST_STEPS)
+    return Trainer(epochs=2, batch_size=128, learning_rate=0.1).fitted_to_size(num_images, LEAST_STEPS)
 
 
 def estimated_passes(num_images: int, *, trainer: Trainer | None, looks: float = 1.0) -> float:
