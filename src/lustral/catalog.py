@@ -45,7 +45,7 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
-from lustral.vision.safe_training import ABL, DST, PlainTraining, TrapAndReplace
+from lustral.vision.safe_training import ABL, DST, PlainTraining, SiftFirst, TrapAndReplace
 from lustral.vision.sifters import (
     FCT,
     ActivationClustering,
@@ -117,5 +117,6 @@ SAFE_TRAINERS: dict[str, type[SafeTrainer]] = {
     "abl": ABL,
     "d_st": DST,
     "plain": PlainTraining,
+    "sift_first": SiftFirst,
     "trap_and_replace": TrapAndReplace,
 }

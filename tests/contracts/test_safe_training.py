@@ -20,8 +20,8 @@ from lustral.core.records import Progress
 from lustral.vision.models.classifier import Classifier
 from lustral.vision.models.networks.small_cnn import SmallCNN
 from lustral.vision.records import ImageSet, Sifted, Trained, TrainingView
-from lustral.vision.safe_training import ABL, DST, PlainTraining, TrapAndReplace
-from lustral.vision.sifters import FCT, EarlyLoss
+from lustral.vision.safe_training import ABL, DST, PlainTraining, SiftFirst, TrapAndReplace
+from lustral.vision.sifters import FCT, Combined, EarlyLoss
 from passes import counting
 from toy import clean_images, toy_images, toy_trainer
 
@@ -39,6 +39,7 @@ SMALL: dict[str, Callable[[], Any]] = {
         head_least_steps=1,
     ),
     "plain": lambda: PlainTraining(trainer=toy_trainer(epochs=1)),
+    "sift_first": lambda: SiftFirst(sifter=Combined(trainer=toy_trainer(epochs=1)), trainer=toy_trainer(epochs=1)),
     "trap_and_replace": lambda: TrapAndReplace(
         trainer=toy_trainer(epochs=1), head_trainer=toy_trainer(epochs=1, batch_size=16)
     ),

@@ -3,6 +3,7 @@
 from lustral.vision.safe_training.abl import ABL
 from lustral.vision.safe_training.d_st import DST
 from lustral.vision.safe_training.plain import PlainTraining
+from lustral.vision.safe_training.sift_first import SiftFirst
 from lustral.vision.safe_training.trap_and_replace import TrapAndReplace
 
-__all__ = ["ABL", "DST", "PlainTraining", "TrapAndReplace"]
+__all__ = ["ABL", "DST", "PlainTraining", "SiftFirst", "TrapAndReplace"]
