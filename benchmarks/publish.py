@@ -73,13 +73,15 @@ def keep(plan_file: Path, store: Store, results: Path) -> None:
     path = results / f"{plan_file.stem}.json"
     old = {row["name"]: row for row in read_kept(path)["rows"]} if path.exists() else {}
     plan = read_plan(plan_file)
-    found = {name_of(record): (cell, record) for cell, record in stored(store)}
+    everything = stored(store)
+    found = {name_of(record): (cell, record) for cell, record in everything}
+    found_by_key = {record["key"]: (cell, record) for cell, record in everything}  # by whatever label it was run
     rows = []
     for cell in expand(plan, Sources()).cells:
         columns = {"defence": UNDEFENDED, "clean_images": 0} | dict(cell.columns)
         name = name_of({"spec": cell.spec, "facts": columns})
-        if name in found:
-            rows.append(row_of(name, *found[name]))
+        if hit := found.get(name) or found_by_key.get(cell.key):
+            rows.append(row_of(name, {**hit[0], "defence": columns["defence"]}, hit[1]))
         else:
             rows.append(old.get(name) or {"name": name, **{key: columns[key] for key in COLUMNS}, "status": NOTHING})
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -420,11 +422,16 @@ def siftings_table(rows: Sequence[Row]) -> str:
         if row["status"] != "done":
             lines.append([*told, NOTHING, *[""] * 7])
             continue
-        found = row["sifting"]
-        areas = ["—" if found[name] is None else f"{found[name]:.3f}" for name in AREAS]
-        rates = [percent(value(found[name])) for name in ("tpr", "fpr", "precision", "listed")]
-        lines.append([*told, *areas, *rates, f"{row['seconds']:.0f}", f"{row['image_passes']:,}"])
+        lines.append([*told, *sifting_texts(row["sifting"]), f"{row['seconds']:.0f}", f"{row['image_passes']:,}"])
+        for name, part in row.get("parts", {}).items():
+            lines.append([f"· {name}", told[1], *sifting_texts(part), "", ""])
     return table("sifter | attack | AUROC | AUPRC | TPR | FPR | precision | listed | seconds | passes", lines)
+
+
+def sifting_texts(found: Row) -> list[str]:
+    """Return what a list of images was worth, in words of the table."""
+    areas = ["—" if found[name] is None else f"{found[name]:.3f}" for name in AREAS]
+    return [*areas, *(percent(value(found[name])) for name in ("tpr", "fpr", "precision", "listed"))]
 
 
 def trainings_table(rows: Sequence[Row]) -> str:
@@ -558,6 +565,11 @@ def card_row(row: Row, *, with_arch: bool) -> dict[str, Any]:
     return shown | {name: row[name] for name in ("seconds", "image_passes") if name in row}
 
 
+def as_part(row: Row, method: str) -> Row:
+    """Return the row of a combination as one of its parts."""
+    return row | {"defence": f"{method} as part of {method_of(row)}", "sifting": row["parts"][method]}
+
+
 def card_tables(method: str, plans: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (plan, table) of each plan that measured a method, those of ``FIRST`` first."""
     order = [*(name for name in FIRST if name in plans), *sorted(set(plans) - {*FIRST})]
@@ -565,6 +577,7 @@ def card_tables(method: str, plans: Mapping[str, Mapping[str, Any]]) -> Iterator
         rows = [row for row in plans[plan]["rows"] if row["status"] == "done"]
         if method in SIFTERS:
             own = [row for row in rows if method_of(row) == method and "sifting" in row]
+            own += [as_part(row, method) for row in rows if method in row.get("parts", {})]
         elif method in PURIFIERS or method in SAFE_TRAINERS:
             own = [row for row in rows if method_of(row) == method and "acc" in row]
         else:
