@@ -151,7 +151,8 @@ def test_a_run_reproduces_the_number_on_a_card(
 
 def test_every_card_that_a_plan_makes_can_be_run_again() -> None:
     found = list(claims())
-    made_by_plans = {path.stem for path in CARDS.glob("*.json") if "lustral bench run" in path.read_text()}
+    cards = {path.stem: json.loads(path.read_text()) for path in CARDS.glob("*.json")}
+    made_by_plans = {name for name, card in cards.items() if any("name" not in row for row in card["ours"]["victims"])}
     assert {name.split("/")[0] for name, *_ in found} == made_by_plans
     for _, command, _, rates in found:
         assert (ROOT / shlex.split(command)[3]).is_file()
