@@ -8,61 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, nn
 
-from lustral.bench.cells import Cell, Need, Outcome, make_cell
-from lustral.bench.columns import defence_columns
+from lustral.bench.cells import Cell, Outcome
+from lustral.bench.kinds.untrusted import UntrustedKind
 from lustral.bench.recording import as_json, without_per_class
 from lustral.catalog import SIFTERS
 from lustral.core.records import OnProgress
 from lustral.core.settings import build
-from lustral.core.versions import versions_of
 from lustral.store.store import DETAIL_FILE, Kind
-from lustral.vision.evaluation import Evaluation, SiftingRates, score_histogram, sifting_rates
+from lustral.vision.evaluation import SiftingRates, score_histogram, sifting_rates
 from lustral.vision.models import parse_architecture
 from lustral.vision.records import ImageSet, PoisonedSet, Sifted, TrainingView
-from lustral.vision.sources import DataSource
 from lustral.vision.untrusted import find_overlap, sift
 from lustral.vision.victims import untrained_classifier
 
 if TYPE_CHECKING:
-    from lustral.bench.expansion import Expansion, Meeting
     from lustral.bench.workbench import Workbench
 
 
 @dataclass(frozen=True)
-class Siftings:
+class Siftings(UntrustedKind):
     """The kind of cell that sifts a victim's training set."""
+
+    methods: ClassVar[Mapping[str, Any]] = SIFTERS
 
     name: Kind = "siftings"
     noun: str = "sifting"
     title: str = "{defence} against {attack} on {data}, seed {seed}"
     rates: tuple[str, ...] = ("before",)
-
-    def expand(self, expansion: Expansion) -> Iterator[Cell]:
-        """Yield a sifting for every victim of the plan, sifter, clean budget and defence seed."""
-        for meeting in expansion.meetings(SIFTERS):
-            cell = make_cell(
-                self,
-                untrusted_spec(self.noun, meeting),
-                attack=meeting.victim.attack,
-                defence=meeting.defence.entry.label,
-            )
-            if expansion.has_training_set(cell):
-                yield cell
-
-    def needs(self, spec: Mapping[str, Any]) -> tuple[Need, ...]:
-        """Return the victim."""
-        return (Need(kind="victims", spec=spec["victim"]),)
-
-    def columns(self, spec: Mapping[str, Any], *, attack: str | None, defence: str | None) -> dict[str, Any]:
-        """Return what tables group by; see ``CellKind.columns``."""
-        return defence_columns(spec, attack=attack, defence=defence)
 
     def do(self, cell: Cell, bench: Workbench, on_progress: OnProgress | None) -> Outcome:
         """Sift the training set; see ``CellKind.do``."""
@@ -91,22 +70,6 @@ class Siftings:
             "class_names": list(poisoned.data.class_names),
         }
         return Outcome(record=record, files={DETAIL_FILE: as_json(detail)})
-
-
-def untrusted_spec(noun: str, meeting: Meeting) -> dict[str, Any]:
-    """Return the specification of a sifting or a training; ``own_model`` is in it only where it is set."""
-    defence = meeting.defence
-    own: dict[str, Any] = {"method": defence.entry.method, "settings": defence.settings}
-    if defence.entry.own_model:
-        own["own_model"] = True
-    return {
-        "kind": noun,
-        "victim": meeting.victim.spec,
-        "defence": own,
-        "clean_images": meeting.clean_images,
-        "seed": meeting.seed,
-        "versions": {**defence.versions, **versions_of(DataSource, Evaluation, SiftingRates)},
-    }
 
 
 def training_view(

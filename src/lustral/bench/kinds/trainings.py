@@ -6,14 +6,14 @@ The training set is poisoned again as it was for the victim. "Before" is the vic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lustral.bench.cells import Cell, Need, Outcome, make_cell
-from lustral.bench.columns import defence_columns
+from lustral.bench.cells import Cell, Outcome
 from lustral.bench.kinds.purifications import weights_of
-from lustral.bench.kinds.siftings import rates_of, sifting_detail, training_view, untrusted_spec
+from lustral.bench.kinds.siftings import rates_of, sifting_detail, training_view
+from lustral.bench.kinds.untrusted import UntrustedKind
 from lustral.bench.recording import as_json, without_per_class
 from lustral.catalog import SAFE_TRAINERS
 from lustral.core.records import OnProgress
@@ -24,38 +24,19 @@ from lustral.vision.models import Classifier
 from lustral.vision.untrusted import train
 
 if TYPE_CHECKING:
-    from lustral.bench.expansion import Expansion
     from lustral.bench.workbench import Workbench
 
 
 @dataclass(frozen=True)
-class Trainings:
+class Trainings(UntrustedKind):
     """The kind of cell that trains a model safely on a victim's training set."""
+
+    methods: ClassVar[Mapping[str, Any]] = SAFE_TRAINERS
 
     name: Kind = "trainings"
     noun: str = "training"
     title: str = "{defence} against {attack} on {data}, seed {seed}"
     rates: tuple[str, ...] = ("before", "after")
-
-    def expand(self, expansion: Expansion) -> Iterator[Cell]:
-        """Yield a training for every victim of the plan, safe trainer, clean budget and defence seed."""
-        for meeting in expansion.meetings(SAFE_TRAINERS):
-            cell = make_cell(
-                self,
-                untrusted_spec(self.noun, meeting),
-                attack=meeting.victim.attack,
-                defence=meeting.defence.entry.label,
-            )
-            if expansion.has_training_set(cell):
-                yield cell
-
-    def needs(self, spec: Mapping[str, Any]) -> tuple[Need, ...]:
-        """Return the victim, whose trigger measures the model."""
-        return (Need(kind="victims", spec=spec["victim"]),)
-
-    def columns(self, spec: Mapping[str, Any], *, attack: str | None, defence: str | None) -> dict[str, Any]:
-        """Return what tables group by; see ``CellKind.columns``."""
-        return defence_columns(spec, attack=attack, defence=defence)
 
     def do(self, cell: Cell, bench: Workbench, on_progress: OnProgress | None) -> Outcome:
         """Train on the victim's set and measure what came of it; see ``CellKind.do``."""
