@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lustral.core.records import OnProgress
 from lustral.training import Trainer
-from lustral.vision.records import Sifted, TrainingView
-from lustral.vision.suspicion.looking import Looked, counted_model, look_at_both
+from lustral.vision.suspicion.looking import Looked
+from lustral.vision.suspicion.one_look import OneLook
 from lustral.vision.suspicion.scores import Measure, Scores, score_by_class, shortest_half, standardise
-from lustral.vision.suspicion.scoring_model import estimated_passes
 
 STARTS = (0.05, 0.2, 0.5)  # shares of a class beyond a first cut along a component, at either end
 ITERATIONS = 50
@@ -79,7 +77,7 @@ def silhouette(points: Tensor, is_small: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationClustering:
+class ActivationClustering(OneLook):
     """Score images by how far they lie towards the smaller of two clusters of their class.
 
     Attributes:
@@ -98,16 +96,6 @@ class ActivationClustering:
         """Check the ranges."""
         if self.dimensions < 1:
             raise ValueError(f"expected at least 1 dimension; got {self.dimensions}")
-
-    def estimated_passes(self, num_images: int) -> float:
-        """Return how many passes a set of so many images takes, where a model has to be trained."""
-        return estimated_passes(num_images, trainer=self.trainer)
-
-    def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
-        """Return a score for each image of ``view.untrusted``; see ``Sifter``."""
-        with counted_model(view, generator=generator, trainer=self.trainer, on_progress=on_progress) as (model, meter):
-            scores = self.score(*look_at_both(model, view, on_progress=on_progress))
-        return scores.sifted(meter.cost)
 
     def score(self, untrusted: Looked, clean: Looked | None = None) -> Scores:
         """Score images that a model has looked at."""

@@ -24,15 +24,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lustral.core.records import OnProgress
 from lustral.training import Trainer
-from lustral.vision.records import Sifted, TrainingView
 from lustral.vision.suspicion.lines import NORMAL_QUARTILE
-from lustral.vision.suspicion.looking import LOG_2PI, Looked, counted_model, look_at_both
+from lustral.vision.suspicion.looking import LOG_2PI, Looked
+from lustral.vision.suspicion.one_look import OneLook
 from lustral.vision.suspicion.scores import Scores, standardise
-from lustral.vision.suspicion.scoring_model import estimated_passes
 
 MOST_DEVIATION = 30.0  # of a layer, so that one whose lower half is constant does not drown the others
 SMALLEST_SPREAD = 1e-6
@@ -87,7 +85,7 @@ def discriminant(deviations: Tensor, scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BNLikelihood:
+class BNLikelihood(OneLook):
     """Score images by how unlikely their least likely numbers are, over all batch normalisations together.
 
     Attributes:
@@ -99,16 +97,6 @@ class BNLikelihood:
     cost_passes: ClassVar[float] = 2.4
 
     trainer: Trainer | None = None
-
-    def estimated_passes(self, num_images: int) -> float:
-        """Return how many passes a set of so many images takes, where a model has to be trained."""
-        return estimated_passes(num_images, trainer=self.trainer)
-
-    def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
-        """Return a score for each image of ``view.untrusted``; see ``Sifter``."""
-        with counted_model(view, generator=generator, trainer=self.trainer, on_progress=on_progress) as (model, meter):
-            scores = self.score(*look_at_both(model, view, on_progress=on_progress))
-        return scores.sifted(meter.cost)
 
     def score(self, untrusted: Looked, clean: Looked | None = None) -> Scores:
         """Score images that a model has looked at.

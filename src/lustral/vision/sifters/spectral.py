@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lustral.core.records import OnProgress
 from lustral.training import Trainer
-from lustral.vision.records import Sifted, TrainingView
-from lustral.vision.suspicion.looking import Looked, counted_model, look_at_both
+from lustral.vision.suspicion.looking import Looked
+from lustral.vision.suspicion.one_look import OneLook
 from lustral.vision.suspicion.scores import Measure, Scores, score_by_class, shortest_half, standardise
-from lustral.vision.suspicion.scoring_model import estimated_passes
 
 POWER = 0.6  # |z|^0.6 of normal z is near symmetric: its lower half, mirrored, meets the 99.5 % quantile
 
@@ -39,7 +37,7 @@ def top_direction(features: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralSignatures:
+class SpectralSignatures(OneLook):
     """Score images by their distance from the bulk of their class along its top singular direction.
 
     Attributes:
@@ -55,16 +53,6 @@ class SpectralSignatures:
 
     centre: Literal["bulk", "mean"] = "bulk"
     trainer: Trainer | None = None
-
-    def estimated_passes(self, num_images: int) -> float:
-        """Return how many passes a set of so many images takes, where a model has to be trained."""
-        return estimated_passes(num_images, trainer=self.trainer)
-
-    def sift(self, view: TrainingView, *, generator: Generator, on_progress: OnProgress | None = None) -> Sifted:
-        """Return a score for each image of ``view.untrusted``; see ``Sifter``."""
-        with counted_model(view, generator=generator, trainer=self.trainer, on_progress=on_progress) as (model, meter):
-            scores = self.score(*look_at_both(model, view, on_progress=on_progress))
-        return scores.sifted(meter.cost)
 
     def score(self, untrusted: Looked, clean: Looked | None = None) -> Scores:
         """Score images that a model has looked at."""
