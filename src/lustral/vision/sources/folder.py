@@ -12,14 +12,8 @@ import torch
 from lustral.core.limits import MOST_CLASSES, MOST_IMAGES
 from lustral.vision.records import ImageSet
 from lustral.vision.sources.checks import check_names
-from lustral.vision.sources.folder_stream import (
-    MAX_WORKERS,
-    FolderStream,
-    num_cores,
-    open_pictures,
-    source_pictures,
-)
-from lustral.vision.sources.pixels import RGB, SUFFIXES, TEST_SPLITS, Framing
+from lustral.vision.sources.folder_stream import FolderStream, Reading, open_pictures, source_pictures
+from lustral.vision.sources.pixels import SUFFIXES, TEST_SPLITS
 from lustral.vision.sources.record import DataSource, SourceError, UnreadablePicture
 
 _FEW_ENTRIES = 20_000  # files and folders looked at before it is asked how many of them are pictures
@@ -104,12 +98,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _stream_split(
-    folder: Path,
-    class_names: list[str],
-    frame: Framing | None,
-    channels: int,
-    num_workers: int,
-    unreadable: list[UnreadablePicture] | None,
+    folder: Path, class_names: list[str], reading: Reading, unreadable: list[UnreadablePicture] | None
 ) -> FolderStream:
     """Return the pictures of one split; class k is the folder ``class_names[k]``."""
     if strangers := sorted(set(_subfolders(folder)) - set(class_names)):
@@ -121,23 +110,14 @@ def _stream_split(
         torch.arange(len(class_names)).repeat_interleave(torch.tensor([len(found) for found in present])),
         class_names,
         where=str(folder),
-        frame=frame,
-        channels=channels,
-        num_workers=num_workers,
+        frame=reading.frame,
+        channels=reading.channels,
+        num_workers=reading.num_workers,
         unreadable=unreadable,
     )
 
 
-def open_folder(
-    path: Path,
-    *,
-    name: str,
-    flip: bool = True,
-    frame: Framing | None = None,
-    channels: int = RGB,
-    stream: bool | None = False,
-    skip_unreadable: bool = False,
-) -> DataSource:
+def open_folder(path: Path, reading: Reading, *, name: str, flip: bool = True) -> DataSource:
     """Open ``path/CLASS/*`` or ``path/{train,test}/CLASS/*`` (``val`` and the like serve as ``test``).
 
     The label of a class is the place of its folder's name in the sorted list of names; an empty folder holds the
@@ -146,14 +126,9 @@ def open_folder(
 
     Args:
         path: the folder.
+        reading: how its pictures are read.
         name: the source's name.
         flip: whether flips keep the meaning.
-        frame: the size to bring pictures to; None asks for pictures of one size.
-        channels: 3 for RGB, 1 for grey.
-        stream: leave the training images on disk (test images are loaded all the same), to be decoded by several processes;
-            None: by the caller's.
-        skip_unreadable: leave out training pictures that cannot be decoded, and say which they are; each is decoded once to see.
-            With ``stream=None`` those that are left are held in memory where they fit. Test pictures are left out unsaid.
 
     Raises:
         SourceError: another layout, or pictures that are unreadable or differ in size.
@@ -187,14 +162,13 @@ def open_folder(
             ", ".join(class_names[:3]),
             class_names[2],
         )
-    num_workers = min(MAX_WORKERS, num_cores()) if stream or skip_unreadable else 0
-    unreadable: list[UnreadablePicture] | None = [] if skip_unreadable else None
-    train = _stream_split(train_folder, class_names, frame, channels, num_workers, unreadable)
-    pictures, held = source_pictures(train, unreadable, stream)
+    unreadable = reading.left_out()
+    train = _stream_split(train_folder, class_names, reading, unreadable)
+    pictures, held = source_pictures(train, unreadable, reading.stream)
     test: ImageSet | None = None
     if test_folder:
-        dropped: list[UnreadablePicture] | None = [] if skip_unreadable else None
-        tested = _stream_split(test_folder, class_names, frame, channels, num_workers, dropped)
+        dropped = reading.left_out()
+        tested = _stream_split(test_folder, class_names, reading, dropped)
         loaded, _ = source_pictures(tested, dropped, False)
         assert isinstance(loaded, ImageSet)
         test = loaded

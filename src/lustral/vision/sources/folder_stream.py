@@ -165,6 +165,34 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a source reads its picture files.
+
+    Attributes:
+        frame: the size to bring pictures to; None asks for pictures of one size.
+        channels: 3 for RGB, 1 for grey.
+        stream: leave the training images on disk (test images are loaded all the same), to be decoded by several processes;
+            None: by the caller's.
+        skip_unreadable: leave out training pictures that cannot be decoded, and say which they are; each is decoded once to see.
+            With ``stream=None`` those that are left are held in memory where they fit. Test pictures are left out unsaid.
+    """
+
+    frame: Framing | None = None
+    channels: int = RGB
+    stream: bool | None = False
+    skip_unreadable: bool = False
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that decode."""
+        return min(MAX_WORKERS, num_cores()) if self.stream or self.skip_unreadable else 0
+
+    def left_out(self) -> list[UnreadablePicture] | None:
+        """Return an empty list that takes the pictures of one split that cannot be decoded; None: they are an error."""
+        return [] if self.skip_unreadable else None
+
+
 @dataclass(frozen=True)
 class _Attempts(Dataset[tuple[list[int], Tensor, list[tuple[int, str]]]]):
     """Decodes what can be decoded of the pictures at a list of indices; picklable.

@@ -15,36 +15,24 @@ from lustral.core.files import NotRegularError, read_regular
 from lustral.core.limits import LARGEST_TABLE, MOST_CLASSES
 from lustral.vision.records import ImageSet
 from lustral.vision.sources.checks import check_count, check_names
-from lustral.vision.sources.folder_stream import MAX_WORKERS, num_cores, open_pictures, source_pictures
-from lustral.vision.sources.pixels import RGB, SUFFIXES, TEST_SPLITS, Framing
+from lustral.vision.sources.folder_stream import Reading, open_pictures, source_pictures
+from lustral.vision.sources.pixels import SUFFIXES, TEST_SPLITS
 from lustral.vision.sources.record import DataSource, SourceError, UnreadablePicture
 
 _COLUMNS = "file,label, and split (train or test) if there is a test set"
 _SHOWN = 80  # characters of a cell that an error quotes
 
 
-def open_label_table(
-    path: Path,
-    *,
-    name: str,
-    flip: bool = True,
-    frame: Framing | None = None,
-    channels: int = RGB,
-    stream: bool | None = False,
-    skip_unreadable: bool = False,
-) -> DataSource:
+def open_label_table(path: Path, reading: Reading, *, name: str, flip: bool = True) -> DataSource:
     """Open a CSV table of picture files, whose paths are relative to the table's folder and stay inside it.
 
     Labels that are all whole numbers are the classes 0, 1, ...; others are names of classes, numbered as sorted.
 
     Args:
         path: the .csv file, UTF-8, with a first row that names its columns: file, label, and optionally split.
+        reading: how its pictures are read.
         name: the source's name.
         flip: whether flips keep the meaning.
-        frame: the size to bring pictures to; None asks for pictures of one size.
-        channels: 3 for RGB, 1 for grey.
-        stream: leave the training images on disk, as for an image folder.
-        skip_unreadable: leave out training pictures that cannot be decoded, as for an image folder.
 
     Raises:
         SourceError: no such table, a path that leaves its folder, or pictures that cannot be used.
@@ -56,7 +44,7 @@ def open_label_table(
     is_train = torch.tensor([split == "train" for _, _, split in rows], dtype=torch.bool)
     if not is_train.any():
         raise SourceError(f"{path}: no rows of split train")
-    unreadable: list[UnreadablePicture] | None = [] if skip_unreadable else None
+    unreadable = reading.left_out()
 
     def part(
         chosen: Tensor, dropped: list[UnreadablePicture] | None, streamed: bool | None
@@ -66,16 +54,16 @@ def open_label_table(
             labels[chosen],
             class_names,
             where=str(path),
-            frame=frame,
-            channels=channels,
-            num_workers=min(MAX_WORKERS, num_cores()) if stream or skip_unreadable else 0,
+            frame=reading.frame,
+            channels=reading.channels,
+            num_workers=reading.num_workers,
             unreadable=dropped,
         )
         pictures, held = source_pictures(opened, dropped, streamed)
         return pictures, held.paths
 
-    train, files = part(is_train, unreadable, stream)
-    test = None if is_train.all() else part(~is_train, [] if skip_unreadable else None, False)[0]
+    train, files = part(is_train, unreadable, reading.stream)
+    test = None if is_train.all() else part(~is_train, reading.left_out(), False)[0]
     assert test is None or isinstance(test, ImageSet)
     return DataSource(
         name=name,

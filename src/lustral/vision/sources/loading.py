@@ -15,6 +15,7 @@ from lustral.vision.records import ImageSet
 from lustral.vision.sources.arrays import open_npz, open_parquet
 from lustral.vision.sources.digits import open_digits
 from lustral.vision.sources.folder import open_folder
+from lustral.vision.sources.folder_stream import Reading
 from lustral.vision.sources.label_table import open_label_table
 from lustral.vision.sources.pixels import RGB, Framing, frame_tensor, framing, with_channels
 from lustral.vision.sources.record import DataSource, SourceError
@@ -101,7 +102,8 @@ def _open(
         raise SourceError(f"only an image folder or a label table can be streamed; {spec!r} is none: leave out stream")
     if is_folder or is_table:
         opener, name = (open_folder, path.resolve().name) if is_folder else (open_label_table, path.stem)
-        return opener(path, name=name, frame=frame, channels=channels, stream=stream, skip_unreadable=skip_unreadable)
+        reading = Reading(frame=frame, channels=channels, stream=stream, skip_unreadable=skip_unreadable)
+        return opener(path, reading, name=name)
     if spec == "digits":
         return open_digits(frame)
     if spec.startswith(_TORCHVISION):
