@@ -3,6 +3,8 @@
     python benchmarks/story.py make --data tinyimagenet10 --out runs/story --images 3000 --poisoned 150
     lustral sift runs/story/pictures --out runs/story/sifted --write-clean runs/story/left
     python benchmarks/story.py measure --truth runs/story/truth.json --scores runs/story/sifted/scores.parquet
+    lustral train runs/story/left --method plain --test runs/story/test --out runs/story/model
+    python benchmarks/story.py evaluate --truth runs/story/truth.json --model runs/story/model/model.safetensors
 
 The truth stands in a file beside the folder, never in it; names of files tell nothing.
 """
@@ -23,6 +25,7 @@ from PIL import Image
 from lustral.core.randomness import child
 from lustral.vision.attacks import BadNets
 from lustral.vision.images import as_float, as_uint8, stratified_indices
+from lustral.vision.models import load_model
 from lustral.vision.records import ImageSet
 from lustral.vision.sources import load_source
 
@@ -63,7 +66,7 @@ def make(
     write(out / "clean", reserve, names)
     if source.test is not None:
         write(out / "test", source.test, names)
-    truth = {"data": data, "target": names[target], "images": images, "planted": files, "seed": seed}
+    truth = {"data": data, "target": names[target], "images": images, "planted": files, "seed": seed, "patch": patch}
     (out / "truth.json").write_text(json.dumps(truth, indent=1), encoding="utf-8")
     return truth
 
@@ -97,6 +100,24 @@ def measure(truth: Mapping[str, Any], scores: Path) -> dict[str, float]:
     }
 
 
+def evaluate(truth: Mapping[str, Any], model_file: Path, test_folder: Path) -> dict[str, float]:
+    """Return a model's accuracy, and how many of the other classes' pictures it calls the target, with the mark and without."""
+    test = load_source(str(test_folder)).train
+    assert isinstance(test, ImageSet)
+    model = load_model(model_file, num_classes=test.num_classes, image_shape=test.image_shape).model.eval()
+    target = class_names(test).index(truth["target"])
+    stamp = BadNets(target_label=target, size=truth["patch"]).trigger(test.image_shape)
+    right = called = called_plain = others = 0
+    with torch.inference_mode():
+        for batch in test.batches(512):
+            answers, is_other = model(batch.inputs).argmax(1), batch.labels != target
+            right += int((answers == batch.labels).sum())
+            others += int(is_other.sum())
+            called_plain += int((answers[is_other] == target).sum())
+            called += int((model(stamp(batch.inputs[is_other])).argmax(1) == target).sum())
+    return {"accuracy": right / len(test), "attack_success": called / others, "without_the_mark": called_plain / others}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -112,12 +133,20 @@ def main() -> None:
     measuring = verbs.add_parser("measure")
     measuring.add_argument("--truth", type=Path, required=True)
     measuring.add_argument("--scores", type=Path, required=True)
+    evaluating = verbs.add_parser("evaluate")
+    evaluating.add_argument("--truth", type=Path, required=True)
+    evaluating.add_argument("--model", type=Path, required=True)
     given = vars(parser.parse_args())
-    if given.pop("verb") == "make":
+    verb = given.pop("verb")
+    if verb == "make":
         truth = make(given.pop("data"), given.pop("out"), **given)
         print(f"{truth['images']} pictures, {len(truth['planted'])} of them planted in class {truth['target']}")
     else:
-        found = measure(json.loads(given["truth"].read_text(encoding="utf-8")), given["scores"])
+        truth = json.loads(given["truth"].read_text(encoding="utf-8"))
+        if verb == "measure":
+            found = measure(truth, given["scores"])
+        else:
+            found = evaluate(truth, given["model"], given["truth"].parent / "test")
         print(json.dumps(found, indent=1))
 
 
