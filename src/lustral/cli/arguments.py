@@ -212,7 +212,7 @@ Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | 
 
 UNTRUSTED: Mapping[str, tuple[Any, str, Mapping[str, type], str]] = {  # verb: its flags, its methods, the default one
     "sift": (Sift, "sifter", SIFTERS, "combined"),
-    "train": (Train, "safe trainer", SAFE_TRAINERS, "d_st"),
+    "train": (Train, "safe trainer", SAFE_TRAINERS, "sift_first"),
 }
 
 
@@ -324,15 +324,6 @@ def require_fitting_flags(argv: Sequence[str], method: str, purifier: type) -> N
         raise UsageError(f"{method} looks at the set that the model was trained on: give it as --untrusted DATA")
 
 
-def default_method(catalog: Mapping[str, type], preferred: str) -> str:
-    """Return the preferred method of a catalog, or its first one.
-
-    >>> default_method({"a": int, "b": int}, "b"), default_method({"a": int}, "b")
-    ('b', 'a')
-    """
-    return preferred if preferred in catalog else next(iter(catalog), preferred)
-
-
 def parse_untrusted(argv: Sequence[str], recipe: Trainer | None = None) -> Sift[Any] | Train[Any]:
     """Parse a ``sift`` or ``train`` line.
 
@@ -340,8 +331,8 @@ def parse_untrusted(argv: Sequence[str], recipe: Trainer | None = None) -> Sift[
         argv: the command line.
         recipe: the training recipe for the data set: the defaults of the flags of a method that follows the set's size.
     """
-    shape, kind, catalog, preferred = UNTRUSTED[argv[0]]
-    method = named_method(argv, default_method(catalog, preferred))
+    shape, kind, catalog, default = UNTRUSTED[argv[0]]
+    method = named_method(argv, default)
     settings = look_up(kind, method, catalog)
     words = expand(argv[1:], setting_names(settings))
     own = settings()
