@@ -402,6 +402,7 @@ def test_defences_can_be_highlighted(tab: Tab) -> None:
     assert page.locator("#scatter path.points").count() == 2
     assert "show=mesa" in page.evaluate("location.hash")
     page.reload()
+    page.locator("#legend input:checked").first.wait_for()
     assert page.locator("#legend input:checked").count() == 1
 
 
