@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -114,7 +113,7 @@ def test_a_good_model_is_measured(benign_view: DefenderView) -> None:
 def test_no_purifier_trains_a_model_that_is_wrong(name: str, benign_view: DefenderView) -> None:
     for way in ("classes in another order", "other images"):
         view = misread(benign_view)[way]
-        view = dataclasses.replace(view, untrusted=view.clean)  # for those that ask for one
+        view = replace(view, untrusted=view.clean)  # for those that ask for one
         before = {key: value.clone() for key, value in view.model.state_dict().items()}
         with pytest.raises(UnfitModel, match="nothing was changed: the model is right on"):
             erase(PURIFIERS[name](), view, detector=quick_detector(), generator=child(0))
