@@ -114,7 +114,7 @@ def evaluate(truth: Mapping[str, Any], model_file: Path, test_folder: Path) -> d
             right += int((answers == batch.labels).sum())
             others += int(is_other.sum())
             called_plain += int((answers[is_other] == target).sum())
-            called += int((model(stamp(batch.inputs[is_other])).argmax(1) == target).sum())
+            called += int((model(stamp(batch.inputs)).argmax(1)[is_other] == target).sum())
     return {"accuracy": right / len(test), "attack_success": called / others, "without_the_mark": called_plain / others}
 
 

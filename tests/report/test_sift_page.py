@@ -113,7 +113,7 @@ def test_the_training_page_has_the_accuracy_the_history_and_what_was_sifted(tmp_
         assert words in page, words
     write_train_report(tmp_path / "plain.html", report(data, method="plain"), replace(trained, sifted=None), None)
     page = (tmp_path / "plain.html").read_text(encoding="utf-8")
-    assert "A backdoor among them was learnt with the rest." in page
+    assert "If there is a backdoor among them, it was learnt too." in page
     assert "There was no test set" in page
     assert "What the method found" not in page
 

@@ -130,7 +130,7 @@ def train_finding(trained: Trained, accuracy: float | None, *, method: str, num_
         tone="unsure",
         badge="Trained on everything" if is_plain else "Trained with care",
         headline=(
-            f"A model was trained on all {count(num_images)} images. A backdoor among them was learnt with the rest."
+            f"A model was trained on all {count(num_images)} images. If there is a backdoor among them, it was learnt too."
             if is_plain
             else f"A model was trained on {count(num_images)} images of unknown origin by {method}.{measured}"
         ),
