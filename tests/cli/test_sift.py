@@ -370,7 +370,7 @@ def test_training_writes_a_model_that_opens_and_tells_its_accuracy(
     loaded = load_model(out / "model.safetensors", num_classes=3, image_shape=(3, SIDE, SIDE))
     assert loaded.arch == "small_cnn"
     assert "Accuracy on the test set" in capsys.readouterr().out
-    assert "learnt with the rest" in (out / "report.html").read_text(encoding="utf-8")
+    assert "it was learnt too" in (out / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("verb", ["sift", "train"])
