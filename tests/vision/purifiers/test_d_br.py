@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from lustral.vision.attacks import BadNets
 from lustral.vision.evaluation import evaluate, oracle_round
 from lustral.vision.purifiers import DBR
 from lustral.vision.purifiers.d_br import NOTHING_FOUND, Rounds, unlearning_objective
-from lustral.vision.records import DefenderView, ImageSet, Sifted, Victim
+from lustral.vision.records import DefenderView, ImageSet, Sifted, TrainingView, Victim
 from lustral.vision.repair.selection import Selection
-from lustral.vision.sifters import FCT
+from lustral.vision.sifters import FCT, Combined
 from lustral.vision.suspicion.scoring_model import untrained_copy
 from toy import CornerSifter, as_batch, clean_images, gentle_trainer, toy_images
 
@@ -68,6 +69,15 @@ def test_the_loss_climbs_on_poisoned_images_up_to_a_cap_and_falls_on_clean_ones(
     assert float(slope[0, 0]) > 0  # a step down this gradient lowers the logit of a poisoned image's label
     assert float(slope[1].abs().max()) == 0.0
     assert float(slope[2, 0]) < 0
+
+
+def test_the_default_sifter_can_take_the_place_of_fct(view: DefenderView) -> None:
+    class Nothing(Combined):
+        def sift(self, view: TrainingView, **given: Any) -> Sifted:
+            return sifted(torch.zeros(len(view.untrusted)), above=1.0)
+
+    result = DBR(combined=Nothing()).purify(view, generator=child(0))
+    assert NOTHING_FOUND in result.notes
 
 
 def test_quotas_bound_what_was_flagged_and_nothing_flagged_is_nothing_taken() -> None:

@@ -16,7 +16,7 @@ from lustral.vision.records import ImageSet, Sifted, TrainingView, Victim
 from lustral.vision.safe_training import DST
 from lustral.vision.safe_training.cached_features import CachedFeatures, cache
 from lustral.vision.safe_training.d_st import Projected, Split, mixed_cross_entropy
-from lustral.vision.sifters import FCT
+from lustral.vision.sifters import FCT, Combined
 from toy import clean_images, toy_images
 
 
@@ -188,6 +188,26 @@ def test_the_passes_said_beforehand_follow_the_epochs_and_the_crops() -> None:
     assert method.recipe(400).epochs * (400 // method.recipe(400).batch_size) >= method.least_steps
     each = method.sifter.cost_passes + 2 * 40 * 0.75**2 + 0.25 * 4 / 3
     assert method.estimated_passes(50_000) == pytest.approx(50_000 * each)
+    ours = DST(combined=Combined())
+    saved = 50_000 * FCT.cost_passes - Combined().estimated_passes(50_000)
+    assert saved > 0
+    assert ours.estimated_passes(50_000) == pytest.approx(50_000 * each - saved)
+
+
+def test_the_default_sifter_can_take_the_place_of_fct(backdoored: Victim) -> None:
+    assert backdoored.poisoned is not None
+    data, scores, asked = backdoored.poisoned.data, known(backdoored).scores, list[int]()
+
+    class Listed(Combined):
+        def sift(self, view: TrainingView, **given: Any) -> Sifted:
+            asked.append(len(view.untrusted))
+            return KnownSplit(scores=scores).sift(view, **given)
+
+    method = DST(combined=Listed(), epochs=1, least_steps=1, projection=8, head_least_steps=1)
+    trained = method.train(view_of(data), generator=child(0))
+    assert asked == [len(data)]
+    assert trained.sifted is not None
+    assert torch.equal(trained.sifted.scores, scores)
 
 
 @pytest.mark.parametrize(

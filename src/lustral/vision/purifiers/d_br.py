@@ -29,7 +29,7 @@ from lustral.training import Augment, EpochReport, Trainer, fine_tuning_recipe
 from lustral.vision.records import DefenderView, LabelledImages, Purified, Sifted, TrainingView
 from lustral.vision.repair.run import PurifyRun, returned_unchanged
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
-from lustral.vision.sifters import FCT
+from lustral.vision.sifters import FCT, Combined
 from lustral.vision.suspicion.scoring_model import untrained_copy
 
 NOTHING_FOUND = "No image of the training set was found poisoned, so the model was returned unchanged."
@@ -84,6 +84,7 @@ class DBR:
 
     Attributes:
         sifter: gives scores, flags and the quotas of D_c and D_p.
+        combined: scores and flags by the default sifter in place of FCT, ours; the quotas stay those of ``sifter``.
         only_flagged: take into D_p only what the sifter flagged; the quota is then the most that D_p holds. Without, as
             published, a set of fewer poisoned images than the quota has clean ones unlearned.
         trainer: ``epochs`` rounds. SGD at 1e-4, constant, for 20 rounds in the paper, with the statistics of each batch. Here
@@ -101,6 +102,7 @@ class DBR:
     takes_untrusted: ClassVar[bool] = True
 
     sifter: FCT = field(default_factory=FCT)
+    combined: Combined | None = None
     only_flagged: bool = True
     trainer: Trainer = field(default_factory=lambda: replace(fine_tuning_recipe(20), batch_norm="frozen"))
     least_steps: int = 200
@@ -135,7 +137,7 @@ class DBR:
         """Do as ``purify``, and hand the model of every round to ``on_round``, which must not change it."""
         untrusted = view.require_untrusted()
         with PurifyRun(view=view, holdout=1.0, generator=generator, on_progress=on_progress) as repair:
-            sifted = self.sifter.sift(
+            sifted = (self.combined or self.sifter).sift(
                 TrainingView(
                     untrusted=untrusted,
                     build_model=lambda stream: repair.follow(untrained_copy(view.model, generator=stream)),

@@ -28,7 +28,7 @@ from lustral.vision.records import Trained, TrainingView
 from lustral.vision.safe_training.cached_features import cache
 from lustral.vision.safe_training.contrast import Labels, contrastive_loss, positives
 from lustral.vision.safe_training.run import TrainingRun, require_trainable
-from lustral.vision.sifters.fct import FCT
+from lustral.vision.sifters import FCT, Combined
 from lustral.vision.suspicion.features import Penultimate
 
 LARGE_SET = 30_000  # images from which fewer epochs do
@@ -113,6 +113,7 @@ class DST:
 
     Attributes:
         sifter: makes the split.
+        combined: scores by the default sifter in place of FCT, ours; the split keeps the shares of ``sifter``.
         labels: which labels the features are learnt by. "clean_only" is the paper's SS-CTL and safe for clean-label attacks;
             "all" is its S-CTL, more accurate and as safe for attacks that change labels; "none" is its CTL. The default is
             the first, since nobody knows the attack. "clean_only_official" is what the published code computes: a clean image
@@ -137,6 +138,7 @@ class DST:
     cost_passes: ClassVar[float] = 93
 
     sifter: FCT = field(default_factory=FCT)
+    combined: Combined | None = None
     labels: Labels = "clean_only"
     epochs: int | None = None
     trainer: Trainer = field(
@@ -182,7 +184,8 @@ class DST:
         crop = self.augment.side**2
         split = self.sifter.clean_share + self.sifter.poisoned_share
         steps = self.recipe(num_images)
-        return num_images * (self.sifter.cost_passes + 2 * crop * steps.epochs + split * self.head_views / 3)
+        scoring = num_images * FCT.cost_passes if self.combined is None else self.combined.estimated_passes(num_images)
+        return scoring + num_images * (2 * crop * steps.epochs + split * self.head_views / 3)
 
     def recipe(self, num_images: int) -> Trainer:
         """Return how the first stage trains on a set of that size."""
@@ -196,7 +199,9 @@ class DST:
             ValueError: the set is too small to be split, or the network does not end in a linear layer.
         """
         require_trainable(view)
-        sifted = self.sifter.sift(view, generator=fork(generator, "sifting"), on_progress=on_progress)
+        sifted = (self.combined or self.sifter).sift(
+            view, generator=fork(generator, "sifting"), on_progress=on_progress
+        )
         split = self.split(sifted.scores, view)
         with TrainingRun(view=view, generator=generator, on_progress=on_progress) as run:
             head, notes, augment = self.look_at(run)
