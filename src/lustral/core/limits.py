@@ -26,6 +26,10 @@ MOST_PICTURE_EXPANSION = 500  # the same for pictures, as RGB: photographs reach
 FREE_EXPANSION = 2**28  # bytes that need no such proof
 MOST_NAME_LENGTH = 1000  # characters of a class name
 
+# of captioned molecules
+MOST_PAIRS = 1_000_000  # rows of a table; PubChem has captions for about 300,000 molecules
+LONGEST_CAPTION = 20_000  # characters; the longest of ChEBI-20, PCdes and PubChem324k has 8,363
+
 
 def is_image_shape(shape: object) -> TypeGuard[tuple[int, int, int]]:
     """Tell whether this is (C, H, W) of images that are not absurdly large.
