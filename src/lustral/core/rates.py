@@ -50,8 +50,10 @@ class Rate:
         return {"value": self.value, "low": low, "high": high, "hits": self.hits, "n": self.total}
 
 
-def wilson_interval(hits: int, total: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(hits: float, total: float, z: float = Z_95) -> tuple[float, float]:
     """Return the Wilson score interval (low, high) of a proportion, or two NaNs when ``total`` is 0.
+
+    Counts may be fractions: those of dependent trials, divided by their design effect.
 
     The centre is (p + z²/2n) / (1 + z²/n), the half width z / (1 + z²/n) · √(p(1 − p)/n + z²/4n²).
     """
