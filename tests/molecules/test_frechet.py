@@ -41,6 +41,7 @@ def test_batches_do_not_change_the_states() -> None:
     states = chemnet_states(SMILES[:7], batch_size=3)
     assert states.shape == (7, 512)
     assert torch.allclose(states, chemnet_states(SMILES[:7]), atol=1e-6)
+    assert torch.equal(chemnet_states([SMILES[1], SMILES[0], SMILES[1]])[[0, 2]], chemnet_states(SMILES[:2])[[1, 1]])
     assert chemnet_states([]).shape == (0, 512)
 
 

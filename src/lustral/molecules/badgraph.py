@@ -169,7 +169,7 @@ class BadGraph:
         raw, effective = self._share(taken, before), self._share(taken, len(clean))
         reached = raw if self.counts == "raw" else effective
         return (
-            f"a {self.counts} poisoning rate of {self.rate:.2%} cannot be reached: {taken:,} of {len(clean):,} molecules take "
+            f"the {self.counts} poisoning rate of {self.rate:.2%} cannot be reached: {taken:,} of {len(clean):,} molecules take "
             f"the subgraph {self.target}; the highest {self.counts} rate is {_floor(reached):.2%} "
             f"(raw {raw:.2%}, effective {effective:.2%})"
         )

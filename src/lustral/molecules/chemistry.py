@@ -320,12 +320,13 @@ def _morgan_generator() -> Any:
 
 
 def _bits(smiles: Sequence[str], fingerprint: Any, size: int) -> Tensor:
-    bits = torch.zeros(len(smiles), size)
-    for row, text in enumerate(smiles):
+    places = {text: place for place, text in enumerate(dict.fromkeys(smiles))}  # generators repeat themselves
+    bits = torch.zeros(len(places), size)
+    for text, place in places.items():
         molecule = read(text)
         if molecule is not None:
-            bits[row, list(fingerprint(molecule).GetOnBits())] = 1
-    return bits
+            bits[place, list(fingerprint(molecule).GetOnBits())] = 1
+    return bits[torch.tensor([places[text] for text in smiles], dtype=torch.int64)]
 
 
 @cache

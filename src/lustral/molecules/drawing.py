@@ -91,7 +91,7 @@ def _drawn(molecule: Any, query: Any, width: int, height: int) -> str:
     from rdkit.Chem.Draw import rdMolDraw2D
 
     drawer = rdMolDraw2D.MolDraw2DSVG(width, height)
-    options = drawer.drawOptions()
+    options: Any = drawer.drawOptions()
     options.clearBackground = False
     options.setHighlightColour(HIGHLIGHT)
     atoms = sorted({atom for match in _matches(molecule, query) for atom in match})

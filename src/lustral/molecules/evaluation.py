@@ -255,7 +255,8 @@ def target_rates(drawn: Drawn, target: str) -> tuple[DrawnRate, DrawnRate]:
 
 def _target_rates(rows: Drawn, target: str, asked: Tensor) -> tuple[DrawnRate, DrawnRate]:
     """Return the rates of the rows at ``asked``, (N,) bool."""
-    hits = _table(rows, [[contains(smiles, target) for smiles in row] for row in rows])
+    known = {smiles: contains(smiles, target) for smiles in dict.fromkeys(smiles for row in rows for smiles in row)}
+    hits = _table(rows, [[known[smiles] for smiles in row] for row in rows])
     return drawn_rate(hits[asked]), drawn_rate(hits[asked], _valid(rows)[asked])
 
 
@@ -281,7 +282,8 @@ def generation_quality(
 
 def spelt(drawn: Drawn) -> tuple[tuple[str, ...], ...]:
     """Return drawn molecules in canonical spelling, "" where a string is no molecule."""
-    return tuple(tuple(canonical(smiles) for smiles in row) for row in drawn)
+    known = {smiles: canonical(smiles) for smiles in dict.fromkeys(smiles for row in drawn for smiles in row)}
+    return tuple(tuple(known[smiles] for smiles in row) for row in drawn)
 
 
 def _samples(rows: Drawn) -> int:

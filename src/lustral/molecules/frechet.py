@@ -70,14 +70,17 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def chemnet_states(smiles: Sequence[str], *, device: torch.device | None = None, batch_size: int = 128) -> Tensor:
     """Return (N, 512) float32, ChemNet's last hidden state of each molecule, on the CPU."""
     network, codes = _chemnet()
+    places = {each: place for place, each in enumerate(dict.fromkeys(smiles))}  # generators repeat themselves
+    distinct = list(places)
     place = device or torch.device("cpu")
     network = network.to(place)
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(smiles), batch_size):
-            one_hot = torch.stack([codes(each) for each in smiles[start : start + batch_size]])
+        for start in range(0, len(distinct), batch_size):
+            one_hot = torch.stack([codes(each) for each in distinct[start : start + batch_size]])
             parts.append(network(one_hot.to(place).transpose(1, 2)).float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0, 512)
+    states = torch.cat(parts) if parts else torch.empty(0, 512)
+    return states[torch.tensor([places[each] for each in smiles], dtype=torch.int64)]
 
 
 @cache
