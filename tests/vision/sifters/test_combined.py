@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lustral.core.randomness import child
-from lustral.vision.records import ImageSet, TrainingView, Victim
+from lustral.core.records import Cost
+from lustral.vision.records import ImageSet, Sifted, TrainingView, Victim
 from lustral.vision.sifters import ActivationClustering, BNLikelihood, Combined
-from lustral.vision.sifters.combined import Mirrored, combine
+from lustral.vision.sifters.combined import Mirrored, combine, only_agreed
 from toy import clean_images, toy_images
 from vision.sifters.worlds import auroc, training_view
 
@@ -87,3 +88,25 @@ def test_a_clean_set_comes_out_as_clean(benign: Victim, with_clean: bool) -> Non
     found = Combined().sift(view, generator=child(1))
     assert not found.flagged.any()
     assert found.threshold == math.inf
+
+
+@pytest.mark.parametrize(("votes", "by_clean", "kept"), [(1, False, 0), (2, False, 3), (1, True, 3), (0, True, 0)])
+def test_without_clean_images_one_way_alone_lists_nothing(votes: int, by_clean: bool, kept: int) -> None:
+    scores = torch.tensor([1.0, 2.0, 9.0, 8.0, 7.0])
+    cost = Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=0)
+    found = Sifted(scores=scores, flagged=scores > 5, threshold=5.0, basis="Known.", cost=cost)
+    kind = only_agreed(found, torch.where(scores > 5, votes, 0), by_clean=by_clean, ways=3)
+    assert int(kind.flagged.sum()) == kept
+    assert (kind.threshold == math.inf) == (kept == 0)
+    assert bool((kind.scores[kind.flagged] > 5).all())
+
+
+def test_an_image_that_one_way_lists_stays_on_the_line() -> None:
+    scores = torch.tensor([1.0, 9.0, 8.0])
+    cost = Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=0)
+    found = Sifted(scores=scores, flagged=scores > 5, threshold=5.0, basis="Known.", cost=cost)
+    kept = only_agreed(found, torch.tensor([0, 2, 1]), by_clean=False, ways=3)
+    assert kept.flagged.tolist() == [False, True, False]
+    assert kept.scores.tolist() == [1.0, 9.0, 5.0]
+    alone = only_agreed(found, torch.tensor([0, 1, 1]), by_clean=False, ways=1)
+    assert alone.flagged.tolist() == [False, True, True]

@@ -34,6 +34,8 @@ from lustral.vision.suspicion.looking import Looked, counted_model, look, look_a
 from lustral.vision.suspicion.scores import Scores
 from lustral.vision.suspicion.scoring_model import estimated_passes
 
+AGREEING = 2  # ways that list an image, without clean images to draw the line
+
 
 @dataclass(frozen=True)
 class Mirrored:
@@ -145,8 +147,8 @@ class Combined:
                 notes=tuple(dict.fromkeys(note for part in scores.values() for note in part.notes)),
             )
         parts = {name: part.sifted(meter.cost) for name, part in scores.items()}
-        listed = torch.stack([part.flagged for part in parts.values()]).any(0)
-        found = only_listed(whole.sifted(meter.cost), listed, by_clean=enough_clean(whole.clean))
+        votes = torch.stack([part.flagged for part in parts.values()]).sum(0)
+        found = only_agreed(whole.sifted(meter.cost), votes, by_clean=enough_clean(whole.clean), ways=len(parts))
         return replace(found, parts=parts, notes=(*found.notes, *agreement(found, parts)))
 
     def score_parts(self, untrusted: Looked, clean: Looked | None) -> dict[str, Scores]:
@@ -157,23 +159,30 @@ class Combined:
         return scores
 
 
-def only_listed(found: Sifted, listed: Tensor, *, by_clean: bool) -> Sifted:
-    """Take back what no way lists by itself: the tails of a sum are those of all its parts.
+def only_agreed(found: Sifted, votes: Tensor, *, by_clean: bool, ways: int) -> Sifted:
+    """Take back what too few ways list by themselves.
+
+    Without clean images a class that falls into two natural groups is one way's false alarm: 1.5 % of 10,000 clean images of
+    CIFAR-10 were listed, all by Activation Clustering alone. A trigger shows itself to more than one way.
 
     Args:
         found: by the sum.
-        listed: (N,) bool, by at least one way.
+        votes: (N,) int64, how many ways list an image by themselves.
         by_clean: whether clean images drew the line. Then it is right for the sum as it is, and only a list that no way shares an
             image of is taken back.
+        ways: how many there are; where there are several, two have to agree.
     """
-    if not found.flagged.any() or (by_clean and bool(listed.any())):
+    least = 1 if by_clean else min(AGREEING, ways)
+    agreed = votes >= least
+    if not found.flagged.any() or (by_clean and bool(agreed.any())):
         return found
-    if not (listed & found.flagged).any():
-        basis = f"{found.basis} None of the ways lists one of these images by itself, so none is listed."
+    who = "no way lists" if least == 1 else "no two ways list"
+    if not (agreed & found.flagged).any():
+        basis = f"{found.basis} But {who} one of these images, so none is listed."
         return replace(found, flagged=torch.zeros_like(found.flagged), threshold=math.inf, basis=basis)
-    scores = torch.where(listed, found.scores, found.scores.clamp_max(found.threshold))
-    basis = f"{found.basis} An image that no way lists by itself counts as one on the line."
-    return replace(found, scores=scores, flagged=found.flagged & listed, basis=basis)
+    scores = torch.where(agreed, found.scores, found.scores.clamp_max(found.threshold))
+    basis = f"{found.basis} An image that {who} counts as one on the line."
+    return replace(found, scores=scores, flagged=found.flagged & agreed, basis=basis)
 
 
 def agreement(found: Sifted, parts: Mapping[str, Sifted]) -> tuple[str, ...]:
