@@ -26,10 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "molecules": {"core", "training"},
     "catalog": {"core", "vision"},
     "tables": {"core", "store"},
-    "report": {"core", "training", "vision"},
+    "report": {"core", "training", "vision", "molecules"},
     "site": {"core", "store", "tables", "report"},
-    "bench": {"core", "training", "vision", "store", "tables", "catalog", "report"},
-    "cli": {"core", "training", "vision", "store", "tables", "catalog", "report", "site", "bench"},
+    "bench": {"core", "training", "vision", "molecules", "store", "tables", "catalog", "report"},
+    "cli": {"core", "training", "vision", "molecules", "store", "tables", "catalog", "report", "site", "bench"},
     "__main__": {"cli"},
     "__init__": set(),
 }
