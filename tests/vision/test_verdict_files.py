@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from lustral.core.digests import weights_digest
 from lustral.core.randomness import child
 from lustral.vision import verdict_files
 from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger, Verdict
@@ -26,7 +27,6 @@ from lustral.vision.verdict_files import (
     VerdictError,
     read_verdict,
     verdict_record,
-    weights_digest,
     write_verdict,
 )
 from toy import mask_verdict, toy_images

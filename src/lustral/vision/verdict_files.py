@@ -23,9 +23,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 
 from lustral.core.characters import visible
+from lustral.core.digests import weights_digest
 from lustral.core.files import canonical, json_ready, read_regular, write_bytes_atomic, write_json_atomic
 from lustral.core.limits import LARGEST_TRIGGERS, LARGEST_VERDICT
 from lustral.core.records import Cost, Evidence
@@ -206,16 +207,6 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
         "triggers": [_trigger_record(trigger) for trigger in verdict.triggers],
         "cost": dataclasses.asdict(verdict.cost),
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights and buffers, whatever file and device they are in."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def scan_digest(about: Mapping[str, Any]) -> str:

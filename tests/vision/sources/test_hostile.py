@@ -23,9 +23,9 @@ import torchvision.datasets
 from PIL import Image
 
 import lustral
-from lustral.core.parquet_pages import declared_pages
 from lustral.vision.records import ImageSet
 from lustral.vision.sources import SourceError, checks, folder, load_source
+from lustral.vision.sources.parquet import declared_pages
 from lustral.vision.sources.pixels import FORMATS
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n(%pipe%true) (w) file closefile\nshowpage\n%%EOF\n"
