@@ -135,38 +135,6 @@ def test_every_cut_of_a_parquet_table_is_a_clear_error(tmp_path: Path) -> None:
             open_pairs(cut)
 
 
-def test_a_long_text_in_many_rows_is_decoded_a_few_rows_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file of some kilobytes can hold one text of megabytes in every row: a dictionary stores it once."""
-    file = tmp_path / "t.parquet"
-    long = "x" * 2**20
-    pq.write_table(pa.table({"smiles": ["CCO"] * 500 + ["CCN"], "caption": [long] * 500 + ["an amine"]}), file)
-    assert file.stat().st_size < 2**20
-    taken: list[int] = []
-    real = pq.ParquetFile.iter_batches
-
-    def watched(self: pq.ParquetFile, **rest: object) -> object:
-        taken.append(rest["batch_size"])  # type: ignore[arg-type]
-        return real(self, **rest)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    source = open_pairs(file)
-    assert source.skipped == {"caption too long": 500}
-    assert taken[0] <= 64
-
-
-def test_pages_that_unpack_beyond_reason_are_refused_before_they_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"smiles": ["CCO"], "caption": ["x" * 2**20]}), file, compression="zstd")
-    monkeypatch.setattr(sources, "FREE_EXPANSION", 2**16)
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("it was unpacked"))
-    with pytest.raises(PairsError, match="unpack to 1,0"):
-        open_pairs(file)
-
-
 def test_numbers_are_no_captions(tmp_path: Path) -> None:
     file = tmp_path / "t.parquet"
     pq.write_table(pa.table({"smiles": ["CCO"], "caption": [7]}), file)

@@ -207,7 +207,14 @@ class Demo:
     common: Annotated[Common, FLAT] = Common()
 
 
-Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | Evaluate | Demo | Bench
+@dataclass(frozen=True, kw_only=True)
+class Molecules:
+    """Find, show and erase backdoors in text-guided molecule generation; `lustral molecules --help` lists its commands."""
+
+    common: Annotated[Common, FLAT] = Common()
+
+
+Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | Evaluate | Demo | Molecules | Bench
 
 
 UNTRUSTED: Mapping[str, tuple[Any, str, Mapping[str, type], str]] = {  # verb: its flags, its methods, the default one
@@ -289,6 +296,7 @@ def parse(argv: Sequence[str]) -> Command:
         "train": Train[NoScanning],
         "evaluate": Evaluate,
         "implant": Implant[_attacks()],  # type: ignore[misc]
+        "molecules": Molecules,
         "bench": Bench,
     }
     erasing = setting_names(purifier) + setting_names(scanning)

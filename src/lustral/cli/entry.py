@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; for ``scan`` 0 no backdoor found, 1 backdoored, 3 cannot tell; for ``sift`` 0 none
-        and 1 poisoned images listed; 2 an error, said in one
+        and 1 poisoned images or pairs listed; 2 an error, said in one
         line on standard error; 70 an error that was not foreseen, likewise; 130 interrupted; 141 nobody reads the output.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -59,6 +59,10 @@ def run(argv: Sequence[str]) -> int:
         from lustral.cli.bench_commands import run_bench
 
         return run_bench(argv)
+    if argv[:1] == ["molecules"]:
+        from lustral.cli.molecules.commands import run_molecules
+
+        return run_molecules(argv)
     from lustral.cli import commands
     from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, parse
     from lustral.cli.console import Screen

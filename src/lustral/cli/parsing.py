@@ -16,6 +16,8 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 FLAT = tyro.conf.arg(name="")  # the fields become flags without a prefix
 DESCRIPTIONS = {
     "lustral": "Find, show and erase backdoors in image classifiers.",
+    "lustral molecules": "Find, show and erase backdoors in text-guided molecule generation. It needs more libraries: "
+    "pip install 'lustral[molecules]'",
     "lustral bench": "Run a plan of attacks and defences, and show what came out.",
 }
 BOX = "╭╮╰╯│─"  # what tyro draws around its messages

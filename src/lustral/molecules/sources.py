@@ -13,18 +13,18 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lustral.core.files import NotRegularError, read_regular
-from lustral.core.limits import FREE_EXPANSION, LARGEST_TABLE, LONGEST_CAPTION, MOST_EXPANSION, MOST_PAIRS
-from lustral.core.parquet_pages import declared_pages
+from lustral.core.limits import LARGEST_TABLE, LONGEST_CAPTION, MOST_PAIRS
 from lustral.core.randomness import child
 from lustral.molecules.chemistry import ALLOWED_ELEMENTS, LEAST_ATOMS, MOST_ATOMS, read, spelling
 from lustral.molecules.records import MoleculeSet
@@ -33,7 +33,12 @@ SMILES_COLUMNS = ("smiles",)
 CAPTION_COLUMNS = ("caption", "description", "text")
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt")
 _SHOWN = 8  # columns that an error names
-_BATCH_ROWS, _BATCH_BYTES = 1_024, 2**26  # of a Parquet table, decoded at a time
+_BATCH_ROWS = 1_024
+
+
+EMBEDDED, TEXT_MOLECULE = "embedded", "text_molecule"
+NAMED = (EMBEDDED, TEXT_MOLECULE)  # sources that are opened by name
+DATA_VARIABLE = "LUSTRAL_DATA"  # environment variable with the folder of the second
 
 
 class PairsError(ValueError):
@@ -62,6 +67,32 @@ class MoleculeSource:
     def unfiltered_share(self, part: MoleculeSet) -> int:
         """Return how many unfiltered molecules stand behind a part of the data, such as the training split."""
         return max(len(part), round(self.unfiltered * len(part) / max(len(self.data), 1)))
+
+
+def open_source(spec: str) -> MoleculeSource:
+    """Open captioned molecules by name or path.
+
+    Args:
+        spec: "embedded"; "text_molecule", a table in the folder that LUSTRAL_DATA names; or the path of a table.
+
+    Raises:
+        PairsError: see ``open_pairs``; or the folder is not known.
+        FileNotFoundError: there is no such table.
+    """
+    if spec == EMBEDDED:
+        return embedded()
+    path = Path(spec).expanduser()
+    if spec == TEXT_MOLECULE and not path.exists():
+        if not (folder := os.environ.get(DATA_VARIABLE)):
+            raise PairsError(
+                f"{TEXT_MOLECULE} is looked up in a folder: name it in the environment variable {DATA_VARIABLE}"
+            )
+        path = Path(folder) / f"{TEXT_MOLECULE}.parquet"
+    if not path.exists():
+        raise FileNotFoundError(
+            2, f"no such table of pairs; expected a file ({', '.join(SUFFIXES)}) or {EMBEDDED!r}", str(path)
+        )
+    return open_pairs(path)
 
 
 def open_pairs(path: Path, *, smiles_column: str | None = None, caption_column: str | None = None) -> MoleculeSource:
@@ -240,26 +271,5 @@ def _parquet_cells(
             raise PairsError(f"{path}: expected texts in {name}; got {kind}")
     if table.metadata.num_rows > MOST_PAIRS:
         raise PairsError(f"{path}: expected at most {MOST_PAIRS:,} rows; it has {table.metadata.num_rows:,}")
-    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(_largest_page(content, table.metadata, columns, path), 1)))
-    for batch in table.iter_batches(batch_size=rows, columns=columns, use_threads=False):
+    for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
         yield from zip(*(batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns), strict=True)
-
-
-def _largest_page(content: bytes, metadata: Any, columns: Sequence[str], path: Path) -> int:
-    """Check what the pages of the columns declare; return the size of the largest one, which no cell exceeds, in bytes."""
-    unpacked, largest = 0, 0
-    for group in range(metadata.num_row_groups):
-        for place in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(place)
-            if chunk.path_in_schema in columns:
-                starts = [chunk.data_page_offset]
-                if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-                    starts.append(chunk.dictionary_page_offset)
-                size = min(chunk.total_compressed_size, len(content))
-                pages = declared_pages(io.BytesIO(content), min(starts), size)
-                unpacked, largest = unpacked + sum(pages), max(largest, *pages, 0)
-    if unpacked > max(MOST_EXPANSION * len(content), FREE_EXPANSION):
-        raise PairsError(
-            f"{path}: {len(content):,} bytes that unpack to {unpacked:,}; expected at most {MOST_EXPANSION} times as many"
-        )
-    return largest
