@@ -153,6 +153,9 @@ def test_pieces_are_ring_systems_chains_and_groups() -> None:
     assert {"c1ccc2ccccc2c1", THIIRANE, "CC", "O=[NH+][O-]"} <= pieces
     assert canonical("O=[N+]([O-])c1ccc2ccccc2c1CCC1CS1") not in pieces
     assert "O=c1cccc[nH]1" in fragments("CCn1ccccc1=O")  # a doubly bound neighbour stays with its ring
+    assert THIIRANE in fragments(THIIRANE)
+    assert "OCO" in fragments("CCC(OC)OC")  # carbon with two hetero-atoms
+    assert "C=CCO" not in fragments("C=CCO")  # no ring system: a whole molecule is no piece of itself
 
 
 def test_pieces_are_spelt_canonically_and_are_found_again() -> None:

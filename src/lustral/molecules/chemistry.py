@@ -18,7 +18,6 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -29,6 +28,9 @@ MORGAN_RADIUS, MORGAN_BITS, MACCS_BITS = 3, 2048, 167
 _FIRST_ANCHORS = ("C", "N", "O")  # tried before other elements, as the authors do
 _KEPT = 1_024  # queries, and molecules that were read last
 _KEPT_PIECES = 65_536
+_RING_TO_OUTSIDE = "[R]-;!@[*]"  # SMARTS of the single bonds from a ring to what is outside of it
+_GROUP = "$([!#6;!a]),$([#6;!a](~[!#6])~[!#6]),$(*=,#*)"  # the atoms of functional groups
+_GROUP_TO_REST = f"[{_GROUP}]~[!{_GROUP.replace(',$(', ';!$(')}]"
 
 
 class MoleculeError(ValueError):
@@ -245,63 +247,30 @@ def fragments(smiles: str) -> frozenset[str]:
         return frozenset()
     kit = rdkit()
     with kit.BlockLogs():
-        texts = [
-            *_cut(molecule, _ring_bonds_out(molecule)),
-            *_cut(molecule, _group_bonds_out(molecule)),
-            *spelling(kit.Chem.FragmentOnBRICSBonds(molecule)).split("."),
-        ]
-        return frozenset(piece for text in set(texts) if (piece := _tidy(text))) - {"C", spelling(molecule)}
+        brics = spelling(kit.Chem.FragmentOnBRICSBonds(molecule)).split(".")
+        texts = {*_cut(molecule, _RING_TO_OUTSIDE), *_cut(molecule, _GROUP_TO_REST), *(brics if len(brics) > 1 else [])}
+        if molecule.GetRingInfo().NumRings() and not molecule.HasSubstructMatch(_pattern(_RING_TO_OUTSIDE)):
+            texts.add(smiles)  # it is a ring system
+        return frozenset(piece for text in texts if (piece := _tidy(text))) - {"C"}
 
 
-def _cut(molecule: Any, bonds: list[int]) -> list[str]:
-    """Return the SMILES of the pieces that are left when bonds are cut."""
+def _cut(molecule: Any, bond: str) -> list[str]:
+    """Return the SMILES of the pieces that are left when the bonds that a SMARTS describes are cut; none without such bonds."""
+    bonds = [molecule.GetBondBetweenAtoms(*ends).GetIdx() for ends in molecule.GetSubstructMatches(_pattern(bond))]
     if not bonds:
-        return [spelling(molecule)]
+        return []
     return spelling(rdkit().Chem.FragmentOnBonds(molecule, bonds, addDummies=False)).split(".")
 
 
-def _ring_bonds_out(molecule: Any) -> list[int]:
-    """Return the single bonds from an atom of a ring to what is outside of that ring."""
-    single = rdkit().Chem.BondType.SINGLE
-    return [
-        bond.GetIdx()
-        for bond in molecule.GetBonds()
-        if bond.GetBondType() == single
-        and not bond.IsInRing()
-        and (bond.GetBeginAtom().IsInRing() or bond.GetEndAtom().IsInRing())
-    ]
-
-
-def _group_bonds_out(molecule: Any) -> list[int]:
-    """Return the bonds between functional groups and the rest."""
-    kit = rdkit()
-    in_group = np.zeros(molecule.GetNumAtoms(), dtype=bool)
-    for atom in molecule.GetAtoms():
-        in_group[atom.GetIdx()] = not atom.GetIsAromatic() and (
-            atom.GetAtomicNum() != 6 or sum(other.GetAtomicNum() not in (1, 6) for other in atom.GetNeighbors()) > 1
-        )
-    bonds = list(molecule.GetBonds())
-    for bond in bonds:
-        if bond.GetBondType() in (kit.Chem.BondType.DOUBLE, kit.Chem.BondType.TRIPLE):
-            in_group[[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()]] = True
-    return [bond.GetIdx() for bond in bonds if in_group[bond.GetBeginAtomIdx()] != in_group[bond.GetEndAtomIdx()]]
+@cache
+def _pattern(smarts: str) -> Any:
+    return rdkit().Chem.MolFromSmarts(smarts)
 
 
 @lru_cache(maxsize=_KEPT_PIECES)
 def _tidy(text: str) -> str:
     """Return the canonical SMILES of a piece without the marks that cutting left, or "" if it is no molecule."""
-    kit = rdkit()
-    if "*" in text:
-        marked = kit.Chem.MolFromSmiles(text)
-        if marked is None:
-            return ""
-        hydrogen = kit.Chem.Atom(1)
-        bare = kit.Chem.RWMol(marked)
-        for atom in list(bare.GetAtoms()):
-            if atom.GetAtomicNum() == 0:
-                bare.ReplaceAtom(atom.GetIdx(), hydrogen)
-        text = spelling(bare)
-    return canonical(text)
+    return canonical(re.sub(r"\[\d*\*\]", "[H]", text))  # where BRICS cut
 
 
 def maccs(smiles: Sequence[str]) -> Tensor:
