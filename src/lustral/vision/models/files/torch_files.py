@@ -76,6 +76,23 @@ def read_torch(memory: Memory) -> Any:
         raise PickleError(f"{type(error).__name__}") from error  # hostile bytes
 
 
+def pickles_inside(memory: Memory) -> list[bytes]:
+    """Return the pickles in a file of ``torch.save``, or in one of ``pickle.dump``, as bytes that nobody read yet.
+
+    Raises:
+        PickleError: the directory of an archive is damaged, or a pickle is larger than ``MOST_BYTES``.
+    """
+    if memory[:4] != _LOCAL:
+        return [bytes(memory[:MOST_BYTES])]
+    try:
+        entries = [entry for name, entry in _directory(memory).items() if name.endswith(".pkl")]
+    except (LookupError, ValueError, struct.error) as error:
+        raise PickleError(f"{type(error).__name__}") from error  # hostile bytes
+    if any(entry.size > MOST_BYTES for entry in entries):
+        raise PickleError(f"a pickle of more than {MOST_BYTES} bytes")
+    return [bytes(memory[entry.start : entry.start + entry.size]) for entry in entries]
+
+
 def correct_checksums(memory: Memory) -> None:
     """Write the checksums anew in an archive whose tensors were changed; other files have none."""
     if memory[:4] == _LOCAL:
