@@ -13,6 +13,7 @@ import tyro
 
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.cli.bench_arguments import Bench
+from lustral.cli.exporting import ModelExports, ScanExports
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 from lustral.cli.untrusted.arguments import Sift, Train, UntrustedData
 from lustral.training import Augment, Trainer
@@ -114,12 +115,14 @@ class Scan(Generic[Settings]):
         out: folder for report.html, result.json and pictures of the recovered triggers.
         method: how to look.
         settings: of the method.
+        exports: files for other tools.
     """
 
     suspect: Annotated[Suspect, FLAT]
     out: Path | None = None
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DETECTORS) + "}")] = DEFAULT_DETECTOR
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    exports: Annotated[ScanExports, FLAT] = ScanExports()
     common: Annotated[Common, FLAT] = Common()
 
 
@@ -156,6 +159,7 @@ class Erase(Generic[Settings, Scans]):
         settings: of the method.
         scanning: of a method that starts from a scan.
         untrusted: the set that the model was trained on, for a method that looks at it: as for `lustral sift`.
+        exports: files for other tools.
         list: explain each method in a line.
     """
 
@@ -165,6 +169,7 @@ class Erase(Generic[Settings, Scans]):
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
     scanning: Annotated[Scans, FLAT]
     untrusted: str | None = None
+    exports: Annotated[ModelExports, FLAT] = ModelExports()
     list: Switch = False
     common: Annotated[Common, FLAT] = Common()
 
@@ -243,7 +248,20 @@ def setting_names(kind: type, prefix: str = "") -> list[str]:
 TRAINER_SETTINGS = setting_names(Trainer, "trainer.")
 TOP_FLAGS = {
     part.name.replace("_", "-")
-    for kind in (Common, FileFormat, Suspect, UntrustedData, Implant, Scan, Scanning, Erase, Sift, Train, Demo)
+    for kind in (
+        Common,
+        FileFormat,
+        Suspect,
+        UntrustedData,
+        ScanExports,
+        Implant,
+        Scan,
+        Scanning,
+        Erase,
+        Sift,
+        Train,
+        Demo,
+    )
     for part in fields(kind)
 }
 

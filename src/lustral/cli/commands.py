@@ -19,6 +19,14 @@ from lustral.bench.workbench import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
+from lustral.cli.exporting import (
+    given_files,
+    prepare_exports,
+    refusal_told,
+    write_erase_exports,
+    write_scan_exports,
+    written_files,
+)
 from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
 from lustral.cli.tables import (
     cost_sentence,
@@ -54,6 +62,7 @@ from lustral.vision.models import (
     save_model,
 )
 from lustral.vision.models.architecture import innermost
+from lustral.vision.models.files.safety import safety_record
 from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import CNPD, BaEraser
 from lustral.vision.records import DefenderView, ImageSet, Verdict, Victim
@@ -104,7 +113,10 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
 
 def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     """Look for a backdoor; the exit code is the answer."""
-    opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
+    prepare_exports(command.exports, command.suspect.model)
+    with refusal_told(command.exports, command.suspect.model, shown_command(argv)):
+        opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
+    files = given_files(opened.loaded)
     out = None if command.out is None else prepare_folder(command.out)
     with screen.progress() as on_progress:
         verdict: Verdict = command.settings.inspect(
@@ -115,7 +127,8 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
         clean=opened.view.clean,
         verdict=verdict,
         true_trigger=opened.true_trigger,
-        provenance=provenance(command, argv, opened),
+        files=files,
+        provenance=provenance(command, argv, opened) | {"file_safety": safety_record(files)},
     )
     names, (_, height, width) = page.class_names, page.clean.image_shape
     finding = scan_finding(verdict, names, height * width)
@@ -130,6 +143,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
             write_trigger_pictures(out, verdict, page.clean)
             write_scan_report(out / "report.html", page)
             shown.append(f"Report: {out / 'report.html'}")
+        shown += write_scan_exports(command.exports, record, code=EXIT_CODES[verdict.outcome])
     finally:  # after the files, which a failing terminal must not lose; and without them, if they cannot be written
         screen.show(*shown)
         screen.record(record)
@@ -138,6 +152,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
 
 def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     """Erase a backdoor, write the clean model, and show what changed."""
+    prepare_exports(command.exports, command.suspect.model)
     opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
     if isinstance(command.settings, CNPD) and opened.loaded.arch.startswith("transformers:"):
         raise ValueError(
@@ -146,7 +161,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     scanning: dict[str, Any] = dict(vars(command.scanning))
     taken: Path | None = scanning.pop("verdict", None)
     view = granted_view(command, opened, taken)
-    out = prepare_folder(command.out)
+    out, files = prepare_folder(command.out), given_files(opened.loaded)
     with screen.progress() as on_progress:
         purified = run_eraser(
             command.settings,
@@ -166,11 +181,12 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         before=before,
         after=after,
         true_trigger=opened.true_trigger,
-        provenance=provenance(command, argv, opened),
+        files=files,
+        provenance=provenance(command, argv, opened) | {"file_safety": safety_record(files)},
     )
     accuracies = defender_accuracies(opened, model)
     record: dict[str, Any] = {"schema": RESULT_SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
-    record["written"] = str(file)
+    record["written"], record["written_safety"] = str(file), safety_record(written_files(file, opened.loaded))
     record["purified"] = purified_record(purified)
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if taken is not None:
@@ -189,7 +205,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     try:
         write_json_atomic(out / "result.json", record)
         write_erase_report(out / "report.html", page)
-        shown.append(f"Report: {out / 'report.html'}")
+        shown += [f"Report: {out / 'report.html'}", *write_erase_exports(command.exports, record)]
     finally:
         screen.show(*shown)
         screen.record(record)
@@ -362,6 +378,8 @@ def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened
         "sha256": opened.loaded.sha256,
         "arch": opened.loaded.arch,
         "data": command.suspect.data,
+        "classes": list(class_names(opened.view.clean)),
+        "image_shape": list(opened.view.clean.image_shape),
         "clean_images": len(opened.view.clean),
         "seed": command.common.seed,
         "device": str(opened.view.clean.device),
@@ -371,6 +389,11 @@ def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened
         **({"untrusted": command.untrusted} if isinstance(command, Erase) and command.untrusted else {}),
         "versions": victims.library_versions(),
     }
+
+
+def class_names(clean: ImageSet) -> tuple[str, ...]:
+    """Return the names of the classes as the data have them; their numbers where they have none."""
+    return clean.class_names or tuple(str(label) for label in range(clean.num_classes))
 
 
 def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:

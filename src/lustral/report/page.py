@@ -26,6 +26,7 @@ from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.measures import MASK_AREA
+from lustral.vision.models.files.safety import FileFacts
 from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
 
 NUM_SAMPLES = 6  # pictures per row
@@ -46,6 +47,7 @@ class ReportData:
         after: the new model, measured likewise.
         true_trigger: the attacker's trigger; only where an evaluator knows it.
         controls: other methods' results on the same model, by name.
+        files: what opening the model's files would do, without opening them.
         provenance: everything needed to repeat the run: command, settings, seed, versions, file hashes. JSON-ready.
     """
 
@@ -57,6 +59,7 @@ class ReportData:
     after: Evaluation | None = None
     true_trigger: Trigger | None = None
     controls: Mapping[str, Evaluation] = field(default_factory=dict)
+    files: tuple[FileFacts, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,7 +128,7 @@ def write_erase_report(path: str | os.PathLike[str], data: ReportData) -> None:
 
 def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | None, cost: Cost) -> str:
     environment = page_environment("lustral.report")
-    environment.filters.update(number=words.number)
+    environment.filters.update(number=words.number, count=words.count)
     names, purified = data.class_names, data.purified
     suspects = verdict.suspect_labels if verdict else ()
     return environment.get_template("report.html.j2").render(
@@ -147,6 +150,7 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         history=history_table(purified.history if purified else ()),
         audit=_audit(verdict, purified, names),
         controls=_controls(data),
+        files=data.files,
         cost=_cost_tiles(cost),
         provenance=json.dumps(data.provenance, indent=2, default=str, ensure_ascii=False) if data.provenance else "",
     )

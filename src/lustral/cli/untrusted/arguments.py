@@ -9,6 +9,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import tyro
 
 from lustral.catalog import SAFE_TRAINERS, SIFTERS
+from lustral.cli.exporting import SetExports
 from lustral.cli.parsing import FLAT, Common, Switch
 
 Settings = TypeVar("Settings")
@@ -51,6 +52,7 @@ class Sift(Generic[Settings]):
         write_clean: folder, new or empty, for what is left when the listed images are taken away. Nothing is ever deleted.
         write_clean_as: copies of the pictures in a folder for each class, or a list of their files in clean.txt. Arrays are
             copied to clean.npz.
+        exports: files for other tools.
         list: explain each method in a line.
     """
 
@@ -60,6 +62,7 @@ class Sift(Generic[Settings]):
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
     write_clean: Path | None = None
     write_clean_as: Literal["copies", "list"] = "copies"
+    exports: Annotated[SetExports, FLAT] = SetExports()
     list: Switch = False
     common: Annotated[Common, FLAT] = Common()
 

@@ -17,6 +17,7 @@ from lustral.catalog import SAFE_TRAINERS, SIFTERS
 from lustral.cli.arguments import parse_untrusted
 from lustral.cli.commands import shown_command
 from lustral.cli.console import Screen
+from lustral.cli.exporting import prepare_exports, write_sift_exports
 from lustral.cli.opening import pick_device, prepare_folder
 from lustral.cli.tables import cost_sentence, finding_text, interval
 from lustral.cli.untrusted.arguments import Sift, Train
@@ -58,6 +59,7 @@ CLASSES_SHOWN = 10  # in the terminal
 def sift(command: Sift[Any], argv: Sequence[str], screen: Screen) -> int:
     """List the suspicious images of a training set; the exit code says whether there are any."""
     check_places(command)
+    prepare_exports(command.exports, command.given.data)
     command, opened = open_set(command, argv)
     out, seed = prepare_folder(command.out), command.common.seed
     expected = say_how_long(command.settings, opened, screen, seed=seed)
@@ -77,6 +79,8 @@ def sift(command: Sift[Any], argv: Sequence[str], screen: Screen) -> int:
         left = write_clean(command.write_clean, opened, found.flagged, as_list=command.write_clean_as == "list")
         record["clean"] = {"folder": str(command.write_clean), "as": command.write_clean_as, "images": left}
     write_json_atomic(out / RESULT_FILE, record)
+    code = LISTED if found.flagged.any() else NONE_LISTED
+    exported = write_sift_exports(command.exports, record, code=code)
     written = "" if command.write_clean is None else str(command.write_clean)
     write_sift_report(out / "report.html", page_of(command, opened, record, written=written), found)
     finding = sift_finding(
@@ -89,10 +93,10 @@ def sift(command: Sift[Any], argv: Sequence[str], screen: Screen) -> int:
     shown: list[RenderableType] = [listed_table(found, opened)] if found.flagged.any() else []
     shown += [finding_text(finding), *found.notes, cost_sentence(found.cost)]
     shown += [f"Left after sifting: {written}"] if written else []
-    shown += [f"Scores: {out / 'scores.csv'}", f"Report: {out / 'report.html'}"]
+    shown += [f"Scores: {out / 'scores.csv'}", f"Report: {out / 'report.html'}", *exported]
     screen.show(*shown)
     screen.record(record)
-    return LISTED if found.flagged.any() else NONE_LISTED
+    return code
 
 
 def train(command: Train[Any], argv: Sequence[str], screen: Screen) -> int:
@@ -207,6 +211,7 @@ def provenance(command: Sift[Any] | Train[Any], argv: Sequence[str], opened: Ope
     return {
         "command": shown_command(argv),
         "data": command.given.data,
+        "folder": opened.source.folder,
         "images": len(view.untrusted),
         "classes": list(opened.class_names),
         "image_shape": list(view.untrusted.image_shape),
@@ -228,6 +233,7 @@ def sifted_record(found: Sifted, opened: OpenedSet) -> dict[str, Any]:
     return {
         "listed": len(listed),
         "files": [opened.names[index] for index in listed],
+        "named_by": "file" if opened.files else "position",
         "threshold": found.threshold,
         "basis": found.basis,
         "cost": dataclasses.asdict(found.cost),
