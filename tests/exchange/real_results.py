@@ -69,7 +69,7 @@ def write_sets(path: Path, clean: ImageSet, test: ImageSet) -> Path:
 
 def write_pictures(folder: Path, data: ImageSet) -> Path:
     for number, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
-        path = folder / "abcd"[label] / f"picture {number:03}.png"
+        path = folder / "abcdefg"[label] / f"picture {number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path)
     return folder
