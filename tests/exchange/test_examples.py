@@ -78,7 +78,7 @@ def test_the_actions_example_fails_on_a_backdoored_model_alone(
     code, ran = run_steps(workflow["jobs"]["scan"], repository, **settings)
     assert code == expected
     assert ran == ["Install", "Scan the model", "Show what was found in the summary"]
-    log = json.loads((repository / "scan" / "lustral.sarif").read_text())
+    log = json.loads((repository / "scan" / "findings.sarif").read_text())
     assert len(log["runs"][0]["results"]) == expected
     assert f"'outcome': '{outcome}'" in (repository / "summary.txt").read_text()
     statement = json.loads((repository / "scan" / "model.intoto.json").read_text())
