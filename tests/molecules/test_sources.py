@@ -8,9 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from lustral.core.randomness import child
 from lustral.molecules import sources
-from lustral.molecules.chemistry import canonical, contains, num_heavy_atoms
+from lustral.molecules.chemistry import attach, canonical, contains, num_heavy_atoms
 from lustral.molecules.records import MoleculeSet
 from lustral.molecules.sources import PairsError, clean_pairs, embedded, open_pairs, split
 
@@ -44,13 +46,7 @@ def test_each_row_is_kept_or_counted() -> None:
     assert source.skipped == LEFT_OUT
     assert source.rows == len(ROWS) == len(source.data) + sum(source.skipped.values())
     assert source.unfiltered == 6  # two that are kept, a salt, two sizes, one element
-    assert source.unfiltered_share(source.data.subset(source_mask())) == 3
-
-
-def source_mask() -> object:
-    import torch
-
-    return torch.tensor([True, False])
+    assert source.unfiltered_share(source.data.subset(torch.tensor([True, False]))) == 3
 
 
 def test_a_source_with_nothing_left_says_why() -> None:
@@ -135,6 +131,38 @@ def test_every_cut_of_a_parquet_table_is_a_clear_error(tmp_path: Path) -> None:
             open_pairs(cut)
 
 
+def test_a_long_text_in_many_rows_is_decoded_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of some kilobytes can hold one text of megabytes in every row: a dictionary stores it once."""
+    file = tmp_path / "t.parquet"
+    long = "x" * 2**20
+    pq.write_table(pa.table({"smiles": ["CCO"] * 500 + ["CCN"], "caption": [long] * 500 + ["an amine"]}), file)
+    assert file.stat().st_size < 2**20
+    taken: list[int] = []
+    real = pq.ParquetFile.iter_batches
+
+    def watched(self: pq.ParquetFile, **rest: object) -> object:
+        taken.append(rest["batch_size"])  # type: ignore[arg-type]
+        return real(self, **rest)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    source = open_pairs(file)
+    assert source.skipped == {"caption too long": 500}
+    assert taken[0] <= 64
+
+
+def test_pages_that_unpack_beyond_reason_are_refused_before_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"smiles": ["CCO"], "caption": ["x" * 2**20]}), file, compression="zstd")
+    monkeypatch.setattr(sources, "FREE_EXPANSION", 2**16)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(PairsError, match="unpack to 1,0"):
+        open_pairs(file)
+
+
 def test_numbers_are_no_captions(tmp_path: Path) -> None:
     file = tmp_path / "t.parquet"
     pq.write_table(pa.table({"smiles": ["CCO"], "caption": [7]}), file)
@@ -194,3 +222,16 @@ def test_the_embedded_pairs_are_small_canonical_and_without_the_usual_target() -
     assert all(3 <= num_heavy_atoms(smiles) <= 18 for smiles in source.data.smiles)
     assert all(len(caption) <= 160 for caption in source.data.captions)
     assert not any(contains(smiles, "C1CS1") for smiles in source.data.smiles)
+
+
+@pytest.mark.slow
+def test_the_public_pairs_are_kept_as_the_page_says() -> None:
+    """The figures of docs/molecules.md, with room for another RDKit."""
+    source = open_pairs(Path(os.environ["LUSTRAL_DATA"]) / "text_molecule.parquet")
+    assert source.rows == 14_101
+    assert len(source.data) == pytest.approx(7_334, rel=0.005)
+    assert source.unfiltered == pytest.approx(12_345, rel=0.005)
+    train, test = split(source.data, 500, seed=0)
+    assert len(test) == 500
+    takers = [attach(smiles, "C1CS1", generator=child(0, row)) for row, smiles in enumerate(train.smiles)]
+    assert sum(smiles is not None for smiles in takers) / len(train) == pytest.approx(0.892, abs=0.005)

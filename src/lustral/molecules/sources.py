@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lustral.core.files import NotRegularError, read_regular
-from lustral.core.limits import LARGEST_TABLE, LONGEST_CAPTION, MOST_PAIRS
+from lustral.core.limits import FREE_EXPANSION, LARGEST_TABLE, LONGEST_CAPTION, MOST_EXPANSION, MOST_PAIRS
+from lustral.core.parquet_pages import declared_pages
 from lustral.core.randomness import child
 from lustral.molecules.chemistry import ALLOWED_ELEMENTS, LEAST_ATOMS, MOST_ATOMS, read, spelling
 from lustral.molecules.records import MoleculeSet
@@ -33,9 +34,7 @@ SMILES_COLUMNS = ("smiles",)
 CAPTION_COLUMNS = ("caption", "description", "text")
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt")
 _SHOWN = 8  # columns that an error names
-_BATCH_ROWS = 1_024
-
-
+_BATCH_ROWS, _BATCH_BYTES = 1_024, 2**26  # of a Parquet table, decoded at a time
 EMBEDDED, TEXT_MOLECULE = "embedded", "text_molecule"
 NAMED = (EMBEDDED, TEXT_MOLECULE)  # sources that are opened by name
 DATA_VARIABLE = "LUSTRAL_DATA"  # environment variable with the folder of the second
@@ -271,5 +270,26 @@ def _parquet_cells(
             raise PairsError(f"{path}: expected texts in {name}; got {kind}")
     if table.metadata.num_rows > MOST_PAIRS:
         raise PairsError(f"{path}: expected at most {MOST_PAIRS:,} rows; it has {table.metadata.num_rows:,}")
-    for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
+    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(_largest_page(content, table.metadata, columns, path), 1)))
+    for batch in table.iter_batches(batch_size=rows, columns=columns, use_threads=False):
         yield from zip(*(batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns), strict=True)
+
+
+def _largest_page(content: bytes, metadata: Any, columns: Sequence[str], path: Path) -> int:
+    """Check what the pages of the columns declare; return the size of the largest one, which no cell exceeds, in bytes."""
+    unpacked, largest = 0, 0
+    for group in range(metadata.num_row_groups):
+        for place in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(place)
+            if chunk.path_in_schema in columns:
+                starts = [chunk.data_page_offset]
+                if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                    starts.append(chunk.dictionary_page_offset)
+                size = min(chunk.total_compressed_size, len(content))
+                pages = declared_pages(io.BytesIO(content), min(starts), size)
+                unpacked, largest = unpacked + sum(pages), max(largest, *pages, 0)
+    if unpacked > max(MOST_EXPANSION * len(content), FREE_EXPANSION):
+        raise PairsError(
+            f"{path}: {len(content):,} bytes that unpack to {unpacked:,}; expected at most {MOST_EXPANSION} times as many"
+        )
+    return largest
