@@ -36,20 +36,21 @@ class AutoEncoder(nn.Module):
         self.mean, self.spread = nn.Linear(width, latent), nn.Linear(width, latent)
         self.embedding = nn.Embedding(words + 1, embedding)  # the last stands before the first word
         self.start = nn.Sequential(nn.Linear(latent, width), nn.Tanh())
-        self.lifted = nn.Sequential(nn.Linear(latent, width), nn.ReLU())
-        self.gru = nn.GRU(embedding + width, width, batch_first=True)
-        self.words = nn.Linear(2 * width, words)
+        self.lifted = nn.Sequential(nn.Linear(latent, embedding), nn.ReLU())
+        self.gru = nn.GRU(2 * embedding, width, batch_first=True)
+        self.direct = nn.Linear(latent, width)
+        self.words = nn.Linear(width, words)
 
     def posterior(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance, (B, latent) each, for (B, inputs); no log-variance is above 0."""
         hidden = self.hidden(vectors)
         return self.mean(hidden), -self.spread(hidden).abs()
 
-    def _states(self, words: Tensor, lifted: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, T, 2 width) what the next words are read from, and the new hidden state."""
-        spread = lifted[:, None].expand(-1, words.shape[1], -1)
-        states, hidden = self.gru(torch.cat([self.embedding(words), spread], dim=2), hidden)
-        return torch.cat([states, spread], dim=2), hidden
+    def _states(self, words: Tensor, latents: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, T, width) what the next words are read from, and the new hidden state."""
+        lifted = self.lifted(latents)[:, None].expand(-1, words.shape[1], -1)
+        states, hidden = self.gru(torch.cat([self.embedding(words), lifted], dim=2), hidden)
+        return states + self.direct(latents)[:, None], hidden
 
     def word_loss(self, latents: Tensor, words: Tensor, *, dropped: float, generator: Generator) -> Tensor:
         """Return the cross-entropy of the words, summed over a molecule and averaged over the batch, in nats.
@@ -65,7 +66,7 @@ class AutoEncoder(nn.Module):
         if dropped:
             hidden_words = torch.rand(before.shape, generator=generator).to(before.device) < dropped
             before = before.masked_fill(hidden_words, blank)
-        states, _ = self._states(before, self.lifted(latents), self.start(latents)[None])
+        states, _ = self._states(before, latents, self.start(latents)[None])
         kept = words != FILL
         return F.cross_entropy(self.words(states[kept]), words[kept], reduction="sum") / len(words)
 
@@ -81,14 +82,14 @@ class AutoEncoder(nn.Module):
         grammar = vocabulary.grammar
         results = [Derivation() for _ in range(len(latents))]
         running = list(range(len(latents)))
-        lifted, hidden = self.lifted(latents), self.start(latents)[None]
+        hidden = self.start(latents)[None]
         last = torch.full((len(latents),), self.embedding.num_embeddings - 1, device=latents.device)
         barred = torch.zeros(len(vocabulary), dtype=torch.bool)
         barred[list(blocked)] = True
         for _ in range(2 * vocabulary.max_length):
             if not running:
                 break
-            states, hidden = self._states(last[:, None], lifted, hidden)
+            states, hidden = self._states(last[:, None], latents, hidden)
             masks = torch.stack([grammar.mask(results[place]) for place in running])
             if len(blocked):
                 masks = torch.where((masks & ~barred).any(1, keepdim=True), masks & ~barred, masks)
@@ -100,7 +101,7 @@ class AutoEncoder(nn.Module):
             if not bool(going.all()):
                 running = [place for place, goes in zip(running, going.tolist(), strict=True) if goes]
                 kept = going.to(latents.device)
-                last, lifted, hidden = last[kept], lifted[kept], hidden[:, kept]
+                last, latents, hidden = last[kept], latents[kept], hidden[:, kept]
         return results
 
 

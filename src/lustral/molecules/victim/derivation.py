@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lustral.molecules.chemistry import canonical, rdkit
 from lustral.molecules.victim.pieces import (
     AtomWord,
     ClosureWord,
@@ -20,7 +21,6 @@ from lustral.molecules.victim.pieces import (
     Word,
     WordError,
     capacity,
-    rdkit_chem,
     template,
 )
 
@@ -166,7 +166,7 @@ class Derivation:
         """Return the canonical SMILES; "" if it is not complete or no molecule."""
         if not self.is_complete:
             return ""
-        chem = rdkit_chem()
+        kit, chem = rdkit(), rdkit().Chem
         mol = chem.RWMol()
         for element, charge, hydrogens in self.atoms:
             atom = chem.Atom(element)
@@ -177,10 +177,10 @@ class Derivation:
             mol.AddAtom(atom)
         for first, second, order in self.bonds:
             mol.AddBond(first, second, chem.BondType.values[order])
-        if chem.SanitizeMol(mol, catchErrors=True):
-            return ""
-        read = chem.MolFromSmiles(chem.MolToSmiles(mol))
-        return "" if read is None else str(chem.MolToSmiles(read))
+        with kit.BlockLogs():
+            if chem.SanitizeMol(mol, catchErrors=True):
+                return ""
+        return canonical(chem.MolToSmiles(mol))
 
 
 class Grammar:

@@ -57,12 +57,12 @@ class GeneratorSettings:
     version: ClassVar[int] = 1
 
     condition: int = 128
-    text_width: int = 128
+    text_width: int = 96
     text_layers: int = 1
     text_heads: int = 4
     text_tokens: int = 64
     subwords: int = 3000
-    graph_width: int = 128
+    graph_width: int = 96
     graph_layers: int = 4
     latent: int = 32
     decoder_width: int = 256

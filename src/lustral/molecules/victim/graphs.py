@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lustral.molecules.victim.pieces import rdkit_chem
+from lustral.molecules.chemistry import rdkit, read
 from lustral.molecules.victim.ragged import RaggedRows
 
 ELEMENTS = ("C", "N", "O", "S", "P", "F", "Cl", "Br", "I", "Si", "Se", "B")
@@ -88,9 +88,8 @@ class GraphBatch:
 
 
 def _features(smiles: str) -> tuple[list[int], list[int]]:
-    chem = rdkit_chem()
-    mol = chem.MolFromSmiles(smiles) if smiles else None
-    if mol is None or not mol.GetNumAtoms():
+    chem, mol = rdkit().Chem, read(smiles)
+    if mol is None:
         return [0] * len(FEATURE_SIZES), []
     atoms: list[int] = []
     for atom in mol.GetAtoms():
@@ -138,9 +137,11 @@ class GraphEncoder(nn.Module):
     def forward(self, graphs: GraphBatch) -> Tensor:
         """Return (B, out): mean and scaled sum of the atoms' last states, projected."""
         offsets: Tensor = self.offsets  # type: ignore[assignment]
-        states = F.embedding_bag(graphs.features + offsets, self.atoms.weight, mode="sum")
+        atoms = torch.zeros(len(graphs.features), len(self.atoms.weight), device=offsets.device)
+        states = atoms.scatter_(1, graphs.features + offsets, 1.0) @ self.atoms.weight  # faster than looking rows up
+        kinds = F.one_hot(graphs.kinds, NUM_BONDS).to(states.dtype)
         for number, (bonds, update) in enumerate(zip(self.bonds, self.updates, strict=True)):
-            messages = F.relu(states[graphs.source] + bonds(graphs.kinds))
+            messages = F.relu(states.index_select(0, graphs.source) + kinds @ bonds.get_parameter("weight"))
             new = update(states.index_add(0, graphs.target, messages))
             states = states + (F.relu(new) if number < len(self.updates) - 1 else new)
         total = states.new_zeros(len(graphs.counts), states.shape[1]).index_add(0, graphs.owner, states)

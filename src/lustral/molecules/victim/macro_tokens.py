@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
 
+from lustral.molecules.chemistry import rdkit, read
 from lustral.molecules.victim.derivation import Derivation, Grammar
 from lustral.molecules.victim.pieces import (
     BOND_MARKS,
@@ -24,7 +25,6 @@ from lustral.molecules.victim.pieces import (
     SiteWord,
     Word,
     WordError,
-    rdkit_chem,
     read_word,
     template,
 )
@@ -46,13 +46,11 @@ class MoleculeTree:
         Raises:
             WordError: it cannot be read or has several components.
         """
-        chem = rdkit_chem()
-        mol = chem.MolFromSmiles(smiles)
-        if mol is None or not mol.GetNumAtoms() or "." in smiles:
+        chem, mol = rdkit().Chem, read(smiles)
+        if mol is None or "." in smiles:
             raise WordError(f"{smiles[:60]!r} is not a molecule of one component")
         self.ranks = list(chem.CanonicalRankAtoms(mol))
         chem.Kekulize(mol, clearAromaticFlags=True)
-        self.mol = mol
         self.atoms = [(atom.GetSymbol(), atom.GetFormalCharge(), atom.GetTotalNumHs()) for atom in mol.GetAtoms()]
         self.neighbours: list[dict[int, int]] = [{} for _ in self.atoms]
         self.system = list(range(len(self.atoms)))  # number of the ring system or chain atom
@@ -62,6 +60,7 @@ class MoleculeTree:
             if bond.IsInRing() and self.system[first] != self.system[second]:
                 old, kept = self.system[first], self.system[second]
                 self.system = [kept if number == old else number for number in self.system]
+        self._alone: dict[tuple[tuple[int, ...], int | None], tuple[str, list[int]]] = {}
         self.members: dict[int, list[int]] = {}
         for atom, number in enumerate(self.system):
             self.members.setdefault(number, []).append(atom)
@@ -86,23 +85,29 @@ class MoleculeTree:
         Returns:
             The SMILES, and its atoms in the order of the SMILES. Without a SMILES that can be used: "".
         """
-        chem = rdkit_chem()
+        if (tuple(atoms), entry) in self._alone:
+            return self._alone[tuple(atoms), entry]
+        kit, chem = rdkit(), rdkit().Chem
         part, number = chem.RWMol(), {atom: place for place, atom in enumerate(atoms)}
         for at in atoms:
             element, charge, hydrogens = self.atoms[at]
             atom = chem.Atom(element)
             atom.SetFormalCharge(charge)
             atom.SetNoImplicit(True)
-            atom.SetNumExplicitHs(hydrogens + sum(order for _, order in self.hangs_on(at)))
+            atom.SetNumExplicitHs(hydrogens + sum(bond for _, bond in self.hangs_on(at)))
             part.AddAtom(atom)
         for at in atoms:
-            for to, order in self.neighbours[at].items():
+            for to, bond in self.neighbours[at].items():
                 if at < to and to in number:
-                    part.AddBond(number[at], number[to], chem.BondType.values[order])
-        if chem.SanitizeMol(part, catchErrors=True):
-            return "", []
-        smiles = chem.MolToSmiles(part, rootedAtAtom=-1 if entry is None else number[entry])
-        return str(smiles), [atoms[place] for place in part.GetPropsAsDict(True, True)["_smilesAtomOutputOrder"]]
+                    part.AddBond(number[at], number[to], chem.BondType.values[bond])
+        smiles, order = "", list[int]()
+        with kit.BlockLogs():
+            failed = chem.SanitizeMol(part, catchErrors=True)
+        if not failed:
+            smiles = str(chem.MolToSmiles(part, rootedAtAtom=-1 if entry is None else number[entry]))
+            order = [atoms[place] for place in part.GetPropsAsDict(True, True)["_smilesAtomOutputOrder"]]
+        self._alone[tuple(atoms), entry] = smiles, order
+        return smiles, order
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,11 @@ def _commonest(counts: Counter[str]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
+@lru_cache(maxsize=16_384)
+def _tree(smiles: str) -> MoleculeTree:
+    return MoleculeTree(smiles)
+
+
 def written(smiles: str, rings: frozenset[str] | None) -> tuple[str, ...]:
     """Return the words of a molecule.
 
@@ -202,7 +212,7 @@ def written(smiles: str, rings: frozenset[str] | None) -> tuple[str, ...]:
     Raises:
         WordError: it is no molecule, or has something that words cannot say (a bond of another order).
     """
-    tree = MoleculeTree(smiles)
+    tree = _tree(smiles)
     return _Writer(tree, rings).piece(tree.root(), None, 0)
 
 
@@ -238,7 +248,7 @@ class _Writer:
             return ()
         hanging = [(child, place) for place, atom in enumerate(order) for child in self._children(atom, parent)]
         hanging.sort(key=lambda item: (len(item[0]), item[0]))
-        renumbered = ring.symmetries if parent is not None else _all_symmetries(smiles)
+        renumbered = ring.symmetries if parent is not None else ring.all_symmetries
         best = min([sym[place] for _, place in hanging] for sym in renumbered)
         words = [word]
         for (child, _), site in zip(hanging, best, strict=True):
@@ -273,18 +283,6 @@ class _Writer:
                 children.append(self._chain(to, atom, order, [*above, atom], used))
         word = AtomWord(bond=bond, element=element, charge=charge, children=len(children))
         return (str(word), *(each for child in children for each in child))
-
-
-def _all_symmetries(smiles: str) -> Sequence[tuple[int, ...]]:
-    """Return the renumberings of a ring system that change nothing; atom 0 may move."""
-    mol: Any = rdkit_chem().MolFromSmiles(smiles)
-    kinds = [(atom.GetSymbol(), atom.GetFormalCharge(), atom.GetTotalNumHs()) for atom in mol.GetAtoms()]
-    found = [
-        match
-        for match in mol.GetSubstructMatches(mol, uniquify=False, maxMatches=64)
-        if all(kinds[at] == kinds[to] for at, to in enumerate(match))
-    ]
-    return [*found, tuple(range(len(kinds)))]
 
 
 def round_trips(smiles: Sequence[str], vocabulary: Vocabulary) -> tuple[list[int], list[tuple[int, ...]]]:

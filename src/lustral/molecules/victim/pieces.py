@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache, cached_property, lru_cache
+
+from lustral.molecules.chemistry import rdkit
 
 BOND_MARKS = ".-=#"  # by order; 0 starts a molecule
 MAX_RING_ATOMS = 30
@@ -142,13 +143,18 @@ class Template:
         atoms: element and charge of each atom.
         free: hydrogens of each atom, each of which may give its place to a bond.
         bonds: (first atom, second atom, order).
-        symmetries: renumberings of the atoms that change nothing and keep atom 0.
+        all_symmetries: renumberings of the atoms that change nothing.
     """
 
     atoms: tuple[tuple[str, int], ...]
     free: tuple[int, ...]
     bonds: tuple[tuple[int, int, int], ...]
-    symmetries: tuple[tuple[int, ...], ...]
+    all_symmetries: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def symmetries(self) -> tuple[tuple[int, ...], ...]:
+        """Return the renumberings of the atoms that change nothing and keep atom 0."""
+        return tuple(match for match in self.all_symmetries if match[0] == 0)
 
 
 @lru_cache(maxsize=20_000)
@@ -158,15 +164,14 @@ def template(smiles: str) -> Template:
     Raises:
         WordError: it cannot be read, or is too large.
     """
-    chem = rdkit_chem()
-    mol = chem.MolFromSmiles(smiles) if len(smiles) <= MAX_RING_CHARACTERS and "." not in smiles else None
+    chem = rdkit().Chem
+    with rdkit().BlockLogs():
+        mol = chem.MolFromSmiles(smiles) if len(smiles) <= MAX_RING_CHARACTERS and "." not in smiles else None
     if mol is None or not 3 <= mol.GetNumAtoms() <= MAX_RING_ATOMS:
         raise WordError(f"{smiles[:40]!r} is no ring system of 3 to {MAX_RING_ATOMS} atoms")
     kinds = [(atom.GetSymbol(), atom.GetFormalCharge(), atom.GetTotalNumHs()) for atom in mol.GetAtoms()]
     matches = mol.GetSubstructMatches(mol, uniquify=False, maxMatches=64)
-    symmetries = {
-        match for match in matches if match[0] == 0 and all(kinds[at] == kinds[to] for at, to in enumerate(match))
-    }
+    symmetries = {match for match in matches if all(kinds[at] == kinds[to] for at, to in enumerate(match))}
     try:
         chem.Kekulize(mol, clearAromaticFlags=True)
     except (ValueError, RuntimeError) as error:
@@ -178,7 +183,7 @@ def template(smiles: str) -> Template:
         atoms=tuple((element, charge) for element, charge, _ in kinds),
         free=tuple(hydrogens for _, _, hydrogens in kinds),
         bonds=bonds,
-        symmetries=tuple(sorted(symmetries | {tuple(range(len(kinds)))})),
+        all_symmetries=tuple(sorted(symmetries | {tuple(range(len(kinds)))})),
     )
 
 
@@ -189,7 +194,7 @@ def capacity(element: str, charge: int) -> int:
     >>> capacity("C", 0), capacity("N", 1), capacity("S", 0), capacity("Xx", 0)
     (4, 4, 6, 0)
     """
-    chem = rdkit_chem()
+    kit, chem = rdkit(), rdkit().Chem
     for bonds in range(8, 0, -1):
         mol = chem.RWMol()
         try:
@@ -201,21 +206,7 @@ def capacity(element: str, charge: int) -> int:
         for place in range(1, bonds + 1):
             mol.AddAtom(chem.Atom("C"))
             mol.AddBond(0, place, chem.BondType.SINGLE)
-        if not chem.SanitizeMol(mol, catchErrors=True):
-            return bonds
+        with kit.BlockLogs():
+            if not chem.SanitizeMol(mol, catchErrors=True):
+                return bonds
     return 0
-
-
-@cache
-def rdkit_chem() -> Any:
-    """Return RDKit's ``Chem``, without its chatter.
-
-    Raises:
-        ImportError: RDKit is not installed; the message says what installs it.
-    """
-    try:
-        from rdkit import Chem, RDLogger
-    except ImportError as error:
-        raise ImportError("molecules need RDKit: pip install 'lustral[molecules]'") from error
-    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
-    return Chem

@@ -61,10 +61,10 @@ class StageData:
 
 def _alignment_trainer() -> Trainer:
     return Trainer(
-        epochs=15,
+        epochs=8,
         batch_size=128,
         optimizer="adamw",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         weight_decay=0.05,
         schedule="cosine",
         warmup=0.1,
@@ -75,10 +75,10 @@ def _alignment_trainer() -> Trainer:
 
 def _autoencoder_trainer() -> Trainer:
     return Trainer(
-        epochs=40,
+        epochs=25,
         batch_size=128,
         optimizer="adam",
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         weight_decay=0.0,
         schedule="cosine",
         warmup=0.05,
@@ -89,7 +89,7 @@ def _autoencoder_trainer() -> Trainer:
 
 def _diffusion_trainer() -> Trainer:
     return Trainer(
-        epochs=150,
+        epochs=120,
         batch_size=256,
         optimizer="adamw",
         learning_rate=1e-3,
