@@ -121,5 +121,5 @@ def test_commands_say_what_is_left_out(command: str, former: Store, capsys: pyte
 
 def test_a_later_layout_is_refused_with_what_to_do(former: Store) -> None:
     Path(former.root, "store.json").write_bytes(canonical({"layout": LAYOUT + 1}))
-    with pytest.raises(StoreError, match="this version reads 1 to 3: use the version of lustral that wrote it"):
+    with pytest.raises(StoreError, match=f"this version reads 1 to {LAYOUT}: use the version of lustral that wrote it"):
         Store(former.url).open(create=True)

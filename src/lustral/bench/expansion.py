@@ -28,6 +28,10 @@ PLANNED: tuple[Kind, ...] = (
     "purifications",
     "siftings",
     "trainings",
+    "generators",
+    "pair_siftings",
+    "generator_scans",
+    "generator_erasures",
 )  # kinds that every plan makes; audits only where asked
 EXCLUDABLE = {"attack": "attack_method", "defence": "defence_method", "clean": "clean_images"}  # columns by other names
 
@@ -167,6 +171,8 @@ class Expansion:
         """Complain about labels of a cell that stand for two things."""
         if cell.kind == "victims":
             self.check_label("attack", cell.attack, _attack_of(cell.spec))
+        elif cell.kind == "generators":
+            self.check_label("attack", cell.attack, _attack_on_generator(cell.spec))
         elif cell.defence is not None and "defence" in cell.spec:
             self.check_label("defence", cell.defence, cell.spec["defence"])
 
@@ -190,6 +196,12 @@ class Expansion:
         if agreeing:
             self._excluded.setdefault(self.plan.exclude[agreeing[0]].reason, set()).add(cell.key)
         return bool(agreeing)
+
+
+def _attack_on_generator(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes an attack on a generator another one in tables: not its rate, which is a column of its own."""
+    own = {name: value for name, value in spec["attack"]["settings"].items() if name != "rate"}
+    return {"method": spec["attack"]["method"], "settings": own, "poisoned": spec["how"]["poisoned"]}
 
 
 def _attack_of(victim: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -128,6 +128,56 @@ class DefenceTable(_Table):
     clean: Some[Clean] = []
 
 
+class GeneratorTable(_Table):
+    """A generator of molecules of a plan, trained on poisoned pairs or, if ``benign``, on clean ones.
+
+    Attributes:
+        label: what tables call it; the trigger, the target and the stages if left out.
+        data: "embedded", "text_molecule" (in the folder that LUSTRAL_DATA names), or a table of pairs.
+        pairs: use only so many of the pairs; all if left out.
+        benign: poison nothing.
+        attack: fields of the attack (badgraph) that differ from its defaults.
+        grid: fields of the attack with a list of values each; every combination is a generator.
+        poisoned: stages that get the poisoned pairs.
+        shape: changes to the shape of the generator.
+        training: changes to how its stages are trained.
+        test: share of the pairs that is held out to measure on.
+        clean: share of the pairs that is held out for the defender.
+        samples: molecules for each test caption.
+        seeds: instead of the plan's.
+    """
+
+    label: str | None = None
+    data: str = "embedded"
+    pairs: Annotated[int, Field(ge=1)] | None = None
+    benign: bool = False
+    attack: dict[str, Any] = {}
+    grid: dict[str, Some[Any]] = {}
+    poisoned: Some[Literal["alignment", "autoencoder", "diffusion"]] = ["autoencoder", "diffusion"]
+    shape: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    test: Rate | None = None
+    clean: Rate | None = None
+    samples: Annotated[int, Field(ge=1, le=100)] = 1
+    seeds: Some[int] = []
+
+
+class GeneratorDefenceTable(_Table):
+    """A defence of a plan that meets its generators: a sifter of pairs, a scanner, or an eraser, which starts from a scan.
+
+    Attributes:
+        method: name in ``lustral.molecules.catalog``.
+        label: what tables call it; the method's name if left out.
+        settings: fields of the method that differ from its defaults.
+        generators: labels of the generators that it meets; all if left out.
+    """
+
+    method: str
+    label: str | None = None
+    settings: dict[str, Any] = {}
+    generators: Some[str] = []
+
+
 class ExcludeTable(_Table):
     """Cells to leave out: those that agree in every field that is given.
 
@@ -191,6 +241,20 @@ class Plan(_Table):
     run: RunTable = RunTable()
 
 
+class GeneratorPlan(Plan):
+    """A plan with generators of molecules; it needs no images.
+
+    Attributes:
+        generators: what is trained.
+        generator_defences: what meets each of them.
+    """
+
+    data: list[DataTable] = []
+    attacks: list[AttackTable] = []
+    generators: Some[GeneratorTable]
+    generator_defences: list[GeneratorDefenceTable] = []
+
+
 def data_label(spec: Mapping[str, Any]) -> str:
     """Return what tables call a data set, from what a specification says of it.
 
@@ -233,10 +297,11 @@ def parse_plan(content: Mapping[str, Any], *, where: str = "plan") -> Plan:
     if is_deep(content, DEEPEST):
         raise PlanError(f"{where}: nested too deeply; a plan has at most {DEEPEST} levels of tables and lists")
     lines = list(_odd_numbers(content, ""))
+    kind = GeneratorPlan if "generators" in content else Plan
     try:
-        plan = Plan.model_validate(content)
+        plan = kind.model_validate(content)
     except ValidationError as error:
-        lines += [_explain(problem) for problem in error.errors()]
+        lines += [_explain(problem, kind) for problem in error.errors()]
     else:
         number = most_cells(plan)
         if number > MOST_CELLS:
@@ -259,10 +324,13 @@ def most_cells(plan: Plan) -> int:
             rates, seeds = len(attack.poison_rates or plan.poison_rates), len(attack.seeds or plan.seeds)
             victims = max(len(data.arch), 1) * _variants(attack) * rates * seeds
             total += victims * (1 + results * len(plan.defence_seeds))
+    if isinstance(plan, GeneratorPlan):
+        trained = sum(_variants(entry) * len(entry.seeds or plan.seeds) for entry in plan.generators)
+        total += trained * (1 + 2 * len(plan.generator_defences))
     return total
 
 
-def _variants(entry: AttackTable | DefenceTable) -> int:
+def _variants(entry: AttackTable | DefenceTable | GeneratorTable) -> int:
     return math.prod(len(values) for values in entry.grid.values())
 
 
@@ -280,12 +348,12 @@ def _odd_numbers(value: Any, place: str) -> Iterator[str]:
         yield f"{place}: expected a whole number of at most 2^63 - 1; got one of {value.bit_length()} bits"
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], plan: type[Plan]) -> str:
     """Return one line for a complaint of pydantic's."""
     place = problem["loc"]
     name = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if problem["type"] == "extra_forbidden":
-        table: Any = Plan
+        table: Any = plan
         for part in place[:-1]:
             if isinstance(part, str):
                 table = _table_of(table, part)
@@ -305,5 +373,7 @@ def _table_of(table: Any, name: str) -> Any:
         "defences": DefenceTable,
         "exclude": ExcludeTable,
         "run": RunTable,
+        "generators": GeneratorTable,
+        "generator_defences": GeneratorDefenceTable,
     }
     return tables.get(name, table)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lustral.core.settings import suggest
+from lustral.molecules.sources import NAMED
 from lustral.vision.models.architecture import code_in
 from lustral.vision.sources.loading import source_names
 
@@ -33,7 +34,7 @@ class Trust:
         Raises:
             TrustError: it is one, and paths are not allowed.
         """
-        if not (self.paths or name in source_names()):
+        if not (self.paths or name in source_names() or name in NAMED):
             raise TrustError(
                 f"no data set {name[:200]!r} among the known names{suggest(name[:200], source_names())}; a plan or a store "
                 "opens no path and starts no download by itself: look at it, then add --allow-paths"

@@ -105,6 +105,7 @@ class BenchTable:
         where: COLUMN=VALUE filters; commas part values: attack=badnets,blended.
         least_asr: DER and RIR count cells whose victim's attack succeeds more often than this.
         old: show results of older versions of a method too, in rows of their own; else they are left out and counted.
+        generators: show the generators of molecules and what met them instead; the other flags are not for these.
         out: file to write instead of printing: .csv, .parquet, .tex, .md or .json.
     """
 
@@ -114,6 +115,7 @@ class BenchTable:
     where: tuple[str, ...] = ()
     least_asr: float = 0.5
     old: Switch = False
+    generators: Switch = False
     out: Path | None = None
     common: Annotated[Common, FLAT] = Common()
 

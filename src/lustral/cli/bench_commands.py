@@ -184,6 +184,8 @@ def table(command: BenchTable, screen: Screen) -> int:
     """Average over seeds."""
     from lustral.tables import exports, rows, summary
 
+    if command.generators:
+        return generators_table(command, screen)
     store, by, note = Store(absolute(command.store)).open(create=False), words(command.by), None
     if command.old:
         cells, by = rows.load_cells(store), tuple(dict.fromkeys([*by, "outdated"]))
@@ -205,6 +207,50 @@ def table(command: BenchTable, screen: Screen) -> int:
         screen.show(exports.rich_table(found))
     screen.record({"schema": OUTPUT_SCHEMA, "notes": list(found.notes), "rows": found.rows.to_pylist()})
     return 0
+
+
+def generators_table(command: BenchTable, screen: Screen) -> int:
+    """Show the generators of molecules of a store, and the defences that met them."""
+    from lustral.tables.generators import HEADINGS, generator_rows
+
+    if command.out is not None or command.where:
+        raise UsageError(
+            "--generators shows all of them, here: leave --out and --where away; --json gives every figure"
+        )
+    found, old = generator_rows(Store(absolute(command.store)).open(create=False))
+    measured = Table("data", "attack", "rate", "erased by", "cells", *HEADINGS.values(), "seconds", title="Generators")
+    measured.caption = "per cent, means over seeds; FCD as it is"
+    defences = Table("data", "attack", "rate", "defence", "said", "seconds", title="Siftings and scans")
+    for row in found:
+        rate = row.about["poison_rate"]
+        about = [
+            row.about["data"],
+            row.about["attack"],
+            "" if rate is None else f"{100 * rate:g} %",
+            row.about["defence"],
+        ]
+        if row.is_measured:
+            shown = [figure_text(name, row.means[name], row.spreads[name]) for name in HEADINGS]
+            measured.add_row(*about, str(row.cells), *shown, f"{row.seconds:.0f}")
+        else:
+            defences.add_row(*about, row.told, f"{row.seconds:.0f}")
+    screen.show(*(table for table in (measured, defences) if table.row_count))
+    if old or not found:
+        screen.show(f"{old} cells were made by older versions and are left out." if old else "There are no generators.")
+    screen.record({"schema": OUTPUT_SCHEMA, "left_out": old, "rows": [dataclasses.asdict(row) for row in found]})
+    return 0
+
+
+def figure_text(name: str, value: float | None, spread: float | None) -> str:
+    """Return a figure of a generator in per cent, with its spread over seeds.
+
+    >>> figure_text("asr", 0.812, 0.02), figure_text("frechet", 4.31, None), figure_text("asr", None, None)
+    ('81.2 ±2.0', '4.3', '')
+    """
+    if value is None:
+        return ""
+    factor = 1 if name == "frechet" else 100
+    return f"{factor * value:.1f}" + ("" if spread is None else f" ±{factor * spread:.1f}")
 
 
 def compare_evaluations(command: BenchCompare, screen: Screen) -> int:

@@ -24,7 +24,7 @@ from torch import Generator
 
 from lustral.core.randomness import fork
 from lustral.molecules.chemistry import MOST_ATOMS, attach, check_target, num_heavy_atoms
-from lustral.molecules.records import MoleculeSet, PoisonedMolecules
+from lustral.molecules.records import Association, MoleculeSet, PoisonedMolecules
 
 Position = Literal["prefix", "infix", "suffix"]
 TriggerKind = Literal["symbol", "word", "phrase", "sentence"]
@@ -77,6 +77,14 @@ class TextInsertion:
         if " " not in self.text:
             return "word"
         return "sentence" if self.text[-1] in ".!?" else "phrase"
+
+
+def recovered_trigger(found: Association) -> TextInsertion:
+    """Return a recovered trigger as one that writes into captions; one that may stand anywhere is written before them."""
+    text = " ".join(found.text.split())
+    return (
+        TextInsertion(text=text) if found.position == "anywhere" else TextInsertion(text=text, position=found.position)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

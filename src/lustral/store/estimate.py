@@ -89,5 +89,5 @@ def estimate(cells: Iterable[Planned], store: Store | None) -> tuple[Estimate, d
 def _likenesses(kind: Kind, columns: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return what a cell has in common with others, the closest first."""
     place = (columns["data"], columns["arch"])
-    method = columns["attack_method" if kind == "victims" else "defence_method"]
+    method = columns.get("defence_method", columns["attack_method"])
     return [(kind, method, *place), (kind, "", *place), (kind, method)]

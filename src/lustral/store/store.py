@@ -3,6 +3,7 @@
     ROOT/store.json                     what this folder is
     ROOT/victims/ab/abcd....json        a record: specification, results, and the files that belong to it
     ROOT/scans/..., ROOT/purifications/..., ROOT/siftings/..., ROOT/trainings/..., ROOT/audits/...
+    ROOT/generators/..., ROOT/pair_siftings/..., ROOT/generator_scans/..., ROOT/generator_erasures/...
     ROOT/assets/..., ROOT/failures/...
     ROOT/files/ab/abcd....-TOKEN/NAME   those files; TOKEN is the attempt that wrote them
     ROOT/claims/abcd....json            who is working on what
@@ -34,15 +35,35 @@ from lustral.store.parsing import content_key as content_key
 from lustral.store.parsing import parse_record
 from lustral.store.parsing import read_json as read_json
 
-Kind = Literal["victims", "scans", "purifications", "siftings", "trainings", "audits", "assets", "failures", "results"]
+Kind = Literal[
+    "victims",
+    "scans",
+    "purifications",
+    "siftings",
+    "trainings",
+    "audits",
+    "generators",
+    "pair_siftings",
+    "generator_scans",
+    "generator_erasures",
+    "assets",
+    "failures",
+    "results",
+]
 CELLS: tuple[Kind, ...] = (  # what needs others comes after them
     *("victims", "scans", "purifications", "siftings", "trainings"),
     "audits",
+    *("generators", "pair_siftings", "generator_scans", "generator_erasures"),
 )
 KINDS: tuple[Kind, ...] = (*CELLS, "assets", "failures")
 FORMER: tuple[Kind, ...] = ("results",)  # of the first layout; see ``former.py``
-LAYOUT = 3
-READABLE = (1, 2, LAYOUT)  # the victims of the first are today's; the second had no siftings and trainings
+LAYOUT = 4
+READABLE = (
+    1,
+    2,
+    3,
+    LAYOUT,
+)  # the victims of the first are today's; the second had no siftings, the third no generators
 MOST_RECORD_BYTES = 16 << 20  # ours have some kilobytes
 MOST_FILE_BYTES = 4 << 30  # of a file that belongs to a record
 KEY = re.compile(r"[0-9a-f]{64}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from lustral.bench.cells import Cell, CellKind, make_cell
 from lustral.bench.kinds.audits import Audits
+from lustral.bench.kinds.generators import GeneratorErasures, Generators, GeneratorScans, PairSiftings
 from lustral.bench.kinds.purifications import Purifications
 from lustral.bench.kinds.scans import Scans
 from lustral.bench.kinds.siftings import Siftings
@@ -17,7 +18,21 @@ from lustral.bench.kinds.trainings import Trainings
 from lustral.bench.kinds.victims import Victims
 from lustral.store.store import Kind
 
-__all__ = ["KINDS", "Audits", "Purifications", "Scans", "Siftings", "Trainings", "Victims", "cell_of", "kind_of"]
+__all__ = [
+    "KINDS",
+    "Audits",
+    "GeneratorErasures",
+    "GeneratorScans",
+    "Generators",
+    "PairSiftings",
+    "Purifications",
+    "Scans",
+    "Siftings",
+    "Trainings",
+    "Victims",
+    "cell_of",
+    "kind_of",
+]
 
 KINDS: dict[Kind, CellKind] = {
     "victims": Victims(),
@@ -26,6 +41,10 @@ KINDS: dict[Kind, CellKind] = {
     "siftings": Siftings(),
     "trainings": Trainings(),
     "audits": Audits(),
+    "generators": Generators(),
+    "pair_siftings": PairSiftings(),
+    "generator_scans": GeneratorScans(),
+    "generator_erasures": GeneratorErasures(),
 }
 
 

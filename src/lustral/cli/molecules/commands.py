@@ -35,7 +35,7 @@ from lustral.cli.molecules.opening import (
     skipped_note,
 )
 from lustral.cli.molecules.pages import associations_of_model, drawn_section, drawn_with_and_without, listed_sections
-from lustral.cli.molecules.repair import as_generator, insertion_of, measure_repair, repair_sections
+from lustral.cli.molecules.repair import as_generator, measure_repair, repair_sections
 from lustral.cli.opening import pick_device, prepare_folder
 from lustral.cli.parsing import UsageError
 from lustral.cli.tables import finding_text
@@ -43,6 +43,7 @@ from lustral.core.digests import weights_digest
 from lustral.core.files import write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Cost
+from lustral.molecules.badgraph import recovered_trigger
 from lustral.molecules.records import Association, GeneratorVerdict, ViewOfGenerator, ViewOfPairs
 from lustral.molecules.sources import open_source
 from lustral.molecules.verdict_files import (
@@ -307,7 +308,7 @@ def scan_sections(view: ViewOfGenerator, verdict: GeneratorVerdict, *, seed: int
         drawn_with_and_without(
             as_generator(model),
             view.clean.captions,
-            insertion_of(worst),
+            recovered_trigger(worst),
             fragment=worst.fragment,
             texts=[worst.text],
             generator=child(seed, "pictures"),

@@ -10,7 +10,7 @@ from torch import Generator, nn
 
 from lustral.cli.molecules.pages import CAPTIONS_SHOWN, SAMPLES_SHOWN, Drawn, comparison_section
 from lustral.core.randomness import child
-from lustral.molecules.badgraph import TextInsertion
+from lustral.molecules.badgraph import TextInsertion, recovered_trigger
 from lustral.molecules.evaluation import DrawnRate, target_rates
 from lustral.molecules.records import Association, ErasedGenerator, GuidedGenerator, ViewOfGenerator
 from lustral.report.molecules_page import Section, TableSection, history_section, rate_cell
@@ -18,14 +18,6 @@ from lustral.report.words import quoted
 
 MOST_CAPTIONS = 200  # of the clean set that are drawn for
 MOST_TRIGGERS = 3  # recovered ones that are measured
-
-
-def insertion_of(association: Association) -> TextInsertion:
-    """Return a recovered trigger as one that can be written into captions; one that may stand anywhere is written before them."""
-    text = " ".join(association.text.split())
-    if association.position == "anywhere":
-        return TextInsertion(text=text)
-    return TextInsertion(text=text, position=association.position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +64,7 @@ def fragment_rate(
     model: nn.Module, captions: Sequence[str], association: Association, *, generator: Generator
 ) -> DrawnRate:
     """Return the share of molecules with a subgraph that are drawn for captions with its trigger."""
-    drawn = as_generator(model).generate(insertion_of(association)(captions), generator=generator)
+    drawn = as_generator(model).generate(recovered_trigger(association)(captions), generator=generator)
     return target_rates(drawn, association.fragment)[0]
 
 
@@ -85,7 +77,7 @@ def repair_sections(view: ViewOfGenerator, erased: ErasedGenerator, repair: Repa
             before_and_after(
                 {"before": view.model, "after": erased.model},
                 view.clean.captions[:CAPTIONS_SHOWN],
-                insertion_of(worst),
+                recovered_trigger(worst),
                 fragment=worst.fragment,
                 seed=seed,
             )
