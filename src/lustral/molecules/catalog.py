@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lustral.molecules.defences import AssociationSift, FragmentCheck
+from lustral.molecules.defences import AssociationSift, DenoiserFineTuning, FragmentCheck, TokenScan, Unlearning
 
 PAIR_SIFTERS: dict[str, type[Any]] = {
     "association": AssociationSift,
     "fragment_check": FragmentCheck,
 }
 
-SCANNERS: dict[str, type[Any]] = {}
+SCANNERS: dict[str, type[Any]] = {
+    "token_scan": TokenScan,
+}
 
-ERASERS: dict[str, type[Any]] = {}
+ERASERS: dict[str, type[Any]] = {
+    "unlearning": Unlearning,
+    "denoiser_fine_tuning": DenoiserFineTuning,
+}

@@ -195,8 +195,7 @@ def parse_molecules(argv: Sequence[str]) -> Command:
     names = {
         each: named_method(words, default) if each == verb else default for each, (_, _, default) in METHODS.items()
     }
-    chosen = {each: look_up(kind, names[each], methods) for each, (kind, methods, _) in METHODS.items() if methods}
-    sifter, scanner, eraser = (chosen.get(each, Demo) for each in METHODS)
+    sifter, scanner, eraser = (look_up(kind, names[each], methods) for each, (kind, methods, _) in METHODS.items())
     settings = {"implant": setting_names(BadGraph) + setting_names(Implanting)}
     settings |= {"sift": setting_names(sifter), "scan": setting_names(scanner), "erase": setting_names(eraser)}
     kinds: Mapping[str, Any] = {
@@ -208,9 +207,6 @@ def parse_molecules(argv: Sequence[str]) -> Command:
         "erase": Erase[eraser],  # type: ignore[valid-type]
         "evaluate": Evaluate,
     }
-    kinds = {name: kind for name, kind in kinds.items() if name not in METHODS or name in chosen}
-    if not (SCANNERS and ERASERS):
-        kinds.pop("demo")
     every: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
     command: Command = run_tyro(every, expand(words, settings.get(verb, [])), prog=PROG)
     if isinstance(command, Sift | Scan | Erase) and not command.method:
