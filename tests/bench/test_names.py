@@ -9,8 +9,8 @@ import pyarrow as pa
 from jinja2 import Environment
 from rich.console import Console
 
+from lustral.api.progress import SafeConsole
 from lustral.cli.bench_commands import flagged
-from lustral.cli.console import SafeConsole
 from lustral.report.rendering import shown
 from lustral.site import data as site_data
 from lustral.site import page_writer as site_press

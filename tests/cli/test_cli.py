@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from lustral.api.opening import draw_clean, found_order
+from lustral.api.progress import Bars, StageLines
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
 from lustral.cli import main
 from lustral.cli.arguments import (
@@ -33,8 +35,6 @@ from lustral.cli.arguments import (
     parse_implant,
     setting_names,
 )
-from lustral.cli.console import Bars, StageLines
-from lustral.cli.opening import draw_clean, found_order
 from lustral.core.randomness import child
 from lustral.core.records import Cost, Progress
 from lustral.training import Trainer

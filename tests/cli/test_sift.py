@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Generator
 
+from lustral.api.score_files import class_folders, csv_text
 from lustral.catalog import SAFE_TRAINERS, SIFTERS
 from lustral.cli import main
 from lustral.cli.arguments import UsageError, parse, parse_untrusted
 from lustral.cli.untrusted.arguments import Sift, Train
-from lustral.cli.untrusted.files import class_folders, csv_text
 from lustral.core.records import Cost, OnProgress
 from lustral.training import Trainer
 from lustral.vision.models import load_model

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": {"core", "store"},
     "report": {"core", "training", "vision", "molecules"},
     "exchange": {"core"},
+    "api": {"core", "training", "vision", "catalog", "report"},
     "site": {"core", "store", "tables", "report"},
     "bench": {"core", "training", "vision", "molecules", "store", "tables", "catalog", "report"},
     "cli": {
@@ -40,11 +41,12 @@ ALLOWED: dict[str, set[str]] = {
         "catalog",
         "report",
         "exchange",
+        "api",
         "site",
         "bench",
     },
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"api"},
 }
 NOUNS = {"records", "interfaces", "images"}
 WORKING = NOUNS | {"figures", "models", "evaluation"}

@@ -33,12 +33,12 @@ from fuzz.mutators import (
     planted_pickle_files,
 )
 from fuzz.trees import SPECIALS, Entry, Link, Tree
+from lustral.api.opening import draw_clean, model_file
 from lustral.bench.expansion import expand
 from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
 from lustral.cli.entry import run
-from lustral.cli.opening import draw_clean, model_file
 from lustral.core.files import canonical
 from lustral.store.store import checksum_of, content_key
 from lustral.vision.models import load_model, save_like

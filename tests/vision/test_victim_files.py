@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lustral.cli.opening import model_file
+from lustral.api.opening import model_file
 from lustral.core.allocation import AllocationLimit, TooLargeError
 from lustral.core.limits import LARGEST_RECORD
 from lustral.vision.attacks import InputAware

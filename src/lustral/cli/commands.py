@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,63 +12,59 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
+from lustral.api.model_files import given_files, require_nameable, write_erased, written_files
+from lustral.api.opening import Opened, model_file, require_test_set
+from lustral.api.results import (
+    EraseResult,
+    ScanResult,
+    defender_accuracies,
+    run_record,
+    true_evaluation,
+    true_evaluations,
+    write_scan,
+)
+from lustral.api.training_sets import open_training_set
 from lustral.bench.workbench import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.exporting import (
-    given_files,
     prepare_exports,
     refusal_told,
     write_erase_exports,
     write_scan_exports,
-    written_files,
 )
-from lustral.cli.opening import Opened, model_file, open_suspect, pick_device, prepare_folder, require_test_set
+from lustral.cli.opening import open_suspect, pick_device
 from lustral.cli.tables import (
     cost_sentence,
     defender_table,
     finding_text,
     metrics_table,
-    purified_record,
     verdict_table,
 )
-from lustral.cli.untrusted.opening import open_training_set
-from lustral.core.files import write_bytes_atomic, write_json_atomic
+from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Assets
-from lustral.report.findings import erase_finding, scan_finding
-from lustral.report.page import ReportData, write_erase_report, write_scan_report
 from lustral.store.store import Store
 from lustral.training import default_trainer
 from lustral.vision import victims
 from lustral.vision.erasing import erase as run_eraser
-from lustral.vision.evaluation import Evaluation, clean_accuracy, compare_evaluations
-from lustral.vision.evaluation import evaluate as measure
-from lustral.vision.figures import stamp_sheet
-from lustral.vision.images import as_float, as_uint8, at_most
+from lustral.vision.evaluation import compare_evaluations
 from lustral.vision.models import (
     Classifier,
     LoadedModel,
-    ModelFileError,
-    arch_of,
     load_model,
     parse_architecture,
     runs_user_code,
-    save_like,
-    save_model,
 )
 from lustral.vision.models.architecture import innermost
-from lustral.vision.models.files.safety import safety_record
+from lustral.vision.models.files.safety import FileFacts, safety_record
 from lustral.vision.models.files.weight_sets import TOP
-from lustral.vision.purifiers import CNPD, BaEraser
-from lustral.vision.records import DefenderView, ImageSet, Verdict, Victim
+from lustral.vision.purifiers import BaEraser
+from lustral.vision.records import DefenderView, Verdict, Victim
 from lustral.vision.sources import load_source, source_names
-from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, read_verdict, verdict_record, write_verdict
-
-logger = logging.getLogger(__name__)
+from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, read_verdict
 
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 
@@ -122,26 +117,23 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
         verdict: Verdict = command.settings.inspect(
             opened.view, generator=child(command.common.seed, "scan"), on_progress=on_progress
         )
-    page = ReportData(
-        title=str(command.suspect.model),
-        clean=opened.view.clean,
+    result = ScanResult(
         verdict=verdict,
+        model=opened.view.model,
+        clean=opened.view.clean,
+        title=str(command.suspect.model),
+        about=provenance(command, argv, opened, files),
         true_trigger=opened.true_trigger,
         files=files,
-        provenance=provenance(command, argv, opened) | {"file_safety": safety_record(files)},
     )
-    names, (_, height, width) = page.class_names, page.clean.image_shape
-    finding = scan_finding(verdict, names, height * width)
-    record: dict[str, Any] = {"schema": RESULT_SCHEMA, **page.provenance, "verdict": verdict_record(verdict)}
+    record = result.to_dict()
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if verdict.evidence:
-        shown.append(verdict_table(verdict, names))
-    shown += [finding_text(finding), cost_sentence(verdict.cost)]
+        shown.append(verdict_table(verdict, result.page.class_names))
+    shown += [finding_text(result.finding), cost_sentence(verdict.cost)]
     try:
         if out is not None:
-            record = write_verdict(out, verdict, model=opened.view.model, clean=page.clean, about=page.provenance)
-            write_trigger_pictures(out, verdict, page.clean)
-            write_scan_report(out / "report.html", page)
+            record = write_scan(out, result)
             shown.append(f"Report: {out / 'report.html'}")
         shown += write_scan_exports(command.exports, record, code=EXIT_CODES[verdict.outcome])
     finally:  # after the files, which a failing terminal must not lose; and without them, if they cannot be written
@@ -154,10 +146,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     """Erase a backdoor, write the clean model, and show what changed."""
     prepare_exports(command.exports, command.suspect.model)
     opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
-    if isinstance(command.settings, CNPD) and opened.loaded.arch.startswith("transformers:"):
-        raise ValueError(
-            f"cnpd returns another architecture, and no file can name one around {opened.loaded.arch}; choose another --method"
-        )
+    require_nameable(command.settings, opened.loaded)
     scanning: dict[str, Any] = dict(vars(command.scanning))
     taken: Path | None = scanning.pop("verdict", None)
     view = granted_view(command, opened, taken)
@@ -174,37 +163,33 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     assert isinstance(model, Classifier)
     file = write_erased(out, model, opened.loaded)
     before, after = true_evaluations(opened, model, seed=command.common.seed)
-    page = ReportData(
-        title=str(command.suspect.model),
-        clean=opened.view.clean,
+    result = EraseResult(
         purified=purified,
+        given=opened.loaded,
+        clean=opened.view.clean,
+        title=str(command.suspect.model),
+        about=provenance(command, argv, opened, files),
+        accuracies=defender_accuracies(opened, model),
         before=before,
         after=after,
         true_trigger=opened.true_trigger,
         files=files,
-        provenance=provenance(command, argv, opened) | {"file_safety": safety_record(files)},
     )
-    accuracies = defender_accuracies(opened, model)
-    record: dict[str, Any] = {"schema": RESULT_SCHEMA, **page.provenance, "out": str(out), "accuracy": accuracies}
-    record["written"], record["written_safety"] = str(file), safety_record(written_files(file, opened.loaded))
-    record["purified"] = purified_record(purified)
+    record = {**result.to_dict(), "out": str(out), "written": str(file)}
+    record["written_safety"] = safety_record(written_files(file, opened.loaded))
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if taken is not None:
         shown.append(f"Scan: taken over from {taken}")
     elif purified.verdict is not None and purified.verdict.evidence:
-        shown.append(verdict_table(purified.verdict, page.class_names))
-    shown.append(defender_table(accuracies, purified))
+        shown.append(verdict_table(purified.verdict, result.page.class_names))
+    shown.append(defender_table(result.accuracies, purified))
     if before is not None and after is not None:
-        record |= {"before": before.to_dict(), "after": after.to_dict(), "change": compare_evaluations(before, after)}
-        shown.append(
-            metrics_table({"before": before, "after": after}, "Measured with the true trigger", record["change"])
-        )
-    finding = erase_finding(purified, purified.verdict, before, after, page.class_names)
-    shown += [finding_text(finding), *purified.notes, cost_sentence(purified.cost)]
+        shown.append(metrics_table({"before": before, "after": after}, "Measured with the true trigger", result.change))
+    shown += [finding_text(result.finding), *purified.notes, cost_sentence(purified.cost)]
     shown.append(f"Model: {file}")
     try:
         write_json_atomic(out / "result.json", record)
-        write_erase_report(out / "report.html", page)
+        result.report(out / "report.html")
         shown += [f"Report: {out / 'report.html'}", *write_erase_exports(command.exports, record)]
     finally:
         screen.show(*shown)
@@ -220,22 +205,6 @@ def granted_view(command: Erase[Any, Any], opened: Opened, taken: Path | None) -
     size, resize = command.suspect.image_size, command.suspect.resize
     training_set = open_training_set(command.untrusted, view.clean, image_size=size, resize=resize)
     return dataclasses.replace(view, untrusted=training_set)
-
-
-def write_erased(out: Path, model: Classifier, loaded: LoadedModel) -> Path:
-    """Write a model as the given one was, in a file that ends as its did; one of another architecture as safetensors."""
-    arch = arch_of(model.network, loaded.arch)
-    if arch != loaded.arch:
-        save_model(out / "model.safetensors", model, arch=arch, image_shape=loaded.image_shape)
-        return out / "model.safetensors"
-    if loaded.other_weights:
-        logger.warning("not erased, and written back as they were: %s", ", ".join(loaded.other_weights))
-    try:
-        return save_like(out / "model", model, loaded)
-    except ModelFileError as error:  # e.g. the file changed meanwhile; the work is done and shall not be lost
-        logger.warning("%s; the model is written as safetensors", error)
-        save_model(out / "model.safetensors", model, arch=arch, image_shape=loaded.image_shape)
-        return out / "model.safetensors"
 
 
 def list_attacks(screen: Screen) -> int:
@@ -368,32 +337,24 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     )
 
 
-def provenance(command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened: Opened) -> dict[str, Any]:
+def provenance(
+    command: Scan[Any] | Erase[Any, Any], argv: Sequence[str], opened: Opened, files: Sequence[FileFacts]
+) -> dict[str, Any]:
     """Return everything needed to repeat a run, ready for JSON."""
-    return {
-        "command": shown_command(argv),
-        "model": str(command.suspect.model),
-        "weights": opened.loaded.weights,
-        "other_weights": list(opened.loaded.other_weights),
-        "sha256": opened.loaded.sha256,
-        "arch": opened.loaded.arch,
-        "data": command.suspect.data,
-        "classes": list(class_names(opened.view.clean)),
-        "image_shape": list(opened.view.clean.image_shape),
-        "clean_images": len(opened.view.clean),
-        "seed": command.common.seed,
-        "device": str(opened.view.clean.device),
-        "method": command.method,
-        "settings": dataclasses.asdict(command.settings),
-        **scanning_record(command),
-        **({"untrusted": command.untrusted} if isinstance(command, Erase) and command.untrusted else {}),
-        "versions": victims.library_versions(),
-    }
-
-
-def class_names(clean: ImageSet) -> tuple[str, ...]:
-    """Return the names of the classes as the data have them; their numbers where they have none."""
-    return clean.class_names or tuple(str(label) for label in range(clean.num_classes))
+    more = scanning_record(command)
+    if isinstance(command, Erase) and command.untrusted:
+        more["untrusted"] = command.untrusted
+    return run_record(
+        opened,
+        command=shown_command(argv),
+        model=str(command.suspect.model),
+        data=command.suspect.data,
+        method=command.method,
+        settings=command.settings,
+        seed=command.common.seed,
+        files=files,
+        **more,
+    )
 
 
 def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:
@@ -413,39 +374,3 @@ def weights_sentence(path: Path, loaded: LoadedModel) -> str:
 def shown_command(argv: Sequence[str]) -> str:
     """Return a command line as one would type it."""
     return shlex.join(["lustral", *argv])
-
-
-def true_evaluation(victim: Victim, model: nn.Module, test: ImageSet, *, seed: int) -> Evaluation:
-    """Measure a model with a victim's true trigger; equal seeds stamp equal images."""
-    return measure(victim, model, test, generator=child(seed, "evaluation"))
-
-
-def true_evaluations(
-    opened: Opened, model: nn.Module, *, seed: int
-) -> tuple[Evaluation, Evaluation] | tuple[None, None]:
-    """Measure the given and the new model with the true trigger, where an evaluator knows it and has a test set."""
-    if opened.victim is None or opened.test is None:
-        return None, None
-    test = opened.test.to(opened.view.clean.device)
-    given, new = (true_evaluation(opened.victim, m, test, seed=seed) for m in (opened.view.model, model))
-    return given, new
-
-
-def defender_accuracies(opened: Opened, model: nn.Module) -> dict[str, Any]:
-    """Return the clean accuracy of the given and the new model on what a defender has, as JSON-ready rates."""
-    sets = {"clean images": opened.view.clean}
-    if opened.test is not None:
-        sets["test set, unseen"] = opened.test.to(opened.view.clean.device)
-    models = {"before": opened.view.model, "after": model}
-    return {
-        name: {when: clean_accuracy(m, images).to_dict() for when, m in models.items()} for name, images in sets.items()
-    }
-
-
-def write_trigger_pictures(folder: Path, verdict: Verdict, clean: ImageSet) -> None:
-    """Write a picture sheet per recovered trigger."""
-    for trigger in verdict.triggers:
-        label = trigger.target_label
-        originals = at_most(clean.subset(clean.labels != label), 8).images.cpu()
-        triggered = as_uint8(trigger.to("cpu")(as_float(originals)))
-        write_bytes_atomic(folder / f"trigger-class-{label}.png", stamp_sheet(originals, triggered))

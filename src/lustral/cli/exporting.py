@@ -15,8 +15,7 @@ from lustral.core.files import json_ready, write_json_atomic
 from lustral.exchange.attestation import attestation_of_erase, attestation_of_scan
 from lustral.exchange.cyclonedx import cyclonedx_of_erase, cyclonedx_of_scan
 from lustral.exchange.sarif import sarif_of_refusal, sarif_of_scan, sarif_of_sift
-from lustral.vision.models.checkpoint import LoadedModel
-from lustral.vision.models.files.safety import FileFacts, facts_of_files, file_facts
+from lustral.vision.models.files.safety import file_facts
 from lustral.vision.models.files.state_dicts import ModelFileError
 
 FAILED = 2  # exit code of a command that could not do its work
@@ -127,18 +126,6 @@ def refusal_told(exports: ScanExports, model: Path, command: str) -> Iterator[No
             )
             write_json_atomic(exports.sarif, log)
         raise
-
-
-def given_files(loaded: LoadedModel) -> tuple[FileFacts, ...]:
-    """Return the facts about the files that a model was read from."""
-    return () if loaded.origin is None else facts_of_files(loaded.origin.files)
-
-
-def written_files(written: Path, loaded: LoadedModel) -> tuple[FileFacts, ...]:
-    """Return the facts about what an eraser wrote: a file, or a folder like the one that the model was read from."""
-    if written.is_dir() and loaded.origin is not None:
-        return tuple(file_facts(written / file.name) for file in loaded.origin.files)
-    return (file_facts(written),)
 
 
 def timestamp() -> str:

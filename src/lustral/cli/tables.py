@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from lustral.report.findings import Finding
 from lustral.report.words import duration, percent
 from lustral.vision.evaluation import Evaluation
 from lustral.vision.records import Purified, Verdict
-from lustral.vision.verdict_files import verdict_record
 
 MOST_ROWS = 20  # classes shown; the JSON has them all
 COLOURS = {"bad": "red", "good": "green", "unsure": "yellow"}
@@ -105,18 +103,6 @@ def defender_table(accuracies: Mapping[str, Mapping[str, Any]], purified: Purifi
                     FIGURES[name].words, percent(None if given is None else given.value(name)), percent(value)
                 )
     return table
-
-
-def purified_record(purified: Purified) -> dict[str, Any]:
-    """Return how a purified model came about, ready for JSON."""
-    return {
-        "history": [entry.to_dict() for entry in purified.history],
-        "selected": purified.selected,
-        "cost": dataclasses.asdict(purified.cost),
-        "verdict": None if purified.verdict is None else verdict_record(purified.verdict),
-        "audit": None if purified.audit is None else verdict_record(purified.audit),
-        "notes": list(purified.notes),
-    }
 
 
 def cost_sentence(cost: Cost) -> str:

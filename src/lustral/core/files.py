@@ -196,6 +196,13 @@ def is_deep(value: Any, most: int) -> bool:
     return True
 
 
+def prepare_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make the folder for results before the work starts, so that a bad path fails at once."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def _beside(target: Path) -> Path:
     """Return a new temporary name in the folder of a file."""
     return target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -46,6 +46,7 @@ class ReportData:
         before: the given model, measured with the true trigger; only where an evaluator knows it.
         after: the new model, measured likewise.
         true_trigger: the attacker's trigger; only where an evaluator knows it.
+        has_trigger: whether ``before`` and ``after`` were measured with a true trigger, and not on clean images alone.
         controls: other methods' results on the same model, by name.
         files: what opening the model's files would do, without opening them.
         provenance: everything needed to repeat the run: command, settings, seed, versions, file hashes. JSON-ready.
@@ -58,6 +59,7 @@ class ReportData:
     before: Evaluation | None = None
     after: Evaluation | None = None
     true_trigger: Trigger | None = None
+    has_trigger: bool = True
     controls: Mapping[str, Evaluation] = field(default_factory=dict)
     files: tuple[FileFacts, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -126,6 +128,20 @@ def write_erase_report(path: str | os.PathLike[str], data: ReportData) -> None:
     write_text_atomic(path, _render("Erase report", finding, data, verdict, data.purified.cost))
 
 
+def write_evaluation_report(path: str | os.PathLike[str], data: ReportData, finding: Finding, cost: Cost) -> None:
+    """Write the page of an evaluation.
+
+    Args:
+        path: the HTML file; an existing one is replaced whole.
+        data: needs ``after``.
+        finding: what to say of it.
+        cost: what it used.
+    """
+    if data.after is None:
+        raise ValueError("expected a measured model in the data of an evaluation report; got None")
+    write_text_atomic(path, _render("Evaluation", finding, data, None, cost))
+
+
 def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | None, cost: Cost) -> str:
     environment = page_environment("lustral.report")
     environment.filters.update(number=words.number, count=words.count)
@@ -140,10 +156,11 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         verdict=verdict,
         suspects=suspects,
         notes=purified.notes if purified else (),
-        triggers=[_trigger_pictures(trigger, data, suspects) for trigger in verdict.triggers] if verdict else [],
+        triggers=[trigger_pictures(trigger, data, suspects) for trigger in verdict.triggers] if verdict else [],
         area_chart=area_chart(verdict, names) if verdict else None,
         evidence=evidence_table(verdict, names) if verdict else None,
-        measures=_measures(data.before, data.after),
+        measures=_measures(data),
+        has_trigger=data.has_trigger,
         class_accuracies=_class_accuracies(data),
         curves=curves(purified.history, purified.selected, CURVES) if purified else [],
         with_triggers=purified is not None and any(entry.recovered_asr is not None for entry in purified.history),
@@ -156,7 +173,8 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
     )
 
 
-def _trigger_pictures(found: RecoveredTrigger, data: ReportData, suspects: Sequence[int]) -> TriggerPictures:
+def trigger_pictures(found: RecoveredTrigger, data: ReportData, suspects: Sequence[int]) -> TriggerPictures:
+    """Return the pictures of one recovered trigger, and what to say of them; ``suspects`` are the labels that are accused."""
     found, name = found.to("cpu"), data.class_names[found.target_label]
     masks, patterns = found.masks[:NUM_SAMPLES], found.patterns[:NUM_SAMPLES]
     clean = _sample_images(data.clean, found.target_label)
@@ -200,7 +218,8 @@ def _picture_row(caption: str, images: Tensor) -> PictureRow:
     )
 
 
-def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measure]:
+def _measures(data: ReportData) -> list[Measure]:
+    before, after = data.before, data.after
     if before is None and after is None:
         return []
 
@@ -213,7 +232,7 @@ def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measu
         return words.percent(value.value), f"{100 * low:.1f}–{100 * high:.1f}", f"n = {value.total:,}"
 
     rows = []
-    for field_name, name, meaning in words.RATES:
+    for field_name, name, meaning in words.RATES if data.has_trigger else words.RATES[:1]:
         old, new = (getattr(record, field_name) if record else None for record in (before, after))
         rows.append(
             Measure(
@@ -224,7 +243,7 @@ def _measures(before: Evaluation | None, after: Evaluation | None) -> list[Measu
                 change=words.points(new.value - old.value, " points") if old and new else MISSING,
             )
         )
-    if before and after:
+    if before and after and data.has_trigger:
         comparison = compare_evaluations(before, after)
         for key, name, meaning in words.SCORES:
             text = words.score(comparison[key])

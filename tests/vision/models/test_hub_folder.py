@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor
 
-from lustral.cli.opening import model_file
+from lustral.api.opening import model_file
 from lustral.vision.models import LoadedModel, ModelFileError, load_model, save_like
 from lustral.vision.models.files.hub_folder import image_size_of, is_hub_folder, read_hub_folder
 from lustral.vision.victims import VictimError

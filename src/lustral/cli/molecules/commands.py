@@ -36,11 +36,11 @@ from lustral.cli.molecules.opening import (
 )
 from lustral.cli.molecules.pages import associations_of_model, drawn_section, drawn_with_and_without, listed_sections
 from lustral.cli.molecules.repair import as_generator, measure_repair, repair_sections
-from lustral.cli.opening import pick_device, prepare_folder
+from lustral.cli.opening import pick_device
 from lustral.cli.parsing import UsageError
 from lustral.cli.tables import finding_text
 from lustral.core.digests import weights_digest
-from lustral.core.files import write_json_atomic
+from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Cost
 from lustral.molecules.badgraph import recovered_trigger

@@ -22,9 +22,9 @@ from lustral.cli.molecules.pages import (
     drawn_with_and_without,
 )
 from lustral.cli.molecules.repair import before_and_after, measure_repair
-from lustral.cli.opening import pick_device, prepare_folder
+from lustral.cli.opening import pick_device
 from lustral.cli.tables import finding_text
-from lustral.core.files import write_json_atomic
+from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Cost
 from lustral.molecules.badgraph import BadGraph

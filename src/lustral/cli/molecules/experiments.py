@@ -16,10 +16,10 @@ from lustral.cli.molecules.arguments import Evaluate, Implant
 from lustral.cli.molecules.opening import generator_folder, skipped_note
 from lustral.cli.molecules.pages import attack_section, drawn_with_and_without
 from lustral.cli.molecules.repair import before_and_after
-from lustral.cli.opening import pick_device, prepare_folder
+from lustral.cli.opening import pick_device
 from lustral.cli.parsing import UsageError
 from lustral.cli.tables import finding_text
-from lustral.core.files import write_json_atomic
+from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import OnProgress
 from lustral.molecules.evaluation import evaluate_generator

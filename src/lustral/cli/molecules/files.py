@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lustral.cli.untrusted.files import csv_text
+from lustral.api.score_files import csv_text
 from lustral.core.files import write_text_atomic
 from lustral.molecules.records import Association, MoleculeSet, SiftedPairs
 from lustral.molecules.victims import pairs_text

@@ -5,54 +5,36 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from rich.console import RenderableType
 from rich.table import Table
 
+from lustral.api.durations import SHORT_WORK, estimate_sentence, expected_passes, seconds_per_pass
+from lustral.api.score_files import require_free, write_clean
+from lustral.api.set_results import SiftResult, TrainResult, set_record
+from lustral.api.training_sets import GivenSet, OpenedSet, named_overlap, open_test, open_untrusted
 from lustral.catalog import SAFE_TRAINERS, SIFTERS
 from lustral.cli.arguments import parse_untrusted
 from lustral.cli.commands import shown_command
 from lustral.cli.console import Screen
 from lustral.cli.exporting import prepare_exports, write_sift_exports
-from lustral.cli.opening import pick_device, prepare_folder
+from lustral.cli.opening import pick_device
 from lustral.cli.tables import cost_sentence, finding_text, interval
 from lustral.cli.untrusted.arguments import Sift, Train
-from lustral.cli.untrusted.files import require_free, write_clean, write_scores
-from lustral.cli.untrusted.opening import (
-    SHORT_WORK,
-    OpenedSet,
-    estimate_sentence,
-    expected_passes,
-    open_test,
-    open_untrusted,
-    seconds_per_pass,
-)
-from lustral.core.characters import visible
-from lustral.core.files import write_bytes_atomic, write_json_atomic
+from lustral.core.files import prepare_folder
 from lustral.core.history import history_table
 from lustral.core.randomness import child
-from lustral.report.sift_page import SiftReport, write_sift_report, write_train_report
-from lustral.report.untrusted_findings import sift_finding, train_finding
 from lustral.report.words import percent
 from lustral.training import default_trainer
 from lustral.vision import untrusted
 from lustral.vision.evaluation import clean_accuracy
-from lustral.vision.figures import contact_sheet
-from lustral.vision.images import as_uint8
-from lustral.vision.models import Classifier, arch_of, save_model
 from lustral.vision.records import Sifted
-from lustral.vision.suspicion.shared_traits import fetch
-from lustral.vision.untrusted import OverlapError
-from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA
-from lustral.vision.victims import library_versions
+from lustral.vision.verdict_files import RESULT_SCHEMA
 
 Line = TypeVar("Line", Sift[Any], Train[Any])
 NONE_LISTED, LISTED = 0, 1  # exit codes of ``sift``
-ON_SHEET = 64  # images on the contact sheet
 CLASSES_SHOWN = 10  # in the terminal
 
 
@@ -65,37 +47,26 @@ def sift(command: Sift[Any], argv: Sequence[str], screen: Screen) -> int:
     expected = say_how_long(command.settings, opened, screen, seed=seed)
     with screen.progress() as on_progress, named_overlap(opened):
         found = untrusted.sift(command.settings, opened.view, generator=child(seed, "sift"), on_progress=on_progress)
-    found = dataclasses.replace(found, notes=(*opening_notes(opened), *found.notes))
-    record: dict[str, Any] = {
-        "schema": RESULT_SCHEMA,
-        **provenance(command, argv, opened),
-        "expected_seconds": expected,
-        "sifted": sifted_record(found, opened),
-        "unreadable": unreadable_record(opened),
-    }
-    write_scores(out, opened, found)
-    write_sheet(out / "sheet.png", opened, found)
+    found = dataclasses.replace(found, notes=(*opened.opening_notes, *found.notes))
+    written = "" if command.write_clean is None else str(command.write_clean)
+    about = {**provenance(command, argv, opened), "expected_seconds": expected}
+    result = SiftResult(
+        sifted=found, opened=opened, title=command.given.data, method=command.method, about=about, written=written
+    )
+    result.save_scores(out)
     if command.write_clean is not None:
         left = write_clean(command.write_clean, opened, found.flagged, as_list=command.write_clean_as == "list")
-        record["clean"] = {"folder": str(command.write_clean), "as": command.write_clean_as, "images": left}
-    write_json_atomic(out / RESULT_FILE, record)
+        clean = {"folder": written, "as": command.write_clean_as, "images": left}
+        result = dataclasses.replace(result, about={**about, "clean": {**clean}})
+    result.save_page(out)
     code = LISTED if found.flagged.any() else NONE_LISTED
-    exported = write_sift_exports(command.exports, record, code=code)
-    written = "" if command.write_clean is None else str(command.write_clean)
-    write_sift_report(out / "report.html", page_of(command, opened, record, written=written), found)
-    finding = sift_finding(
-        found,
-        opened.view.untrusted.labels.tolist(),
-        [visible(name) for name in opened.class_names],
-        num_unreadable=len(opened.source.unreadable),
-        written=visible(written),
-    )
+    exported = write_sift_exports(command.exports, result.to_dict(), code=code)
     shown: list[RenderableType] = [listed_table(found, opened)] if found.flagged.any() else []
-    shown += [finding_text(finding), *found.notes, cost_sentence(found.cost)]
+    shown += [finding_text(result.finding), *found.notes, cost_sentence(found.cost)]
     shown += [f"Left after sifting: {written}"] if written else []
     shown += [f"Scores: {out / 'scores.csv'}", f"Report: {out / 'report.html'}", *exported]
     screen.show(*shown)
-    screen.record(record)
+    screen.record(result.to_dict())
     return code
 
 
@@ -103,42 +74,26 @@ def train(command: Train[Any], argv: Sequence[str], screen: Screen) -> int:
     """Train a model on a set of unknown origin, and write it."""
     check_places(command)
     command, opened = open_set(command, argv)
-    test = opened.test if command.test is None else open_test(command.test, opened, command.given)
+    test = opened.test if command.test is None else open_test(command.test, opened, GivenSet(**vars(command.given)))
     out, seed = prepare_folder(command.out), command.common.seed
     expected = say_how_long(command.settings, opened, screen, seed=seed)
     with screen.progress() as on_progress, named_overlap(opened):
         trained = untrusted.train(
             command.settings, opened.view, generator=child(seed, "train"), on_progress=on_progress
         )
-    trained = dataclasses.replace(trained, notes=(*opening_notes(opened), *trained.notes))
-    model = trained.model
-    assert isinstance(model, Classifier)
-    file = out / "model.safetensors"
-    arch = arch_of(model.network, opened.arch)
-    save_model(file, model, arch=arch, image_shape=opened.view.untrusted.image_shape)
-    accuracy = None if test is None else clean_accuracy(model, test.to(next(model.parameters()).device))
-    record: dict[str, Any] = {
-        "schema": RESULT_SCHEMA,
-        **provenance(command, argv, opened),
-        "expected_seconds": expected,
-        "model": str(file),
-        "accuracy": None if accuracy is None else accuracy.to_dict(),
-        "history": [entry.to_dict() for entry in trained.history],
-        "cost": dataclasses.asdict(trained.cost),
-        "notes": list(trained.notes),
-        "sifted": None if trained.sifted is None else sifted_record(trained.sifted, opened),
-        "unreadable": unreadable_record(opened),
-    }
-    write_json_atomic(out / RESULT_FILE, record)
-    value = None if accuracy is None else accuracy.value
-    write_train_report(out / "report.html", page_of(command, opened, record), trained, value)
-    finding = train_finding(trained, value, method=command.method, num_images=len(opened.view.untrusted))
+    trained = dataclasses.replace(trained, notes=(*opened.opening_notes, *trained.notes))
+    about = {**provenance(command, argv, opened), "expected_seconds": expected}
+    result = TrainResult(trained=trained, opened=opened, title=command.given.data, method=command.method, about=about)
+    file = result.save_model(out)
+    accuracy = None if test is None else clean_accuracy(result.model, test.to(next(result.model.parameters()).device))
+    result = dataclasses.replace(result, accuracy=accuracy, about={**about, "model": str(file)})
+    result.save_page(out)
     shown: list[RenderableType] = [history_rows(trained.history)] if trained.history else []
-    shown += [finding_text(finding), *trained.notes]
+    shown += [finding_text(result.finding), *trained.notes]
     shown += [] if accuracy is None else [f"Accuracy on the test set: {interval(accuracy.to_dict())}"]
     shown += [cost_sentence(trained.cost), f"Model: {file}", f"Report: {out / 'report.html'}"]
     screen.show(*shown)
-    screen.record(record)
+    screen.record(result.to_dict())
     return 0
 
 
@@ -169,7 +124,7 @@ def check_places(command: Sift[Any] | Train[Any]) -> None:
 def open_set(command: Line, argv: Sequence[str]) -> tuple[Line, OpenedSet]:
     """Open the set, and read the line again with its training recipe as the defaults of the trainer's flags."""
     device = pick_device(command.common.device)
-    opened = open_untrusted(command.given, seed=command.common.seed, device=device)
+    opened = open_untrusted(GivenSet(**vars(command.given)), seed=command.common.seed, device=device)
     recipe = default_trainer(flip=opened.view.flip, num_images=len(opened.view.untrusted))
     return cast(Line, parse_untrusted(argv, recipe)), opened
 
@@ -187,95 +142,17 @@ def say_how_long(method: Any, opened: OpenedSet, screen: Screen, *, seed: int) -
     return round(seconds, 1)
 
 
-@contextmanager
-def named_overlap(opened: OpenedSet) -> Iterator[None]:
-    """Tell an overlap of the clean and the untrusted set, within the block, by the names of files."""
-    try:
-        yield
-    except OverlapError as error:
-        raise OverlapError(error.indices, opened.names if opened.files else ()) from None
-
-
-def opening_notes(opened: OpenedSet) -> tuple[str, ...]:
-    """Return what the user should know of how the set was opened."""
-    if not opened.dropped_clean:
-        return ()
-    return (
-        f"{opened.dropped_clean} of the clean images are in the rest of the set too, pixel for pixel, and were left out.",
-    )
-
-
 def provenance(command: Sift[Any] | Train[Any], argv: Sequence[str], opened: OpenedSet) -> dict[str, Any]:
     """Return everything needed to repeat a run, ready for JSON."""
-    view = opened.view
-    return {
-        "command": shown_command(argv),
-        "data": command.given.data,
-        "folder": opened.source.folder,
-        "images": len(view.untrusted),
-        "classes": list(opened.class_names),
-        "image_shape": list(view.untrusted.image_shape),
-        "clean": command.given.clean,
-        "clean_images": 0 if view.clean is None else len(view.clean),
-        "arch": opened.arch,
-        "flip": view.flip,
-        "seed": command.common.seed,
-        "device": str(pick_device(command.common.device)),
-        "method": command.method,
-        "settings": dataclasses.asdict(command.settings),
-        "versions": library_versions(),
-    }
-
-
-def sifted_record(found: Sifted, opened: OpenedSet) -> dict[str, Any]:
-    """Return what a sifter said, ready for JSON; the scores are in the tables."""
-    listed = found.flagged.nonzero().flatten().tolist()
-    return {
-        "listed": len(listed),
-        "files": [opened.names[index] for index in listed],
-        "named_by": "file" if opened.files else "position",
-        "threshold": found.threshold,
-        "basis": found.basis,
-        "cost": dataclasses.asdict(found.cost),
-        "parts": {
-            name: {"listed": int(part.flagged.sum()), "threshold": part.threshold, "basis": part.basis}
-            for name, part in found.parts.items()
-        },
-        "notes": list(found.notes),
-    }
-
-
-def unreadable_record(opened: OpenedSet) -> list[dict[str, str]]:
-    """Return the pictures that were left out, ready for JSON."""
-    entries = zip(opened.unreadable_names, opened.source.unreadable, strict=True)
-    return [{"file": name, "problem": entry.problem} for name, entry in entries]
-
-
-def page_of(
-    command: Sift[Any] | Train[Any], opened: OpenedSet, record: Mapping[str, Any], *, written: str = ""
-) -> SiftReport:
-    """Return what the pages are made from."""
-    brief = {key: value for key, value in record.items() if key not in ("sifted", "unreadable", "history", "notes")}
-    return SiftReport(
-        title=command.given.data,
-        data=opened.view.untrusted,
-        names=opened.names,
-        class_names=opened.class_names,
+    return set_record(
+        opened,
+        command=shown_command(argv),
+        data=command.given.data,
+        clean=command.given.clean,
         method=command.method,
-        written=written,
-        unreadable=[(entry["file"], entry["problem"]) for entry in unreadable_record(opened)],
-        provenance=brief,
-    )
-
-
-def write_sheet(path: Path, opened: OpenedSet, found: Sifted) -> None:
-    """Write the contact sheet: the most suspicious images with class and score, the listed ones framed."""
-    order = found.scores.argsort(descending=True, stable=True)
-    top = order[found.flagged[order].long().argsort(descending=True, stable=True)][:ON_SHEET]
-    labels = opened.view.untrusted.labels.tolist()
-    captions = [f"{visible(opened.class_names[labels[i]])}: {float(found.scores[i]):.3g}" for i in top.tolist()]
-    write_bytes_atomic(
-        path, contact_sheet(as_uint8(fetch(opened.view.untrusted, top)), captions, found.flagged[top].tolist())
+        settings=command.settings,
+        seed=command.common.seed,
+        device=str(pick_device(command.common.device)),
     )
 
 

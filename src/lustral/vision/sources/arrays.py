@@ -59,6 +59,11 @@ def channels_first(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
             f"{where}: expected uint8 images in 0 .. 255; got {images.dtype}; store floats in [0, 1] as "
             "(255 * images).round().astype('uint8')"
         )
+    return axes_in_order(images, where)
+
+
+def axes_in_order(images: NDArray[Any], where: str) -> NDArray[Any]:
+    """Bring images of any dtype to (N, C, H, W), as ``channels_first``."""
     if images.ndim == 3:
         return images[:, None]
     if images.ndim == 4 and images.shape[3] in (1, 3):

@@ -1,35 +1,33 @@
-"""From the names on a command line to a training set of unknown origin, and to how long work on it takes."""
+"""From what a user names or holds to a training set of unknown origin."""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Generator, nn
-from torch.nn import functional as F
 
-from lustral.cli.opening import draw_clean
-from lustral.cli.parsing import UsageError
-from lustral.cli.untrusted.arguments import UntrustedData
+from lustral.api.data import Data, open_data
+from lustral.api.fitting import with_classes
+from lustral.api.models import module_name
+from lustral.api.opening import class_order, draw_clean
 from lustral.core.randomness import child
-from lustral.report.words import count, duration
-from lustral.training.modes import autocast
 from lustral.vision.images import at_most, channel_statistics, stratified_indices
-from lustral.vision.models import build_classifier
+from lustral.vision.models import Classifier, build_classifier
+from lustral.vision.models.build import count_logits, with_normalisation
 from lustral.vision.records import ImageSet, LabelledImages, TrainingView
 from lustral.vision.sources import (
     DataSource,
     FolderStream,
     SourceError,
     check_class_names,
-    load_source,
-    read_class_names,
     source_names,
 )
 from lustral.vision.sources.checks import memory_limit
@@ -38,11 +36,32 @@ from lustral.vision.untrusted import OverlapError, file_names, find_overlap
 Images = TypeVar("Images", bound=ImageSet | FolderStream)
 SMALL_SIDE = 20  # pixels below which the default network is the small one
 STATISTICS_SAMPLE = 2_000  # images whose mean and spread the network's normalisation takes
-TIMED_BATCH = 128
-TIMED_SECONDS = 1.0  # of steps behind an estimate
-LONG_SECONDS = 60.0  # from which it is said beforehand how long something takes
-SHORT_WORK = 1e7  # numbers of images passed through a network that never take a minute: nothing is measured for them
-LARGE_SIDE = 64  # pixels from which a smaller --image-size is suggested
+
+Architecture: TypeAlias = str | Callable[[], nn.Module]
+"""The name of an architecture, or a function that returns a new network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenSet:
+    """A training set of unknown origin as a user names or holds it, and what is known about it.
+
+    Attributes:
+        data: the training set, in any form.
+        clean: images that nobody could have poisoned, in any form; or, of a known name, how many of its reserve.
+        classes: names of the classes in the order of their numbers, or a file of them; None keeps the data's.
+        image_size: pixels to resize to: the side of a square, or height and width.
+        resize: scale the shorter side to this many pixels first, and cut ``image_size`` out of the middle.
+        flip: whether a mirrored image keeps its meaning; None: as known of the data.
+        arch: network to train; None: small_cnn for images below 20 pixels and preact_resnet18:width=16 for the rest.
+    """
+
+    data: Data
+    clean: Data | int | None = None
+    classes: str | os.PathLike[str] | Sequence[str] | None = None
+    image_size: int | Sequence[int] | None = None
+    resize: int | None = None
+    flip: bool | None = None
+    arch: Architecture | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +73,10 @@ class OpenedSet:
         view: all that a method sees.
         names: N names of the images: their files, relative to the set's folder, or their positions.
         files: N paths of the images, where each is a file; else empty.
-        arch: architecture to train.
+        arch: name of the architecture to train, or of a network's class that the user's code builds.
         test: images to measure a trained model on, which no method sees.
         dropped_clean: clean images left out because the untrusted part of the same set has them too.
+        notes: sentences on what was changed on the way.
     """
 
     source: DataSource
@@ -66,6 +86,7 @@ class OpenedSet:
     arch: str
     test: ImageSet | None
     dropped_clean: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -74,27 +95,38 @@ class OpenedSet:
         return data.class_names or tuple(str(label) for label in range(data.num_classes))
 
     @property
+    def opening_notes(self) -> tuple[str, ...]:
+        """What the user should know of how the set was opened."""
+        if not self.dropped_clean:
+            return self.notes
+        return (
+            *self.notes,
+            f"{self.dropped_clean} of the clean images are in the rest of the set too, pixel for pixel, and were left out.",
+        )
+
+    @property
     def unreadable_names(self) -> tuple[str, ...]:
         """Names of the pictures that were left out."""
         return tuple(os.path.relpath(entry.file, self.source.folder) for entry in self.source.unreadable)
 
 
-def open_untrusted(given: UntrustedData, *, seed: int, device: torch.device) -> OpenedSet:
+def open_untrusted(given: GivenSet, *, seed: int, device: torch.device) -> OpenedSet:
     """Open a training set, and the clean images beside it."""
-    source = load_source(
-        given.data, image_size=given.image_size, resize=given.resize, stream=None, skip_unreadable=True
-    )
-    order = None if given.classes is None else read_class_names(given.classes)
+    found = open_data(given.data, image_size=given.image_size, resize=given.resize, skip_unreadable=True)
+    source = found.source
+    order = None if given.classes is None else class_order(given.classes)
     train, files, clean, dropped = source.train, source.files, None, 0
-    if given.clean is not None and given.clean.isdecimal() and not Path(given.clean).exists():
-        train, clean, dropped = _reserve(given, source, seed=seed)
+    if (count := _count(given.clean)) is not None:
+        train, clean, dropped = _reserve(given, source, count, seed=seed)
         files = ()
     elif given.clean is not None:
-        clean = _clean_set(given, source, seed=seed)
+        clean = draw_clean(_load_like(given.clean, source, given), None, seed=seed)
     untrusted = _in_order(train, order)
     clean = None if clean is None else _in_order(_like(clean, train), order).to(device)
     names = tuple(os.path.relpath(file, source.folder) for file in files) or tuple(map(str, range(len(train))))
-    arch = given.arch or ("small_cnn" if max(train.image_shape[1:]) < SMALL_SIDE else "preact_resnet18:width=16")
+    arch: Architecture = given.arch or (
+        "small_cnn" if max(train.image_shape[1:]) < SMALL_SIDE else "preact_resnet18:width=16"
+    )
     flip = source.flip if given.flip is None else given.flip
     view = TrainingView(
         untrusted=untrusted.to(device) if isinstance(untrusted, ImageSet) else untrusted,
@@ -102,12 +134,35 @@ def open_untrusted(given: UntrustedData, *, seed: int, device: torch.device) -> 
         clean=clean,
         flip=flip,
     )
-    view.build_model(child(seed, "trial"))  # so that a wrong --arch fails now
+    trial = view.build_model(child(seed, "trial"))  # so that a wrong --arch fails now
     test = None if source.test is None else _in_order(source.test, order)
-    return OpenedSet(source=source, view=view, names=names, files=files, arch=arch, test=test, dropped_clean=dropped)
+    if not isinstance(arch, str):
+        assert isinstance(trial, Classifier)
+        arch = module_name(trial.network)
+    return OpenedSet(
+        source=source,
+        view=view,
+        names=names,
+        files=files,
+        arch=arch,
+        test=test,
+        dropped_clean=dropped,
+        notes=found.notes,
+    )
 
 
-def open_training_set(spec: str, clean: ImageSet, *, image_size: Any, resize: int | None) -> LabelledImages:
+@contextmanager
+def named_overlap(opened: OpenedSet) -> Iterator[None]:
+    """Tell an overlap of the clean and the untrusted set, within the block, by the names of files."""
+    try:
+        yield
+    except OverlapError as error:
+        raise OverlapError(error.indices, opened.names if opened.files else ()) from None
+
+
+def open_training_set(
+    spec: Data, clean: ImageSet, *, image_size: int | Sequence[int] | None = None, resize: int | None = None
+) -> LabelledImages:
     """Open the set that a model was trained on, for a purifier that looks at it: with the classes and the shape of clean images.
 
     Raises:
@@ -115,20 +170,23 @@ def open_training_set(spec: str, clean: ImageSet, *, image_size: Any, resize: in
     """
     channels, height, width = clean.image_shape
     size = image_size or (height, width)
-    source = load_source(spec, image_size=size, resize=resize, channels=channels, stream=None, skip_unreadable=True)
+    source = open_data(spec, image_size=size, resize=resize, channels=channels, skip_unreadable=True).source
+    if not isinstance(spec, str | os.PathLike):
+        source = with_classes(source, clean.num_classes)
     train = source.train
-    if spec in source_names():  # what the clean images were drawn from is no part of it
+    if is_known(spec):  # what the clean images were drawn from is no part of it
         train = source.training_split()[0]
     names = tuple(clean.class_names)
     if names and train.class_names and set(names) == set(train.class_names):
         train = _in_order(train, names)
     if (train.num_classes, train.image_shape) != (clean.num_classes, clean.image_shape):
+        name = spec if isinstance(spec, str) else source.name
         raise SourceError(
-            f"expected a training set like the clean images, {clean.image_shape} in {clean.num_classes} classes; {spec} has "
+            f"expected a training set like the clean images, {clean.image_shape} in {clean.num_classes} classes; {name} has "
             f"{train.image_shape} in {train.num_classes}"
         )
     if overlap := find_overlap(train, clean):
-        if spec not in source_names():
+        if not is_known(spec):
             raise OverlapError(overlap, file_names(train))
         is_other = torch.ones(len(train), dtype=torch.bool)  # a known set may hold an image twice
         is_other[overlap] = False
@@ -136,7 +194,7 @@ def open_training_set(spec: str, clean: ImageSet, *, image_size: Any, resize: in
     return train.to(clean.device) if isinstance(train, ImageSet) else train
 
 
-def open_test(spec: str, opened: OpenedSet, given: UntrustedData) -> ImageSet:
+def open_test(spec: Data, opened: OpenedSet, given: GivenSet) -> ImageSet:
     """Open images to measure a trained model on: a set's test split, or all of a set without one."""
     source = _load_like(spec, opened.source, given)
     if source.test is not None:
@@ -145,11 +203,24 @@ def open_test(spec: str, opened: OpenedSet, given: UntrustedData) -> ImageSet:
     return _like(loaded, opened.view.untrusted)
 
 
-def model_builder(arch: str, data: LabelledImages, device: torch.device) -> Any:
+def is_known(data: Data) -> bool:
+    """Say whether data are named by a known name, whose reserve is kept for defenders."""
+    return isinstance(data, str) and data in source_names()
+
+
+def model_builder(arch: Architecture, data: LabelledImages, device: torch.device) -> Callable[[Generator], nn.Module]:
     """Return what makes an untrained classifier on a device, its weights drawn from a stream."""
     mean, std = channel_statistics(_sample(data))
 
     def build(generator: Generator) -> nn.Module:
+        if not isinstance(arch, str):
+            network = built_by(arch, generator)
+            built = with_normalisation(network, data.image_shape, mean, std, num_classes=data.num_classes)
+            if (found := count_logits(built, data.image_shape)) != data.num_classes:
+                raise ValueError(
+                    f"{module_name(network)} gives {found} logits; expected {data.num_classes}, one per class of the data"
+                )
+            return built.to(device)
         return build_classifier(
             arch,
             num_classes=data.num_classes,
@@ -160,6 +231,14 @@ def model_builder(arch: str, data: LabelledImages, device: torch.device) -> Any:
         ).to(device)
 
     return build
+
+
+def built_by(build: Callable[[], nn.Module], generator: Generator) -> nn.Module:
+    """Return a network that a user's function builds, its weights drawn from a stream; the process's streams stay."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return copy.deepcopy(build())  # should it return the same one again
 
 
 def _sample(data: LabelledImages) -> ImageSet:
@@ -173,31 +252,34 @@ def _sample(data: LabelledImages) -> ImageSet:
     return part.load()
 
 
-def _reserve(given: UntrustedData, source: DataSource, *, seed: int) -> tuple[ImageSet, ImageSet, int]:
+def _count(clean: Data | int | None) -> int | None:
+    """Return how many images of a known set's reserve are asked for; None where clean images are given, or none."""
+    if isinstance(clean, int):
+        return clean
+    return int(clean) if isinstance(clean, str) and clean.isdecimal() and not Path(clean).exists() else None
+
+
+def _reserve(given: GivenSet, source: DataSource, count: int, *, seed: int) -> tuple[ImageSet, ImageSet, int]:
     """Divide a known set into (the untrusted rest, clean images of its reserve, how many of these the rest has too)."""
-    if given.data not in source_names():
-        raise UsageError(
-            f"--clean {given.clean} takes clean images from the reserve of a known set ({', '.join(source_names())}); "
+    if not is_known(given.data):
+        raise SourceError(
+            f"--clean {count} takes clean images from the reserve of a known set ({', '.join(source_names())}); "
             "nobody knows which of your own images are clean: give a folder or file of images that you trust"
         )
     rest, _ = source.training_split()
-    clean = draw_clean(source, int(given.clean or 0), seed=seed)
+    clean = draw_clean(source, count, seed=seed)
     twice = find_overlap(clean, rest)
     is_new = torch.ones(len(clean), dtype=torch.bool)
     is_new[twice] = False
     return rest, clean.subset(is_new), len(twice)
 
 
-def _clean_set(given: UntrustedData, source: DataSource, *, seed: int) -> ImageSet:
-    assert given.clean is not None
-    return draw_clean(_load_like(given.clean, source, given), None, seed=seed)
-
-
-def _load_like(spec: str, source: DataSource, given: UntrustedData) -> DataSource:
+def _load_like(spec: Data, source: DataSource, given: GivenSet) -> DataSource:
     """Open another set at the size and with the channels of the untrusted one."""
     channels, height, width = source.train.image_shape
-    size = given.image_size or ((height, width) if spec in source_names() else None)
-    return load_source(spec, image_size=size, resize=given.resize, channels=channels, stream=None)
+    size = given.image_size or ((height, width) if is_known(spec) else None)
+    found = open_data(spec, image_size=size, resize=given.resize, channels=channels).source
+    return found if isinstance(spec, str | os.PathLike) else with_classes(found, source.train.num_classes)
 
 
 def _like(images: ImageSet, train: LabelledImages) -> ImageSet:
@@ -224,42 +306,3 @@ def _in_order(images: Images, names: Sequence[str] | None) -> Images:
         return images
     moved = torch.tensor(check_class_names(images.class_names, names), device=images.labels.device)
     return replace(images, labels=moved[images.labels], class_names=tuple(names))
-
-
-def expected_passes(method: Any, num_images: int) -> float:
-    """Return about how many image passes a method takes, by its own account."""
-    own = getattr(method, "estimated_passes", None)
-    return float(own(num_images)) if callable(own) else float(method.cost_passes) * num_images
-
-
-def seconds_per_pass(view: TrainingView, *, seed: int) -> float:
-    """Measure a training step of the view's network on a few of its images, forward and back; seconds per image."""
-    model = view.build_model(child(seed, "trial"))
-    device = next(model.parameters()).device
-    batch = next(iter(view.untrusted.batches(TIMED_BATCH))).to(device)
-    inputs = batch.inputs.contiguous(memory_format=torch.channels_last)
-    model = model.to(memory_format=torch.channels_last).train()
-    started, steps = time.perf_counter(), -1  # the first step warms up
-    while steps < 1 or time.perf_counter() - started < TIMED_SECONDS / 2:
-        if steps == 0:
-            started = time.perf_counter()
-        with autocast(device):
-            loss = F.cross_entropy(model(inputs).float(), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # waits for the device
-        steps += 1
-    return (time.perf_counter() - started) / (max(steps, 1) * len(batch.labels))
-
-
-def estimate_sentence(seconds: float, passes: float, view: TrainingView) -> str | None:
-    """Say how long work takes, where that is more than a minute; None where it is not worth a line."""
-    if seconds < LONG_SECONDS:
-        return None
-    said = f"This takes about {duration(seconds)}: {count(passes)} image passes at {count(passes / seconds)} a second."
-    side = max(view.untrusted.image_shape[1:])
-    hint = (
-        f" The images are {side} pixels wide: --image-size {LARGE_SIDE // 2} is much faster."
-        if side >= LARGE_SIDE
-        else ""
-    )
-    return said + hint

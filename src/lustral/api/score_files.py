@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from lustral.cli.untrusted.opening import OpenedSet
+from lustral.api.training_sets import OpenedSet
 from lustral.core.characters import visible
 from lustral.core.files import atomic_write, open_regular, write_text_atomic
 from lustral.vision.records import ImageSet, Sifted
@@ -83,18 +83,22 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def require_free(place: Path, opened_from: str, flag: str, *, empty: bool) -> None:
+def require_free(place: Path, opened_from: str | None, flag: str, *, empty: bool) -> None:
     """Raise ``ValueError`` where results would go into the data, or, if ``empty``, to a folder that holds something.
 
     Args:
         place: the folder for results.
-        opened_from: what the data were opened from.
+        opened_from: what the data were opened from; None: from no file.
         flag: the flag that named the folder.
         empty: whether the folder must be new or empty.
     """
-    data = Path(opened_from).expanduser()
+    data = Path(opened_from).expanduser() if opened_from else None
     inside = os.path.realpath(place)
-    if data.is_dir() and (inside + os.sep).startswith(os.path.realpath(data).rstrip(os.sep) + os.sep):
+    if (
+        data is not None
+        and data.is_dir()
+        and (inside + os.sep).startswith(os.path.realpath(data).rstrip(os.sep) + os.sep)
+    ):
         raise ValueError(
             f"{place} is inside the data folder {data}, where it would be taken for data: choose another {flag}"
         )

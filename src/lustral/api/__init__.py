@@ -1,0 +1,1 @@
+"""What the command line and Python callers share: models and data in any form, results and their folders. Imports no torch."""

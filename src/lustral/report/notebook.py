@@ -1,0 +1,21 @@
+"""A result in a notebook: the answer, what it rests on, and small pictures, without the page around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lustral.report.findings import Finding
+from lustral.report.page import PictureRow
+from lustral.report.rendering import page_environment
+
+
+def notebook_html(finding: Finding, *, notes: Sequence[str] = (), rows: Sequence[PictureRow] = ()) -> str:
+    """Return a fragment of HTML that carries its style with it.
+
+    Args:
+        finding: the answer.
+        notes: sentences that the user should read.
+        rows: pictures, with a caption each.
+    """
+    template = page_environment("lustral.report").get_template("notebook.html.j2")
+    return template.render(finding=finding, notes=notes, rows=rows)
