@@ -845,7 +845,11 @@ def test_the_readmes_python_example_runs(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(initialise, "__kwdefaults__", {**initialise.__kwdefaults__, **changes})
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "clean.safetensors").is_file()
+    assert {path.name for path in (tmp_path / "erased").iterdir()} == {
+        "model.safetensors",
+        "report.html",
+        "result.json",
+    }
 
 
 def commands_shown() -> dict[tuple[str, ...], set[str]]:

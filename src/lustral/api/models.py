@@ -83,8 +83,8 @@ def own_copy(model: nn.Module, device: torch.device | str | None) -> nn.Module:
         copied = copy.deepcopy(model)
     except Exception as error:  # hooks and handles of others
         raise ValueError(
-            f"the model cannot be copied ({type(error).__name__}: {error}), and the one given is never changed: remove its hooks, "
-            "or open its weights with lustral.open_model"
+            f"the model cannot be copied ({type(error).__name__}: {error}), and the one given is never changed: remove its "
+            "hooks, or open its weights with lustral.open_model"
         ) from error
     copied = copied.float().eval().requires_grad_(True)  # as a model from a file; erasers may train all of it
     return copied if device is None else copied.to(device)

@@ -240,6 +240,16 @@ def class_order(classes: str | os.PathLike[str] | Sequence[str]) -> tuple[str, .
     return tuple(classes)
 
 
+def require_victims_images(victim: Victim, images: ImageSet, name: str) -> None:
+    """Raise ``ValueError`` unless images are like those that a victim was made from."""
+    expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
+    if expected != (images.num_classes, images.image_shape):
+        raise ValueError(
+            f"the victim knows {expected[0]} classes of images {expected[1]}; {name} has {images.num_classes} of "
+            f"{images.image_shape}: choose the --data it was made from, with the same --image-size and --resize"
+        )
+
+
 def require_test_set(source: DataSource) -> ImageSet:
     """Return the test set, which no defence sees."""
     if source.test is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lustral.api.model_files import write_erased, written_files
 from lustral.api.opening import Opened
-from lustral.core.files import prepare_folder, write_bytes_atomic, write_json_atomic
+from lustral.core.files import json_ready, prepare_folder, write_bytes_atomic, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Cost
 from lustral.report.evaluation_finding import evaluation_finding
@@ -92,7 +92,7 @@ class ScanResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict, and what it takes to repeat it, as plain data for JSON."""
-        return {"schema": RESULT_SCHEMA, **self.about, "verdict": verdict_record(self.verdict)}
+        return plain({"schema": RESULT_SCHEMA, **self.about, "verdict": verdict_record(self.verdict)})
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page of evidence, one HTML file that needs nothing else, and return its path."""
@@ -111,7 +111,7 @@ class ScanResult:
 
     def _repr_html_(self) -> str:
         """Show the answer and the trigger in a notebook."""
-        return notebook_html(self.finding, rows=_trigger_rows(self.page, self.verdict))
+        return notebook_html(self.finding, notes=self.verdict.notes, rows=_trigger_rows(self.page, self.verdict))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class EraseResult:
         record["purified"] = purified_record(self.purified)
         if self.before is not None and self.after is not None:
             record |= {"before": self.before.to_dict(), "after": self.after.to_dict(), "change": self.change}
-        return record
+        return plain(record)
 
     @property
     def change(self) -> dict[str, Any] | None:
@@ -258,7 +258,7 @@ class EvaluationResult:
         record: dict[str, Any] = {"schema": RESULT_SCHEMA, **self.about, "after": self.after.to_dict()}
         if self.before is not None:
             record |= {"before": self.before.to_dict(), "change": compare_evaluations(self.before, self.after)}
-        return record | {"notes": list(self.notes)}
+        return plain({**record, "notes": list(self.notes)})
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, one HTML file that needs nothing else, and return its path."""
@@ -282,7 +282,13 @@ class EvaluationResult:
 
     def _repr_html_(self) -> str:
         """Show the answer in a notebook."""
-        return notebook_html(self.finding)
+        return notebook_html(self.finding, notes=self.notes)
+
+
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with None in place of numbers that JSON does not have."""
+    ready: dict[str, Any] = json_ready(record)
+    return ready
 
 
 def write_scan(folder: Path, result: ScanResult) -> dict[str, Any]:

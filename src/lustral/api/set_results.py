@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lustral.api.model_files import write_state
-from lustral.api.results import PAGE_FILE, settings_record
+from lustral.api.results import PAGE_FILE, plain, settings_record
 from lustral.api.score_files import require_free, write_clean, write_scores
 from lustral.api.training_sets import OpenedSet
 from lustral.core.characters import visible
@@ -84,12 +84,8 @@ class SiftResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was listed, and what it takes to repeat it, as plain data for JSON."""
-        return {
-            "schema": RESULT_SCHEMA,
-            **self.about,
-            "sifted": sifted_record(self.sifted, self.opened),
-            "unreadable": unreadable_record(self.opened),
-        }
+        record = {"sifted": sifted_record(self.sifted, self.opened), "unreadable": unreadable_record(self.opened)}
+        return plain({"schema": RESULT_SCHEMA, **self.about, **record})
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page of evidence, one HTML file that needs nothing else, and return its path."""
@@ -189,9 +185,7 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """Return how it went as plain data for JSON."""
         sifted = self.trained.sifted
-        return {
-            "schema": RESULT_SCHEMA,
-            **self.about,
+        record = {
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "history": [entry.to_dict() for entry in self.trained.history],
             "cost": dataclasses.asdict(self.trained.cost),
@@ -199,6 +193,7 @@ class TrainResult:
             "sifted": None if sifted is None else sifted_record(sifted, self.opened),
             "unreadable": unreadable_record(self.opened),
         }
+        return plain({"schema": RESULT_SCHEMA, **self.about, **record})
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page of evidence, one HTML file that needs nothing else, and return its path."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
@@ -11,6 +10,8 @@ from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_
 
 import tyro
 
+from lustral.api import methods
+from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER, DEFAULT_SAFE_TRAINER, DEFAULT_SIFTER
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.exporting import ModelExports, ScanExports
@@ -23,8 +24,6 @@ from lustral.vision.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
 Scans = TypeVar("Scans")
-DEFAULT_DETECTOR = "mask_area"
-DEFAULT_PURIFIER = "baeraser"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +222,8 @@ Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | 
 
 
 UNTRUSTED: Mapping[str, tuple[Any, str, Mapping[str, type], str]] = {  # verb: its flags, its methods, the default one
-    "sift": (Sift, "sifter", SIFTERS, "combined"),
-    "train": (Train, "safe trainer", SAFE_TRAINERS, "sift_first"),
+    "sift": (Sift, "sifter", SIFTERS, DEFAULT_SIFTER),
+    "train": (Train, "safe trainer", SAFE_TRAINERS, DEFAULT_SAFE_TRAINER),
 }
 
 
@@ -268,11 +267,10 @@ TOP_FLAGS = {
 
 def look_up(kind: str, name: str, catalog: Mapping[str, type]) -> type:
     """Return a method by name, or raise ``UsageError`` with the nearest name."""
-    if name in catalog:
-        return catalog[name]
-    close = difflib.get_close_matches(name, catalog, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(catalog)}"
-    raise UsageError(f"unknown {kind} {name!r}; {hint}")
+    try:
+        return methods.look_up(kind, name, catalog)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def named_method(argv: Sequence[str], default: str) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lustral.api.model_files import given_files, require_nameable, write_erased, written_files
-from lustral.api.opening import Opened, model_file, require_test_set
+from lustral.api.opening import Opened, model_file, require_test_set, require_victims_images
 from lustral.api.results import (
     EraseResult,
     ScanResult,
@@ -251,12 +251,7 @@ def evaluate(command: Evaluate, argv: Sequence[str], screen: Screen) -> int:
     victim = victims.load_victim(command.victim, arch=own_code(command.format.arch))
     data = command.data or named_data(victim)
     test = require_test_set(load_source(data, image_size=command.image_size, resize=command.resize)).to(device)
-    expected = victim.provenance["num_classes"], tuple(victim.provenance["image_shape"])
-    if expected != (test.num_classes, test.image_shape):
-        raise ValueError(
-            f"the victim knows {expected[0]} classes of images {expected[1]}; {data} has {test.num_classes} of "
-            f"{test.image_shape}: choose the --data it was made from, with the same --image-size and --resize"
-        )
+    require_victims_images(victim, test, data)
     before = true_evaluation(victim, victim.model.to(device), test, seed=seed)
     columns = {"victim": before}
     shown: list[RenderableType] = []

@@ -14,8 +14,9 @@ def notebook_html(finding: Finding, *, notes: Sequence[str] = (), rows: Sequence
 
     Args:
         finding: the answer.
-        notes: sentences that the user should read.
+        notes: sentences that the user should read; those among the details are not said twice.
         rows: pictures, with a caption each.
     """
+    details = tuple(sentence for sentence in finding.details if sentence not in notes)
     template = page_environment("lustral.report").get_template("notebook.html.j2")
-    return template.render(finding=finding, notes=notes, rows=rows)
+    return template.render(finding=finding, details=details, notes=notes, rows=rows)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 from rich.console import RenderableType
 from rich.table import Table
 
-from lustral.api.durations import SHORT_WORK, estimate_sentence, expected_passes, seconds_per_pass
 from lustral.api.score_files import require_free, write_clean
 from lustral.api.set_results import SiftResult, TrainResult, set_record
 from lustral.api.training_sets import GivenSet, OpenedSet, named_overlap, open_test, open_untrusted
@@ -23,6 +22,7 @@ from lustral.cli.exporting import prepare_exports, write_sift_exports
 from lustral.cli.opening import pick_device
 from lustral.cli.tables import cost_sentence, finding_text, interval
 from lustral.cli.untrusted.arguments import Sift, Train
+from lustral.cli.untrusted.durations import SHORT_WORK, estimate_sentence, expected_passes, seconds_per_pass
 from lustral.core.files import prepare_folder
 from lustral.core.history import history_table
 from lustral.core.randomness import child
