@@ -55,6 +55,12 @@ def show_any_character() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
+    if list(argv) in (["--help"], ["-h"]):
+        from lustral.cli.console import Screen
+        from lustral.cli.overview import show_overview
+
+        show_overview(Screen(json=False, quiet=False))
+        return 0
     if argv[:1] == ["bench"]:  # tables and pages start without torch
         from lustral.cli.bench_commands import run_bench
 
