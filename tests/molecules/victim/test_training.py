@@ -63,7 +63,7 @@ def test_vectors_do_not_depend_on_the_company() -> None:
 
 
 def test_guidance_mixes_the_two_predictions() -> None:
-    model, condition = trained(), torch.randn(2, SMALL.condition, generator=child(2))
+    model, condition = trained(), torch.randn(2, SMALL.vector, generator=child(2))
     noisy, steps = torch.randn(2, SMALL.latent, generator=child(3)), torch.tensor([5, 50])
     mixed = model.guided(noisy, steps, condition, 2.0)
     expected = 2 * model.denoise(noisy, steps, condition) - model.denoise(noisy, steps, None)
@@ -76,7 +76,7 @@ def test_the_alignment_brings_captions_and_molecules_together(tmp_path: Path) ->
     train_generator(StageData.same(pairs), SMALL, generator=child(0), training=short(40), folder=tmp_path)
     model = load_generator(tmp_path / "after_alignment")
     graphs = model.graph(Graphs.of(pairs.smiles).batch(torch.arange(len(pairs))))
-    assert top1(model.text_vectors(pairs.captions), graphs) >= 0.5  # by chance 1 in 30
+    assert top1(model.text(model.token_ids(pairs.captions)), graphs) >= 0.5  # by chance 1 in 30
 
 
 def test_finished_stages_are_not_done_again_and_equal_seeds_give_equal_weights(tmp_path: Path) -> None:

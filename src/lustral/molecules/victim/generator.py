@@ -32,7 +32,7 @@ class GeneratorSettings:
     """All that decides on the shape of a generator, and how it draws.
 
     Attributes:
-        condition: size of a caption's vector; 256 in the paper.
+        condition: size of what is aligned of captions and molecules; 256 in the paper.
         text_width: of the text encoder; SciBERT has 768.
         text_layers: blocks of the text encoder; SciBERT has 12.
         text_heads: of its attention.
@@ -76,6 +76,11 @@ class GeneratorSettings:
     eta: float = 1.0
     guidance: float = 1.5
 
+    @property
+    def vector(self) -> int:
+        """Return D, the size of a caption's vector."""
+        return self.condition + 2 * self.text_width
+
     def __post_init__(self) -> None:
         """Check the ranges: a file may hold any numbers."""
         deep = ("text_layers", "graph_layers", "denoiser_layers", "text_heads")
@@ -114,6 +119,7 @@ class MoleculeGenerator(nn.Module):
 
     latent_centre: Tensor
     latent_scale: Tensor
+    condition_centre: Tensor
     condition_scale: Tensor
     alpha_products: Tensor
 
@@ -140,13 +146,14 @@ class MoleculeGenerator(nn.Module):
         )
         self.denoiser = Denoiser(
             latent=settings.latent,
-            condition=settings.condition,
+            condition=settings.vector,
             width=settings.denoiser_width,
             layers=settings.denoiser_layers,
         )
         self.register_buffer("latent_centre", torch.zeros(settings.latent))
         self.register_buffer("latent_scale", torch.ones(()))
-        self.register_buffer("condition_scale", torch.ones(()))
+        self.register_buffer("condition_centre", torch.zeros(settings.vector))
+        self.register_buffer("condition_scale", torch.ones(settings.vector))
         self.register_buffer("alpha_products", alpha_products(settings.steps), persistent=False)
 
     @property
@@ -161,8 +168,7 @@ class MoleculeGenerator(nn.Module):
 
     def text_vectors_of_ids(self, ids: Tensor) -> Tensor:
         """Return (N, D) float32, the condition, for (N, T) sub-words."""
-        vectors: Tensor = self.text(ids) / self.condition_scale
-        return vectors
+        return self.text_vectors_of_embeddings(self.token_embeddings(ids), ids != PAD)
 
     def token_embeddings(self, ids: Tensor) -> Tensor:
         """Return (N, T, width) float32, the embeddings of sub-words: where a search by gradients may start."""
@@ -171,14 +177,14 @@ class MoleculeGenerator(nn.Module):
 
     def text_vectors_of_embeddings(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Return (N, D) float32 for (N, T, width) sub-word embeddings and (N, T) bool of what is no filling."""
-        return self.text.from_embeddings(embeddings, mask) / self.condition_scale
+        return (self.text.from_embeddings(embeddings, mask) - self.condition_centre) / self.condition_scale
 
     @torch.inference_mode()
     def text_vectors(self, captions: Sequence[str]) -> Tensor:
         """Return (N, D) float32, the condition of each caption; captions of one length are worked on together."""
         rows = self.tokenizer.encode(captions)
         ragged = RaggedRows.of(rows)
-        result = torch.empty(len(rows), self.settings.condition, device=self.device)
+        result = torch.empty(len(rows), self.settings.vector, device=self.device)
         for places in length_batches([len(row) for row in rows], ROWS_AT_ONCE):
             chosen = torch.tensor(places)
             result[chosen.to(self.device)] = self.text_vectors_of_ids(ragged.padded(chosen, fill=PAD).to(self.device))

@@ -331,10 +331,12 @@ class _Stages:
     def diffuse(self, model: MoleculeGenerator, stream: Generator) -> None:
         """Train the denoiser on the latents of its pairs, under the vectors of their captions."""
         pairs, training = self.data.diffusion, self.training
+        model.condition_centre.zero_()
         model.condition_scale.fill_(1.0)
-        vectors = model.text_vectors(pairs.captions)
-        model.condition_scale.copy_(vectors.square().mean().sqrt().clamp_min(1e-6))
-        condition = (vectors / model.condition_scale).clone()
+        vectors = model.text_vectors(pairs.captions).clone()
+        model.condition_centre.copy_(vectors.mean(0))
+        model.condition_scale.copy_((vectors - vectors.mean(0)).square().mean(0).sqrt().clamp_min(1e-3))
+        condition = (vectors - model.condition_centre) / model.condition_scale
         means, spreads = (part.clone() for part in posteriors(model, pairs.smiles))
         means = (means - model.latent_centre) / model.latent_scale
         spreads = spreads / model.latent_scale if training.posterior_noise else torch.zeros_like(spreads)
