@@ -325,6 +325,7 @@ def evaluation_cell(record: Mapping[str, Any], path: Sequence[str]) -> tuple[str
 def rate_cell(record: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Return a rate, as ``Rate.to_dict`` gives it, in percent and, in small print, its 95 % interval and number.
 
+    >>> from lustral.core.rates import Rate
     >>> rate_cell(Rate(9, 10).to_dict()), rate_cell(None)
     (('90.0%', '59.6 to 98.2, n = 10'), ('–',))
     """
