@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 import lustral
 from lustral.api.data import open_data
 from lustral.cli import main
+from lustral.exchange.schemas import schema_of
 from lustral.vision.attacks import BadNets
 from lustral.vision.detectors import MaskArea
 from lustral.vision.evaluation.task import UnfitModel
@@ -63,6 +65,12 @@ def plain(model: Classifier) -> nn.Module:
     return model.network
 
 
+def require_described(command: str, folder: Path) -> None:
+    """Hold what a result wrote against the published description of what the command line writes."""
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema_of(command)).validate(record)
+
+
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
@@ -108,6 +116,7 @@ def test_a_scan_is_saved_and_handed_on(plain: nn.Module, tmp_path: Path) -> None
     assert sorted(path.name for path in folder.iterdir()) == [
         *("report.html", "result.json", "trigger-class-4.png", "triggers.safetensors")
     ]
+    require_described("scan", folder)
     assert found.report(tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     shown = found._repr_html_()
     assert "This model is backdoored" in shown
@@ -143,6 +152,7 @@ def test_an_erased_network_comes_back_under_its_own_keys(plain: nn.Module, tmp_p
     assert result.purified.notes[0].startswith("No mean and std were given")
     folder = result.save(tmp_path / "erased")
     assert sorted(path.name for path in folder.iterdir()) == ["model.pt", "report.html", "result.json"]
+    require_described("erase", folder)
     fresh = SmallCNN(num_classes=7, width=8)
     fresh.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in result.network.state_dict().items())
@@ -172,6 +182,7 @@ def test_a_victim_is_measured_with_its_true_trigger(victim: Victim, plain: nn.Mo
     assert result.after.asr.value == pytest.approx(victim.metrics["asr"]["value"], abs=0.02)
     assert "With the true trigger" in result._repr_html_()
     page = (result.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
+    require_described("evaluate", tmp_path / "out")
     assert "Measured with the attacker" in page
     alone = lustral.evaluate(plain, test)
     assert alone.accuracy > 0.9
@@ -250,6 +261,7 @@ def test_a_set_is_sifted_shown_and_written_without_what_was_listed(tmp_path: Pat
     assert sorted(path.name for path in folder.iterdir()) == [
         *("report.html", "result.json", "scores.csv", "scores.parquet", "sheet.png")
     ]
+    require_described("sift", folder)
     assert result.write_clean(tmp_path / "left") == 120
     assert open_data(tmp_path / "left" / "clean.npz").source.train.labels.shape == (120,)
     assert "20 of 140 images look poisoned" in result._repr_html_()
@@ -262,6 +274,7 @@ def test_a_model_is_trained_on_a_set(tmp_path: Path) -> None:
     assert result.accuracy is not None
     assert result.accuracy.total == 70
     folder = result.save(tmp_path / "trained")
+    require_described("train", folder)
     assert lustral.open_model(folder / "model.safetensors").arch == "small_cnn:width=4"
     assert json.loads((folder / "result.json").read_text())["model"] == str(folder / "model.safetensors")
     own = lustral.train(stamped(), method=short, arch=lambda: SmallCNN(num_classes=7, width=4))

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lustral.api.data import Data
+from lustral.api.data import Data, named
 from lustral.api.opening import GivenData, Opened, open_file, open_module
 from lustral.api.results import EraseResult, ScanResult, run_record
 from lustral.api.set_results import TrainResult
@@ -108,7 +108,7 @@ def about(
         opened,
         command=command,
         model=title_of(model, opened),
-        data=named(data, opened),
+        data=named(data),
         method=name,
         settings=method,
         seed=seed,
@@ -124,10 +124,3 @@ def title_of(model: Model, opened: Opened) -> str:
     if opened.loaded.origin is not None:
         return str(next(iter(opened.loaded.origin.files)))
     return type(opened.loaded.model.network).__name__
-
-
-def named(data: Data, opened: Opened) -> str:
-    """Return what data are called: their path or name, or the name of their class."""
-    if isinstance(data, str | os.PathLike):
-        return os.fspath(data)
-    return f"{type(data).__name__} of {len(opened.source.train):,} images"

@@ -286,6 +286,17 @@ def class_names_of(data: Any, largest: int) -> tuple[str, ...]:
     return ()
 
 
+def named(data: Data) -> str:
+    """Return what data are called: their path or name, the number that was given, or the name of their class.
+
+    >>> named("digits"), named((1, 2)), named(40)
+    ('digits', 'tuple', '40')
+    """
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    return str(data) if isinstance(data, int) else type(data).__name__
+
+
 def _image_set(images: Tensor, labels: Tensor, names: tuple[str, ...]) -> ImageSet:
     return build_set("the data", images, labels, names, max(count_classes(names, labels), 2))
 

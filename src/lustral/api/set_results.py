@@ -234,7 +234,16 @@ class TrainResult:
 
 
 def set_record(
-    opened: OpenedSet, *, command: str, data: str, clean: str | None, method: str, settings: Any, seed: int, device: str
+    opened: OpenedSet,
+    *,
+    command: str,
+    data: str,
+    clean: str | None,
+    method: str,
+    settings: Any,
+    seed: int,
+    device: str,
+    expected_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Return everything needed to repeat a run on a training set, ready for JSON.
 
@@ -247,6 +256,7 @@ def set_record(
         settings: of the method, a dataclass.
         seed: of the run.
         device: that it ran on.
+        expected_seconds: said beforehand; None where it was short, or nobody asked.
     """
     view = opened.view
     return {
@@ -264,6 +274,7 @@ def set_record(
         "device": device,
         "method": method,
         "settings": settings_record(settings),
+        "expected_seconds": expected_seconds,
         "versions": library_versions(),
     }
 

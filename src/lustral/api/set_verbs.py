@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lustral.api.data import Data
+from lustral.api.data import Data, named
 from lustral.api.methods import DEFAULT_SAFE_TRAINER, DEFAULT_SIFTER, chosen, reporting
 from lustral.api.set_results import SiftResult, TrainResult, set_record
 from lustral.api.training_sets import (
@@ -153,14 +153,3 @@ def train(
     if unseen is None:
         return result
     return replace(result, accuracy=clean_accuracy(result.model, unseen.to(place)))
-
-
-def named(data: Data) -> str:
-    """Return what data are called: their path or name, or the name of their class."""
-    return (
-        os.fspath(data)
-        if isinstance(data, str | os.PathLike)
-        else str(data)
-        if isinstance(data, int)
-        else type(data).__name__
-    )

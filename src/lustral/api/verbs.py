@@ -21,11 +21,10 @@ from lustral.api.calls import (
     about,
     constants_of,
     granted,
-    named,
     opened_for,
     title_of,
 )
-from lustral.api.data import Data
+from lustral.api.data import Data, named
 from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER, chosen, reporting
 from lustral.api.model_files import given_files
 from lustral.api.opening import GivenData, Opened, model_file, require_victims_images
@@ -52,6 +51,8 @@ from lustral.vision.models import Classifier, LoadedModel, load_model
 from lustral.vision.records import ImageSet, Verdict, Victim
 from lustral.vision.sources import in_class_order
 from lustral.vision.victims import load_victim
+
+HANDED_OVER = "handed over"  # in the record, of a scan that is in no file
 
 
 def open_model(
@@ -214,8 +215,11 @@ def erase(
     before, after = true_evaluations(opened, purified.model, seed=seed)
     record = about(opened, "lustral.erase", model, data, name, purifier, seed, files)
     if takes_verdict(purifier):
-        taken = str(verdict) if isinstance(verdict, str | os.PathLike) else verdict is not None
+        in_memory = None if verdict is None else HANDED_OVER
+        taken = os.fspath(verdict) if isinstance(verdict, str | os.PathLike) else in_memory
         record["scanning"] = {"verdict": taken, "detector": settings_record(detector), "audit": audit}
+    if untrusted is not None:
+        record["untrusted"] = named(untrusted)
     return EraseResult(
         purified=replace(purified, notes=(*opened.notes, *purified.notes)),
         given=opened.loaded,
@@ -266,7 +270,7 @@ def evaluate(
         if known is None:
             after, notes = clean_evaluation(opened.view.model, images), (*notes, *task_notes(opened, images))
         else:
-            require_victims_images(known, images, named(data, opened))
+            require_victims_images(known, images, named(data))
             before = true_evaluation(known, known.model.to(images.device), images, seed=seed)
             after = true_evaluation(known, opened.view.model, images, seed=seed)
     return EvaluationResult(

@@ -49,7 +49,7 @@ def sift(command: Sift[Any], argv: Sequence[str], screen: Screen) -> int:
         found = untrusted.sift(command.settings, opened.view, generator=child(seed, "sift"), on_progress=on_progress)
     found = dataclasses.replace(found, notes=(*opened.opening_notes, *found.notes))
     written = "" if command.write_clean is None else str(command.write_clean)
-    about = {**provenance(command, argv, opened), "expected_seconds": expected}
+    about = provenance(command, argv, opened, expected)
     result = SiftResult(
         sifted=found, opened=opened, title=command.given.data, method=command.method, about=about, written=written
     )
@@ -82,7 +82,7 @@ def train(command: Train[Any], argv: Sequence[str], screen: Screen) -> int:
             command.settings, opened.view, generator=child(seed, "train"), on_progress=on_progress
         )
     trained = dataclasses.replace(trained, notes=(*opened.opening_notes, *trained.notes))
-    about = {**provenance(command, argv, opened), "expected_seconds": expected}
+    about = provenance(command, argv, opened, expected)
     result = TrainResult(trained=trained, opened=opened, title=command.given.data, method=command.method, about=about)
     file = result.save_model(out)
     accuracy = None if test is None else clean_accuracy(result.model, test.to(next(result.model.parameters()).device))
@@ -142,7 +142,9 @@ def say_how_long(method: Any, opened: OpenedSet, screen: Screen, *, seed: int) -
     return round(seconds, 1)
 
 
-def provenance(command: Sift[Any] | Train[Any], argv: Sequence[str], opened: OpenedSet) -> dict[str, Any]:
+def provenance(
+    command: Sift[Any] | Train[Any], argv: Sequence[str], opened: OpenedSet, expected: float | None
+) -> dict[str, Any]:
     """Return everything needed to repeat a run, ready for JSON."""
     return set_record(
         opened,
@@ -153,6 +155,7 @@ def provenance(command: Sift[Any] | Train[Any], argv: Sequence[str], opened: Ope
         settings=command.settings,
         seed=command.common.seed,
         device=str(pick_device(command.common.device)),
+        expected_seconds=expected,
     )
 
 
