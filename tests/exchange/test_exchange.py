@@ -120,6 +120,7 @@ def test_a_backdoored_model_is_a_sarif_error_with_its_rule(results: Results, sar
     digest = hashlib.sha256((results.folder / "victim" / "model.safetensors").read_bytes()).hexdigest()
     assert run["artifacts"][0]["hashes"] == {"sha-256": digest}
     assert run["invocations"][0]["exitCode"] == 1
+    assert run["automationDetails"]["id"] == f"lustral/scan/{results.folder / 'victim'}/"
 
 
 def test_a_model_that_passed_has_no_result_and_an_undecided_one_warns(
@@ -187,6 +188,23 @@ def test_a_refused_file_is_told_in_sarif_and_nothing_of_it_runs(
     assert "posix.system" in run["results"][0]["message"]["text"]
     assert run["invocations"][0]["executionSuccessful"] is False
     assert run["artifacts"][0]["location"] == {"uri": "theirs.pt", "uriBaseId": "%SRCROOT%"}
+
+
+def test_a_refused_folder_names_the_file_with_the_code(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"architectures": ["ResNetForImageClassification"]}')
+    (tmp_path / "hub" / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": Shell()}))
+    words = ["scan", str(tmp_path / "hub"), "--data", str(results.folder / "toy.npz"), "--quiet"]
+    assert main([*words, "--arch", "small_cnn", "--sarif", "out.sarif"]) == 2
+    (run,) = json.loads(Path("out.sarif").read_text())["runs"]
+    (result,) = run["results"]
+    place = result["locations"][0]["physicalLocation"]["artifactLocation"]
+    assert place == {"uri": "hub/pytorch_model.bin", "uriBaseId": "%SRCROOT%"}  # below the current folder
+    assert "refused" in capsys.readouterr().err
+    assert not Path("it_ran").exists()
 
 
 def test_exports_are_refused_where_they_would_do_harm(results: Results, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,7 @@ from lustral.core.files import canonical
 from lustral.store.store import checksum_of, content_key
 from lustral.vision.models import load_model, save_like
 from lustral.vision.models.files.hub_folder import image_size_of
+from lustral.vision.models.files.safety import facts_of_files
 from lustral.vision.sources import check_class_names, load_source, read_class_names
 from lustral.vision.victims import load_victim
 
@@ -104,6 +105,8 @@ def open_model(folder: Path, aside: Path, draw: Random) -> None:
     with torch.no_grad():
         loaded.model(torch.zeros(1, *loaded.image_shape))
     save_like(aside / "like", loaded.model, loaded)
+    assert loaded.origin is not None
+    assert not any(facts.code for facts in facts_of_files(loaded.origin.files)), "what opens holds no code"
 
 
 def damage_torch(tree: Tree, draw: Random) -> Tree:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +14,12 @@ import lustral
 from lustral.core.files import json_ready, write_json_atomic
 from lustral.exchange.attestation import attestation_of_erase, attestation_of_scan
 from lustral.exchange.cyclonedx import cyclonedx_of_erase, cyclonedx_of_scan
-from lustral.exchange.sarif import sarif_of_refusal, sarif_of_scan, sarif_of_sift
-from lustral.vision.models.files.safety import file_facts
+from lustral.exchange.sarif import below, sarif_of_refusal, sarif_of_scan, sarif_of_sift
+from lustral.vision.models.files.contents import SAFETENSORS, TORCH_SUFFIXES
+from lustral.vision.models.files.safety import FileFacts, file_facts
 from lustral.vision.models.files.state_dicts import ModelFileError
 
+MOST_FILES = 1_000  # of a folder, looked at for the weights of a model that was refused
 FAILED = 2  # exit code of a command that could not do its work
 
 
@@ -82,7 +84,7 @@ def write_scan_exports(exports: ScanExports, record: Mapping[str, Any], *, code:
     """Write the files that a line of ``scan`` asks for, and return a sentence for each."""
     record = json_ready(record)
     files = {
-        exports.sarif: ("SARIF", lambda: sarif_of_scan(record, exit_code=code)),
+        exports.sarif: ("SARIF", lambda: below(sarif_of_scan(record, exit_code=code), os.getcwd())),
         exports.cyclonedx: ("CycloneDX", lambda: cyclonedx_of_scan(record, made=timestamp())),
         exports.attestation: ("Attestation", lambda: attestation_of_scan(record)),
     }
@@ -101,7 +103,8 @@ def write_erase_exports(exports: ModelExports, record: Mapping[str, Any]) -> lis
 
 def write_sift_exports(exports: SetExports, record: Mapping[str, Any], *, code: int) -> list[str]:
     """Write the file that a line of ``sift`` asks for, and return a sentence for it."""
-    return _write({exports.sarif: ("SARIF", lambda: sarif_of_sift(json_ready(record), exit_code=code))})
+    record = json_ready(record)
+    return _write({exports.sarif: ("SARIF", lambda: below(sarif_of_sift(record, exit_code=code), os.getcwd()))})
 
 
 def _write(files: Mapping[Path | None, Any]) -> list[str]:
@@ -120,12 +123,25 @@ def refusal_told(exports: ScanExports, model: Path, command: str) -> Iterator[No
         yield
     except ModelFileError as error:
         if exports.sarif is not None:
-            facts = [file_facts(model).to_dict()] if model.is_file() else []
             log = sarif_of_refusal(
-                facts, message=str(error), command=command, version=lustral.__version__, exit_code=FAILED
+                str(model),
+                [facts.to_dict() for facts in _readable_facts(model)],
+                message=str(error),
+                command=command,
+                version=lustral.__version__,
+                exit_code=FAILED,
             )
-            write_json_atomic(exports.sarif, log)
+            write_json_atomic(exports.sarif, below(log, os.getcwd()))
         raise
+
+
+def _readable_facts(model: Path) -> Iterator[FileFacts]:
+    """Yield the facts about a file, or about the weights in a folder, where they can be had."""
+    files = sorted(model.iterdir())[:MOST_FILES] if model.is_dir() else [model]
+    for file in files:
+        if file == model or file.suffix in (SAFETENSORS, *TORCH_SUFFIXES):
+            with suppress(OSError, ValueError):  # missing, no regular file, too large: the error of the model says it
+                yield file_facts(file)
 
 
 def timestamp() -> str:

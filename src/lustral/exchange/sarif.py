@@ -58,7 +58,8 @@ def sarif_of_scan(record: Record, *, exit_code: int) -> dict[str, Any]:
         "seed": record["seed"],
     }
     invocation = _invocation(record["command"], exit_code)
-    return _log(record["versions"]["lustral"], results, invocation, artifacts=map(_artifact, files), about=about)
+    log = _log(record["versions"]["lustral"], results, invocation, artifacts=map(_artifact, files), about=about)
+    return _called(log, f"lustral/scan/{record['model']}/")
 
 
 def sarif_of_sift(record: Record, *, exit_code: int) -> dict[str, Any]:
@@ -82,15 +83,17 @@ def sarif_of_sift(record: Record, *, exit_code: int) -> dict[str, Any]:
         "method": record["method"],
         "seed": record["seed"],
     }
-    return _log(record["versions"]["lustral"], results, invocation, about=about)
+    log = _log(record["versions"]["lustral"], results, invocation, about=about)
+    return _called(log, f"lustral/sift/{record['data']}/")
 
 
 def sarif_of_refusal(
-    files: Sequence[Record], *, message: str, command: str, version: str, exit_code: int
+    model: str, files: Sequence[Record], *, message: str, command: str, version: str, exit_code: int
 ) -> dict[str, Any]:
     """Return what is said of a model that was not opened: that it failed, and which files would run code.
 
     Args:
+        model: its path, as it was named.
         files: the facts about each file, as under ``file_safety`` of a scan.
         message: why it was not opened.
         command: the command line.
@@ -100,7 +103,29 @@ def sarif_of_refusal(
     invocation = _invocation(command, exit_code, successful=False)
     invocation["toolExecutionNotifications"] = [{"level": "error", "message": {"text": visible(message)}}]
     results = [_unsafe_file(entry) for entry in files if _code_in(entry)]
-    return _log(version, results, invocation, artifacts=map(_artifact, files), about={"outcome": "not opened"})
+    log = _log(version, results, invocation, artifacts=map(_artifact, files), about={"outcome": "not opened"})
+    return _called(log, f"lustral/scan/{model}/")
+
+
+def below(log: Any, root: str) -> Any:
+    """Return a log in which files below a folder are told relative to it, as code scanning wants the files of a repository.
+
+    Args:
+        log: or a part of one.
+        root: an absolute path.
+
+    >>> below({"uri": "file:///srv/a/net.pt"}, "/srv/a")
+    {'uri': 'net.pt', 'uriBaseId': '%SRCROOT%'}
+    """
+    if isinstance(log, list):
+        return [below(part, root) for part in log]
+    if not isinstance(log, dict):
+        return log
+    prefix = location_of(root)["uri"].rstrip("/") + "/"
+    uri = log.get("uri")
+    if isinstance(uri, str) and uri.startswith(prefix):
+        return {**log, "uri": uri.removeprefix(prefix), "uriBaseId": ROOT}
+    return {key: below(part, root) for key, part in log.items()}
 
 
 def location_of(path: str) -> dict[str, str]:
@@ -201,6 +226,7 @@ def _log(
     components = [{"name": taxonomy.name} for taxonomy in TAXONOMIES]
     driver = {
         "name": "lustral",
+        "fullName": f"lustral {version}",
         "version": version,
         "semanticVersion": version,
         "organization": "lustral",
@@ -218,6 +244,12 @@ def _log(
     }
     listed = list(artifacts)
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run | ({"artifacts": listed} if listed else {})]}
+
+
+def _called(log: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a log whose run has a name of its own: a dashboard shows those of several models beside each other."""
+    log["runs"][0]["automationDetails"] = {"id": visible(name)}
+    return log
 
 
 def _rule(rule: Rule) -> dict[str, Any]:

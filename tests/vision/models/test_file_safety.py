@@ -119,6 +119,7 @@ def test_damaged_files_are_told_and_others_are_not_guessed_at(tmp_path: Path) ->
         ("packed.pt", packed.getvalue(), "torch archive", (DAMAGED,)),
         ("empty.bin", b"", "unknown", ()),
         ("text.bin", b"hello, world", "unknown", ()),
+        ("long.bin", b"c" + b"m" * 10_000 + b"\nx\n.", "pickle", ("m" * 200,)),
         ("cut.bin", pickle.dumps(Shell())[:-10], "pickle", (DAMAGED, "posix.system")),
     ):
         (tmp_path / name).write_bytes(content)

@@ -31,6 +31,7 @@ COMPUTED = "(a name that is computed while it runs)"
 REGISTRY = "(a name from the reader's extension registry)"
 DAMAGED = "(not readable from here on)"
 MOST_NAMES = 1_000  # different names that are listed of one file
+MOST_CHARACTERS = 200  # of a name that is listed; a hostile one may fill the file
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the first pickle before torch 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages; then numbers follow
@@ -72,6 +73,11 @@ class FileFacts:
     num_bytes: int
     sha256: str
     imports: tuple[ImportedName, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return Path(self.file).name
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -118,7 +124,9 @@ def file_facts(path: Path, *, sha256: str | None = None) -> FileFacts:
         names.clear()  # no pickle of the first protocols either, which have no sign of their own
     elif form == "unknown":
         form = "pickle"
-    listed = (ImportedName(name=name, times=times, is_data=is_data(name)) for name, times in names.items())
+    listed = (
+        ImportedName(name=name[:MOST_CHARACTERS], times=times, is_data=is_data(name)) for name, times in names.items()
+    )
     return FileFacts(
         file=str(path),
         format=form,
