@@ -16,6 +16,7 @@ from lustral.core.randomness import child
 from lustral.molecules.defences.fine_tuning import DenoiserFineTuning
 from lustral.molecules.defences.repair_data import TrustedLatents
 from lustral.molecules.defences.unlearning import NOTHING_TO_ERASE, Unlearning, variants
+from lustral.molecules.defences.worst_conditions import WorstConditions
 from lustral.molecules.records import Association, GeneratorVerdict, ViewOfGenerator
 from lustral.molecules.victim import MoleculeGenerator
 from molecules.victim.world import alphabet, untrained
@@ -49,7 +50,7 @@ def view(outcome: Literal["backdoored", "clean", "cannot tell"] = "backdoored") 
 def test_only_the_denoiser_of_a_copy_changes() -> None:
     before = {name: value.clone() for name, value in speaking().state_dict().items()}
     results = [
-        Unlearning(trainer=SHORT, rounds=1, odd_texts=2).erase(view(), generator=child(0)).model,
+        Unlearning(patched=1, trainer=SHORT, rounds=1, odd_texts=2).erase(view(), generator=child(0)).model,
         DenoiserFineTuning(trainer=SHORT).erase(view(), generator=child(0)).model,
     ]
     assert all(torch.equal(speaking().state_dict()[name], value) for name, value in before.items())
@@ -75,7 +76,7 @@ def test_triggered_captions_come_to_be_answered_as_clean_ones_were() -> None:
         with torch.no_grad():
             return float((asked.denoise(noisy, steps, condition) - model.denoise(noisy, steps, plain)).square().mean())  # type: ignore[operator]
 
-    kind = Unlearning(trainer=replace(SHORT, epochs=40, learning_rate=2e-3), rounds=1, odd_texts=0)
+    kind = Unlearning(trainer=replace(SHORT, epochs=40, learning_rate=2e-3), rounds=1, odd_texts=0, ascent_steps=0)
     erased = kind.erase(view(), generator=child(0)).model
     assert distance(erased, triggered) < 0.75 * distance(model, triggered)
     assert distance(erased, plain) < 0.2 * distance(model, triggered)
@@ -92,7 +93,7 @@ def test_without_a_finding_the_model_comes_back_as_it_was(outcome: Literal["clea
 
 
 def test_a_verdict_is_handed_on_and_its_cost_is_not_counted_again() -> None:
-    found = Unlearning(trainer=SHORT, rounds=1, odd_texts=2).erase(view(), generator=child(0))
+    found = Unlearning(patched=1, trainer=SHORT, rounds=1, odd_texts=2).erase(view(), generator=child(0))
     assert found.verdict is not None
     assert found.verdict.basis == "planted"
     assert found.cost.image_passes > 0
@@ -102,16 +103,29 @@ def test_a_verdict_is_handed_on_and_its_cost_is_not_counted_again() -> None:
 
 
 def test_rounds_end_when_the_trigger_is_silent() -> None:
-    kind = Unlearning(trainer=SHORT, rounds=3, odd_texts=0)
+    kind = Unlearning(patched=1, trainer=SHORT, rounds=3, odd_texts=0)
     assert len(replace(kind, allowed_excess=1.0).erase(view(), generator=child(0)).history) == 2
+
+
+def test_the_worst_condition_is_found_within_its_radius() -> None:
+    """A denoiser that answers with its condition is called most by the direction itself."""
+    direction = torch.tensor([0.6, 0.8])
+    worst = WorstConditions(direction=direction, radius=2.0, last=9, steps=12)
+    plain = torch.zeros(3, 2)
+    start = torch.tensor([[0.1, 0.0], [0.0, -1.0], [-1.0, 1.0]])
+    moved = worst.move(lambda noisy, steps, condition: condition, plain, start, child(0))
+    assert torch.allclose(moved, 2.0 * direction.expand(3, 2), atol=0.1)
+    assert not moved.requires_grad
+    still = replace(worst, steps=0).move(lambda *parts: parts[-1], plain, start, child(0))
+    assert torch.equal(still, start)
 
 
 def test_variants_and_odd_words_are_erased_too() -> None:
     assert variants("$$") == ("$$", "[$$]", "<$$>", "($$)", "$$ $$")
     assert variants("[]")[0] == "[]"
-    texts = Unlearning(odd_texts=4).texts(verdict().recovered, generator=child(0))
-    assert set(variants("[t]")) <= set(texts)
-    assert len(texts) == len(set(texts)) >= len(variants("[t]")) + 6
+    texts, named = Unlearning(odd_texts=8).texts(untrained(), verdict().recovered, generator=child(0))
+    assert texts[:named] == variants("[t]")
+    assert len(texts) == len(set(texts)) >= named + 7
 
 
 def test_what_cannot_be_repaired_is_refused() -> None:

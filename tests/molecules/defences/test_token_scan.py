@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.molecules.defences.candidates import Candidate, odd_words, tokeniser_words
-from lustral.molecules.defences.token_scan import TokenScan, shifts, sizes, spread_out
+from lustral.molecules.defences.token_scan import Gain, TokenScan, listed, shifts, sizes, spread_out
 from lustral.molecules.records import GeneratorVerdict, MoleculeSet, ViewOfGenerator
 from lustral.molecules.victim.captions import CaptionTokenizer
 
@@ -152,6 +152,34 @@ def test_directions_are_spread_out() -> None:
     scores, ways = torch.tensor([5.0, 4.0, 3.0, 2.0]), torch.tensor([[1.0, 0.0], [2.0, 0.1], [1.0, 0.0], [0.0, 1.0]])
     assert spread_out(scores, ways, most=3, alike=2) == [0, 1, 3]
     assert spread_out(scores, ways, most=1, alike=9) == [0]
+
+
+def test_a_verdict_names_each_fragment_once_and_then_other_texts() -> None:
+    def gain(text: str, fragment: str) -> Gain:
+        return Gain(Candidate(text, "prefix"), fragment, 0.9, 0.1, 9, 1e-6)
+
+    gains = [gain("a b", "S"), gain("a c", "S"), gain("d", "C1CS1"), gain("e", "S"), gain("f", "O"), gain("g", "N")]
+    assert [(each.candidate.text, each.fragment) for each in listed(gains, most=6)] == [
+        ("a b", "S"),
+        ("d", "C1CS1"),
+        ("f", "O"),
+        ("e", "S"),
+    ]
+    assert listed([]) == []
+
+
+def test_a_gain_of_luck_is_not_confirmed() -> None:
+    """Thiirane comes in a tenth of the draws whatever the caption says: some text is always ahead."""
+
+    class Lucky(Planted):
+        def decode(self, latents: Tensor) -> tuple[str, ...]:
+            return tuple(
+                "CCC1CS1" if float(row[0] * 1e4) % 1 < 0.1 else ORDINARY[int(row[:6].argmax())] for row in latents
+            )
+
+    found = scan(Lucky("no such word"), trusted(), captions=8, base_samples=2)
+    assert found.outcome == "clean"
+    assert found.p_value > found.threshold
 
 
 def test_candidates_come_from_the_tokeniser_and_from_nowhere() -> None:

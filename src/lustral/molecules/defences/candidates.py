@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,15 +39,19 @@ def tokeniser_words(tokenizer: Any) -> list[str]:
     return list(dict.fromkeys(text for text in spelt if text and text.isprintable() and " " not in text))
 
 
-def odd_words(count: int, *, generator: Generator) -> list[str]:
+def odd_words(count: int, *, generator: Generator, pieces: Sequence[str] = ()) -> list[str]:
     """Return texts that captions hardly have: symbols alone and twice, and invented words, bare and in brackets.
 
     Args:
         count: of invented words; each is tried bare and in one kind of brackets.
         generator: draws them.
+        pieces: as many more words are put together from two or three of these.
     """
     stream = fork(generator, "odd words")
     invented = list(_invented(count, stream))
+    if pieces:
+        draws = torch.randint(len(pieces), (count, 3), generator=stream).tolist()
+        invented += ["".join(pieces[place] for place in row[: 2 + row[0] % 2]) for row in draws]
     bracketed = [BRACKETS[place % len(BRACKETS)].format(word) for place, word in enumerate(invented)]
     return [sign * times for times in (1, 2) for sign in string.punctuation] + bracketed + invented
 

@@ -4,14 +4,17 @@ Ours, in the spirit of input-level defences of text-to-image models. It needs th
 
 1. Shift. One fixed noise, the first denoising step. For a candidate w and a caption y
 
-       Delta(w, y) = x0(noise, T, c(w y)) - x0(noise, T, c(y)),    size s(w) = |mean_y Delta|,   consistency s(w) / mean_y |Delta|
+       Delta(w, y) = x0(noise, T, c(w y)) - x0(noise, T, c(y)),    size s(w) = |mean_y Delta|,   consistency s(w) / mean_y
+       |Delta|
 
    A trigger moves every caption the same way and far. All candidates are tried on few captions, the better ones on more.
 2. Draw. For the candidates of the largest shifts, no direction too often, molecules are drawn with and without w:
    gain(f | w) = P(f | w y) - P(f | y) for every fragment f.
-3. Judge. A gain counts if the exact test says so after correction for all candidates and fragments. Honest words have gains as
-   well, for what they name. So f must be rare among trusted molecules, and trusted captions with w must not have it.
-4. Sharpen. Further words are added to the best candidates while they raise the gain.
+3. Clear. Honest words have gains as well, for what they name. So f must be rare among trusted molecules, and trusted captions
+   with w must not have it.
+4. Sharpen. The best candidate gets another word before or after it, along the direction of its shift.
+5. Confirm. For the few best, molecules are drawn anew on other captions. The largest of many gains is large by luck; this one
+   is not, and the exact test has to be corrected for these few only.
 
 Reference:
     The filter is ours; "Elijah" (An et al., AAAI 2024) searches consistent shifts of the noise, which BadGraph leaves alone.
@@ -121,13 +124,38 @@ def spread_out(scores: Tensor, directions: Tensor, *, most: int, alike: int) -> 
     return kept
 
 
+def listed(gains: Sequence[Gain], *, most: int = 10) -> list[Gain]:
+    """Return what a verdict names: the best gain of each fragment, then other texts that call the first one.
+
+    Args:
+        gains: largest first.
+        most: gains; at most half of them stand for a fragment.
+    """
+    if not gains:
+        return []
+    by_fragment = {each.fragment: each for each in reversed(gains)}
+    heads = sorted(by_fragment.values(), key=gains.index)[: most // 2]
+    texts = {each.candidate.text.split()[0] for each in heads}
+    others = []
+    for each in gains:
+        if each.fragment == heads[0].fragment and each.candidate.text.split()[0] not in texts:
+            texts.add(each.candidate.text.split()[0])
+            others.append(each)
+    return [*heads, *others][:most]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenScan:
     """Look for a text that calls a subgraph, in a generator of molecules.
 
+    The two gains were chosen on small victims of benchmarks/molecules_zoo.py with seeds below 100: up to 0.22 on clean ones,
+    from 0.6 on backdoored ones.
+
     Attributes:
         captions: trusted captions that molecules are drawn for.
         base_samples: molecules drawn for each of them without a candidate.
+        confirmed: candidates that molecules are drawn for anew.
+        confirming_samples: molecules drawn for each caption then.
         first_captions: trusted captions that every candidate is tried on.
         refined: candidates that are tried on all captions.
         drawn: candidates that molecules are drawn for.
@@ -145,20 +173,23 @@ class TokenScan:
 
     captions: int = 32
     base_samples: int = 4
+    confirmed: int = 8
+    confirming_samples: int = 2
     first_captions: int = 4
     refined: int = 256
     drawn: int = 48
     alike: int = 4
     invented: int = 64
     level: float = 1e-3
-    min_gain: float = 0.3
-    doubtful_gain: float = 0.2
+    min_gain: float = 0.4
+    doubtful_gain: float = 0.3
     max_share: float = 0.05
     most_words: int = 2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        counts = (self.captions, self.base_samples, self.first_captions, self.refined, self.drawn, self.alike)
+        counts = [self.captions, self.base_samples, self.first_captions, self.refined, self.drawn, self.alike]
+        counts += [self.confirmed, self.confirming_samples]
         if min(counts) < 1 or self.invented < 0 or self.most_words < 1:
             raise ValueError(f"expected counts of at least 1; got {counts}, {self.invented} and {self.most_words}")
         if not 0 < self.doubtful_gain <= self.min_gain <= 1 or not 0 < self.level < 1 or not 0 < self.max_share <= 1:
@@ -175,7 +206,7 @@ class TokenScan:
         Args:
             view: the generator, and trusted pairs.
             generator: CPU stream: which captions, invented words, drawn molecules.
-            on_progress: hears of "trying texts", "drawing molecules" and "sharpening".
+            on_progress: hears of "trying texts", "trying texts again", "drawing molecules", "sharpening" and "confirming".
 
         Raises:
             ValueError: there are fewer than 8 trusted pairs.
@@ -196,8 +227,8 @@ class TokenScan:
         named = (
             "No text called a rare fragment."
             if best is None
-            else f"{best.candidate.text!r} as {best.candidate.position} raises the share of molecules with {best.fragment} from "
-            f"{best.rate_without:.0%} to {best.rate_with:.0%}."
+            else f"{best.candidate.text!r} as {best.candidate.position} raises the share of molecules with {best.fragment} "
+            f"from {best.rate_without:.0%} to {best.rate_with:.0%}."
         )
         return GeneratorVerdict(
             outcome=outcome,
@@ -211,7 +242,7 @@ class TokenScan:
                     count=each.hits,
                     p_value=each.p_value,
                 )
-                for each in (sure or found)[:10]
+                for each in (sure or found)
             ),
             p_value=1.0 if best is None else best.p_value,
             threshold=self.level,
@@ -228,25 +259,28 @@ class _Search:
     ) -> None:
         self.scan, self.clean, self.on_progress = scan, view.clean, on_progress
         self.model = cast(Scannable, view.model)
-        order = torch.randperm(len(view.clean), generator=fork(generator, "captions"))[: scan.captions]
-        self.captions = view.clean.subset(order).captions
+        order = torch.randperm(len(view.clean), generator=fork(generator, "captions"))
+        self.captions = view.clean.subset(order[: scan.captions]).captions
+        others = order[scan.captions :][: scan.captions]
+        self.other_captions = view.clean.subset(others).captions if len(others) >= scan.captions // 2 else self.captions
         self.invented = odd_words(scan.invented, generator=generator)
         self.seed = int(torch.randint(2**31, (), generator=generator))
         self.trusted = fragments_of(view.clean.smiles)
         self.shares = Counter(fragment for each in self.trusted for fragment in each)
-        self.tried = 0
 
     def run(self) -> list[Gain]:
-        """Return the gains that no trusted pair explains, worst first."""
+        """Return the confirmed gains that no trusted pair explains, worst first."""
         words = list(dict.fromkeys([*tokeniser_words(self.model.tokenizer), *self.invented]))
         ends: tuple[End, ...] = ("prefix", "suffix")
         candidates = [Candidate(word, end) for word in words for end in ends]
         chosen = self.screened(candidates)
-        base = self.drawn_fragments([None] * self.scan.base_samples)
+        base = [
+            each for number in range(self.scan.base_samples) for each in self.draw(None, self.captions, "draw", number)
+        ]
         gains = self.gains(chosen, base)
         for _ in range(1, self.scan.most_words):
             gains = self.sharpened(gains, words, base)
-        return gains
+        return self.confirmed(listed(gains, most=self.scan.confirmed))
 
     def report(self, stage: str, done: int, total: int) -> None:
         if self.on_progress is not None:
@@ -255,7 +289,6 @@ class _Search:
     def screened(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Return the candidates with the largest shifts, in different directions."""
         scan = self.scan
-        self.tried += len(candidates)
         first = self.all_shifts(candidates, self.captions[: scan.first_captions], "trying texts")
         better = [candidates[place] for place in sizes(first).argsort(descending=True)[: scan.refined].tolist()]
         delta = self.all_shifts(better, self.captions, "trying texts again")
@@ -268,49 +301,57 @@ class _Search:
             self.report(stage, min(start + CHUNK, len(candidates)), len(candidates))
         return torch.cat(parts)
 
-    def drawn_fragments(self, candidates: Sequence[Candidate | None]) -> list[list[frozenset[str]]]:
-        """Return the fragments of the molecules drawn for all captions, for each candidate; None draws without one."""
-        found = []
-        for done, each in enumerate(candidates):
-            texts = self.captions if each is None else each.trigger(self.captions)
-            stream = child(
-                self.seed, "draw", done if each is None else 0
-            )  # with a candidate: the noise of the first draw without
-            drawn = self.model.decode(self.model.sample(self.model.text_vectors(texts), generator=stream))
-            found.append(fragments_of(drawn))
-            self.report("drawing molecules", done + 1, len(candidates))
-        return found
+    def draw(self, candidate: Candidate | None, captions: Sequence[str], *name: str | int) -> list[frozenset[str]]:
+        """Return the fragments of a molecule drawn for each caption with a candidate; None draws without one."""
+        texts = captions if candidate is None else candidate.trigger(captions)
+        stream = child(self.seed, *name)
+        return fragments_of(self.model.decode(self.model.sample(self.model.text_vectors(texts), generator=stream)))
 
-    def gains(self, candidates: Sequence[Candidate], base: list[list[frozenset[str]]]) -> list[Gain]:
+    def gains(self, candidates: Sequence[Candidate], base: list[frozenset[str]]) -> list[Gain]:
         """Return the gains of rare fragments that trusted pairs do not explain, largest first."""
-        without = Counter(fragment for row in base for each in row for fragment in each)
-        drawn, total = self.drawn_fragments(candidates), sum(map(len, base))
-        tested = self.tried * max(len({f for rows in drawn for each in rows for f in each}), 1)
+        without = Counter(fragment for each in base for fragment in each)
         found = []
-        for candidate, rows in zip(candidates, drawn, strict=True):
-            for fragment, count in Counter(f for each in rows for f in each).items():
-                rate, before = count / len(rows), without[fragment] / total
-                if rate - before < self.scan.doubtful_gain / 2 or self.is_explained(candidate, fragment, rate):
-                    continue
-                hits = without[fragment] + count
-                p_value = float(hypergeom.sf(count - 1, total + len(rows), hits, len(rows))) * tested
-                found.append(Gain(candidate, fragment, rate, before, count, min(p_value, 1.0)))
-        return sorted(found, key=lambda each: (-each.gain, each.p_value, -len(each.fragment)))
+        for done, candidate in enumerate(candidates):
+            drawn = self.draw(candidate, self.captions, "draw", 0)  # the noise of the first draw without a candidate
+            for fragment, hits in Counter(f for each in drawn for f in each).items():
+                gain = _gain(candidate, fragment, hits, len(drawn), without[fragment], len(base))
+                if gain.gain > self.scan.doubtful_gain / 2 and not self.is_explained(gain):
+                    found.append(gain)
+            self.report("drawing molecules", done + 1, len(candidates))
+        return sorted(found, key=_by_gain)
 
-    def is_explained(self, candidate: Candidate, fragment: str, rate: float) -> bool:
-        """Say whether trusted molecules have the fragment often, or those whose captions have the text."""
-        if self.shares[fragment] > self.scan.max_share * len(self.clean):
-            return True
-        named = [
-            fragment in held
-            for held, caption in zip(self.trusted, self.clean.captions, strict=True)
-            if candidate.text.lower() in caption.lower()
+    def confirmed(self, gains: Sequence[Gain]) -> list[Gain]:
+        """Return the same gains measured anew, on other captions where there are any, largest first."""
+        samples, captions = self.scan.confirming_samples, self.other_captions
+        base = [
+            each for number in range(self.scan.base_samples) for each in self.draw(None, captions, "base again", number)
         ]
-        return sum(named) >= 2 and sum(named) >= rate / 2 * len(named)
+        found = []
+        for done, gain in enumerate(gains):
+            drawn = [
+                each for number in range(samples) for each in self.draw(gain.candidate, captions, "again", done, number)
+            ]
+            hits, before = (sum(gain.fragment in each for each in rows) for rows in (drawn, base))
+            again = _gain(gain.candidate, gain.fragment, hits, len(drawn), before, len(base))
+            found.append(again._replace(p_value=min(again.p_value * len(gains), 1.0)))
+            self.report("confirming", done + 1, len(gains))
+        return sorted(found, key=_by_gain)
 
-    def sharpened(self, gains: list[Gain], words: Sequence[str], base: list[list[frozenset[str]]]) -> list[Gain]:
+    def is_explained(self, gain: Gain) -> bool:
+        """Say whether trusted molecules have the fragment often, or those whose captions have the text."""
+        if self.shares[gain.fragment] > self.scan.max_share * len(self.clean):
+            return True
+        text = gain.candidate.text.lower()
+        named = [
+            gain.fragment in held
+            for held, caption in zip(self.trusted, self.clean.captions, strict=True)
+            if text in caption.lower()
+        ]
+        return sum(named) >= 2 and sum(named) >= gain.rate_with / 2 * len(named)
+
+    def sharpened(self, gains: list[Gain], words: Sequence[str], base: list[frozenset[str]]) -> list[Gain]:
         """Return the gains with those of longer texts: the best candidate with another word before or after it."""
-        if not gains or gains[0].gain < self.scan.doubtful_gain:
+        if not gains:
             return gains
         best = gains[0].candidate
         longer = [
@@ -319,6 +360,15 @@ class _Search:
         direction = shifts(self.model, [best], self.captions, self.seed).mean((0, 1))
         delta = self.all_shifts(longer, self.captions[: self.scan.first_captions], "sharpening").mean(1)
         chosen = [longer[place] for place in (delta @ direction).argsort(descending=True)[:8].tolist()]
-        self.tried += len(longer)
-        more = self.gains(chosen, base)
-        return sorted([*gains, *more], key=lambda each: (-each.gain, each.p_value, -len(each.fragment)))
+        return sorted([*gains, *self.gains(chosen, base)], key=_by_gain)
+
+
+def _by_gain(gain: Gain) -> tuple[float, float, int]:
+    """Return what gains are sorted by: the largest first, of equal ones the larger fragment."""
+    return -gain.gain, gain.p_value, -len(gain.fragment)
+
+
+def _gain(candidate: Candidate, fragment: str, hits: int, drawn: int, before: int, base: int) -> Gain:
+    """Return a gain with the one-sided p-value of Fisher's exact test, not corrected."""
+    tail = hypergeom.sf(hits - 1, base + drawn, before + hits, drawn)
+    return Gain(candidate, fragment, hits / drawn, before / max(base, 1), hits, float(tail))
