@@ -27,6 +27,7 @@ from lustral.cli.tables import finding_text
 from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
 from lustral.core.records import Cost
+from lustral.core.settings import build
 from lustral.molecules.badgraph import BadGraph
 from lustral.molecules.catalog import ERASERS, PAIR_SIFTERS, SCANNERS
 from lustral.molecules.records import ErasedGenerator, GeneratorVerdict, SiftedPairs, ViewOfGenerator, ViewOfPairs
@@ -40,7 +41,25 @@ from lustral.report.words import percent, quoted
 from lustral.vision.victims import library_versions
 
 ATTACK = BadGraph()
-HOW = Implanting(clean=0.2, samples=3)  # of 600 molecules: 420 to train on, 120 for the defender, 60 to test
+HOW = (
+    build(  # 420 of 600 molecules to train on, 120 for the defender, 60 to test; small layers and batches, for one core
+        Implanting,
+        {
+            "clean": 0.2,
+            "samples": 3,
+            "shape": {
+                **{"text_width": 64, "text_layers": 1, "text_tokens": 40, "subwords": 1000, "graph_width": 64},
+                **{"graph_layers": 3, "latent": 24, "decoder_width": 128, "denoiser_width": 128, "denoiser_layers": 4},
+                **{"macro_rings": 200, "ddim_steps": 25},
+            },
+            "training": {
+                "alignment": {"epochs": 10, "batch_size": 64},
+                "autoencoder": {"epochs": 50, "batch_size": 64},
+                "diffusion": {"epochs": 200, "batch_size": 128},
+            },
+        },
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
