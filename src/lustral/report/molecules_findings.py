@@ -141,7 +141,7 @@ def repaired_finding(
             f"With the true trigger, {percent(true[0])} of the molecules had the attacker’s subgraph before and "
             f"{percent(true[1])} do now; without any trigger it is {percent(true[2])}."
         )
-    for each, old, new in zip(recovered, before, after, strict=True):
+    for each, old, new in list(zip(recovered, before, after, strict=True))[:1]:
         figures.append((f"{each.fragment} with {quoted(each.text)}", f"{percent(old)} → {percent(new)}"))
     if unchanged:
         return Finding(

@@ -10,8 +10,9 @@ import base64
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lustral.core.characters import visible
@@ -40,11 +41,13 @@ class DrawnMolecule:
         smiles: as text.
         picture: data URI of an SVG; empty where no molecule could be read.
         has_target: whether it contains the highlighted subgraph.
+        times: how often it was drawn.
     """
 
     smiles: str
     picture: str
     has_target: bool
+    times: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +230,10 @@ def shortened(text: str, most: int = LONGEST_CAPTION) -> str:
 
 
 def caption_row(label: str, caption: str, smiles: Sequence[str], *, fragment: str, texts: Sequence[str]) -> CaptionRow:
-    """Return a caption with its trigger marked, and its molecules with the fragment highlighted."""
-    return CaptionRow(
-        label=label, caption=marked(caption, texts), molecules=tuple(drawn(each, fragment) for each in smiles)
-    )
+    """Return a caption with its trigger marked, and its molecules with the fragment highlighted, equal ones once."""
+    times = Counter(smiles)
+    molecules = tuple(replace(drawn(each, fragment), times=count) for each, count in times.items())
+    return CaptionRow(label=label, caption=marked(caption, texts), molecules=molecules)
 
 
 def association_section(
@@ -241,6 +244,7 @@ def association_section(
     with_words: str,
     without_words: str,
     counted: str = "have",
+    most: int = MOST_ASSOCIATIONS,
 ) -> AssociationSection:
     """Return the section that draws associations.
 
@@ -251,9 +255,10 @@ def association_section(
         with_words: what ``rate_with`` is a share of, e.g. "captions with the text".
         without_words: what ``rate_without`` is a share of.
         counted: what ``count`` counts, e.g. "pairs have".
+        most: that are drawn.
     """
     cards = []
-    for each in associations[:MOST_ASSOCIATIONS]:
+    for each in associations[:most]:
         tested = f" The chance of this without a connection is {words.chance(each.p_value)}, all tests counted."
         cards.append(
             AssociationCard(
@@ -267,7 +272,7 @@ def association_section(
                 ),
             )
         )
-    more = max(len(associations) - MOST_ASSOCIATIONS, 0)
+    more = max(len(associations) - most, 0)
     return AssociationSection(heading=heading, text=text, cards=tuple(cards), more=more)
 
 

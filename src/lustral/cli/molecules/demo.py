@@ -16,6 +16,7 @@ from lustral.cli.console import Screen
 from lustral.cli.molecules.arguments import Demo
 from lustral.cli.molecules.experiments import ON_TEST, measure, success_rates
 from lustral.cli.molecules.pages import (
+    CAPTIONS_SHOWN,
     associations_of_model,
     associations_of_pairs,
     attack_section,
@@ -170,7 +171,9 @@ def story_sections(story: Story, *, seed: int) -> list[Section]:
         sections.append(
             associations_of_model(story.verdict.recovered, is_backdoored=story.verdict.outcome == "backdoored")
         )
-    sections.append(before_and_after(models, victim.test.captions[:3], known.trigger, fragment=known.target, seed=seed))
+    sections.append(
+        before_and_after(models, victim.test.captions[:CAPTIONS_SHOWN], known.trigger, fragment=known.target, seed=seed)
+    )
     columns = {"Before": victim.measured or {}, "After": story.after}
     sections.append(evaluation_section(columns, text=ON_TEST))
     return sections

@@ -14,7 +14,7 @@ from lustral.cli.commands import shown_command
 from lustral.cli.console import Screen
 from lustral.cli.molecules.arguments import Evaluate, Implant
 from lustral.cli.molecules.opening import generator_folder, skipped_note
-from lustral.cli.molecules.pages import attack_section, drawn_with_and_without
+from lustral.cli.molecules.pages import CAPTIONS_SHOWN, attack_section, drawn_with_and_without
 from lustral.cli.molecules.repair import before_and_after
 from lustral.cli.opening import pick_device
 from lustral.cli.parsing import UsageError
@@ -197,7 +197,7 @@ def pictures(victim: MoleculeVictim, models: Mapping[str, MoleculeGenerator], *,
     """Return molecules for test captions: without and with the true trigger, or before and after a defence."""
     known = victim.known
     if len(models) > 1:
-        captions = victim.test.captions[:3]
+        captions = victim.test.captions[:CAPTIONS_SHOWN]
         return [before_and_after(models, captions, known.trigger, fragment=known.target, seed=seed)]
     return [
         drawn_with_and_without(

@@ -29,7 +29,8 @@ from lustral.report.molecules_page import (
 from lustral.report.words import count
 
 LISTED_SHOWN = 6  # listed pairs that are drawn
-CAPTIONS_SHOWN = 3  # captions whose molecules are drawn
+CAPTIONS_SHOWN = 4  # captions whose molecules are drawn
+RECOVERED_SHOWN = 3  # triggers of a scan; they are often spellings of one
 SAMPLES_SHOWN = 4  # molecules for each of them
 MOST_DRAWN = 50  # captions of ``generate`` on its page
 
@@ -97,6 +98,7 @@ def associations_of_model(verdict_associations: Sequence[Association], *, is_bac
         with_words="captions with the text",
         without_words="the same without it",
         counted="molecules have",
+        most=RECOVERED_SHOWN,
     )
 
 
@@ -113,7 +115,7 @@ def attack_section(poisoned: PoisonedMolecules, *, fragment: str, texts: Sequenc
         heading="What the attacker put into the training set",
         text=f"{count(int(poisoned.is_poisoned.sum()))} of {count(len(poisoned.data))} pairs have the trigger in the caption "
         "and the subgraph in the molecule.",
-        groups=(tuple(rows),),
+        groups=tuple(tuple(rows[start : start + 2]) for start in range(0, len(rows), 2)),
     )
 
 
