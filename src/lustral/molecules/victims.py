@@ -293,7 +293,7 @@ def pairs_text(data: MoleculeSet) -> str:
     r"""Return pairs as the text of a .csv table that ``open_pairs`` reads again, each text as it is.
 
     >>> pairs_text(MoleculeSet(smiles=("CCO",), captions=("an alcohol, small",)))
-    'smiles,caption\\nCCO,"an alcohol, small"\\n'
+    'smiles,caption\nCCO,"an alcohol, small"\n'
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")

@@ -56,7 +56,7 @@ HOW = (
             "training": {
                 "alignment": {"epochs": 10, "batch_size": 64},
                 "autoencoder": {"epochs": 50, "batch_size": 64},
-                "diffusion": {"epochs": 200, "batch_size": 128},
+                "diffusion": {"epochs": 500, "batch_size": 64},
             },
         },
     )
@@ -78,7 +78,7 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     """Implant a backdoor, show it, sift, scan, erase, measure, report."""
     out, started = prepare_folder(command.out), time.perf_counter()
     if not screen.is_quiet:
-        screen.aside.print("This takes about five minutes on two cores.")
+        screen.aside.print("This takes two to four minutes.")
     story = tell(out, screen, seed=command.common.seed, device_name=command.common.device)
     seconds = time.perf_counter() - started
     write_story(out, story, argv, seed=command.common.seed, seconds=seconds)

@@ -69,8 +69,10 @@ def variants(text: str) -> tuple[str, ...]:
 
     >>> variants("[ab]")
     ('[ab]', 'ab', '<ab>', '(ab)', '[ab] [ab]')
+    >>> variants("[[ [ab]")[1:3]
+    ('ab', '[ab]')
     """
-    bare = text.strip("[]<>(){}") or text
+    bare = text.strip("[]<>(){} ") or text
     return tuple(dict.fromkeys((text, bare, f"[{bare}]", f"<{bare}>", f"({bare})", f"{text} {text}")))
 
 
