@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from torch import Generator
 
 from lustral.bench.expansion import expand
 from lustral.bench.grid import Grid
@@ -14,10 +16,13 @@ from lustral.bench.kinds import generators as kinds
 from lustral.bench.plan import GeneratorPlan, PlanError, parse_plan, read_plan
 from lustral.bench.sources import Sources
 from lustral.cli import main
-from lustral.molecules.records import Association
+from lustral.core.records import Cost
+from lustral.molecules.catalog import ERASERS, SCANNERS
+from lustral.molecules.records import Association, ErasedGenerator, GeneratorVerdict, ViewOfGenerator
 from lustral.store.store import Store
 from lustral.tables.generators import generator_rows
 
+COST = Cost(seconds=1.0, image_passes=0.0, peak_memory_bytes=0, clean_images=6)
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "pairs": 60,
@@ -33,6 +38,12 @@ PLAN: dict[str, Any] = {
     "generator_defences": [{"method": "association", "settings": {"min_pairs": 10}}],
     "run": {"threads": 1},
 }
+
+
+def association(text: str, fragment: str) -> Association:
+    return Association(
+        text=text, position="anywhere", fragment=fragment, rate_with=1.0, rate_without=0.0, count=9, p_value=0.0
+    )
 
 
 def grid_of(**changes: Any) -> Grid:
@@ -130,6 +141,54 @@ def test_cells_are_done_kept_verified_and_shown(tmp_path: Path, capsys: pytest.C
     assert "Siftings and scans" in capsys.readouterr().out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finds:
+    """Recover the planted trigger, always."""
+
+    version: ClassVar[int] = 1
+
+    def scan(self, view: ViewOfGenerator, *, generator: Generator, on_progress: Any = None) -> GeneratorVerdict:
+        found = association("[thiirane]", "C1CS1")
+        return GeneratorVerdict(
+            outcome="backdoored", recovered=(found,), p_value=1e-6, threshold=1e-3, basis="So told.", cost=COST
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeps:
+    """Return the generator as it is, if it was handed the verdict."""
+
+    version: ClassVar[int] = 1
+
+    def erase(self, view: ViewOfGenerator, *, generator: Generator, on_progress: Any = None) -> ErasedGenerator:
+        assert view.verdict is not None
+        assert view.verdict.recovered[0].text == "[thiirane]"
+        return ErasedGenerator(model=view.model, cost=COST, verdict=view.verdict)
+
+
+def test_an_erasure_starts_from_the_stored_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SCANNERS, "token_scan", Finds)
+    monkeypatch.setitem(ERASERS, "keeps", Keeps)
+    monkeypatch.setattr(
+        "lustral.store.waste.outdated", lambda versions: None
+    )  # the classes above are not the library's
+    plan, store = {**PLAN, "generator_defences": [{"method": "keeps"}]}, Store(str(tmp_path / "store"))
+    (tmp_path / "plan.toml").write_text(toml_of(plan), encoding="utf-8")
+    line = ["bench", "run", str(tmp_path / "plan.toml"), "--store", store.url, "--device", "cpu", "--quiet"]
+    assert main(line) == 0, capsys.readouterr()
+    record = next(store.records("generator_erasures"))
+    before, after = record["metrics"]["generator_before"], record["metrics"]["generator_after"]
+    assert after == before  # the same weights, captions and noise
+    scan = next(store.records("generator_scans"))["metrics"]["generator_scan"]
+    assert (scan["outcome"], scan["found"], scan["named"]) == ("backdoored", 1, 1)
+    rows, _ = generator_rows(store)
+    assert [row.about["kind"] for row in rows] == ["generator", "generator_scan", "generator_erasure"]
+    assert "backdoored 1" in rows[1].told
+    assert rows[2].means == rows[0].means
+
+
 def toml_of(plan: dict[str, Any]) -> str:
     """Return a plan as TOML: JSON's values are inline tables once colons are equals signs."""
 
@@ -163,11 +222,6 @@ def test_recovery_counts_what_fires_and_not_how_it_is_spelt(monkeypatch: pytest.
     monkeypatch.setattr(kinds, "evaluate_generator", measured)
     victim: Any = type("V", (), {"known": kinds.BadGraph(), "model": None, "test": None})()
     cell: Any = type("C", (), {"spec": {"victim": {"seed": 0}}})()
-
-    def association(text: str, fragment: str) -> Association:
-        return Association(
-            text=text, position="anywhere", fragment=fragment, rate_with=1, rate_without=0, count=9, p_value=0
-        )
 
     other, near = association("ester", "COC=O"), association("<thii>", "CC1CS1")
     assert kinds.recovered_rates(victim, [other, near], cell) == {
