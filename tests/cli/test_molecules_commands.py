@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from lustral.cli import main
-from lustral.cli.molecules import demo
+from lustral.cli.molecules import commands, demo
 from lustral.cli.molecules.arguments import Implant, parse_molecules
 from lustral.cli.parsing import UsageError
 from lustral.core.history import HistoryEntry
@@ -164,6 +164,15 @@ def test_a_scan_answers_by_its_exit_code(victim: Path, tmp_path: Path, outcome: 
     assert record["clean_pairs"] == 6  # clean.csv beside the generator
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ("Recovered triggers" in page) is (outcome == "backdoored")
+
+
+@pytest.mark.parametrize(("least", "is_said"), [(1, True), (10**9, False)])
+def test_work_of_minutes_says_so_beforehand(
+    victim: Path, least: int, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "LARGE_GENERATOR", least)
+    assert main(["molecules", "scan", str(victim), "--method", "says_so", "--device", "cpu"]) == 1
+    assert ("This takes one to three minutes" in capsys.readouterr().err) is is_said
 
 
 def test_an_erasure_takes_the_verdict_over_and_writes_a_generator(victim: Path, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ from lustral.vision.victims import library_versions
 
 NONE_LISTED, LISTED = 0, 1  # exit codes of ``sift``
 EXITS = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
+LARGE_GENERATOR = (
+    1_000_000  # weights; one of full size has more, and a scan of it takes 59 s of one core, an erasure 56 s
+)
 MOST_ROWS = 10  # associations in the terminal
 
 
@@ -201,6 +204,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     opened = open_suspect(command.suspect, pick_device(command.common.device))
     out = None if command.out is None else prepare_folder(command.out)
     seed = command.common.seed
+    say_how_long(opened.view, screen)
     with screen.progress() as on_progress:
         verdict = command.settings.scan(opened.view, generator=child(seed, "scan"), on_progress=on_progress)
     record = {
@@ -240,6 +244,7 @@ def erase(command: Erase[Any], argv: Sequence[str], screen: Screen) -> int:
     if command.verdict is not None:
         view = dataclasses.replace(view, verdict=read_verdict(command.verdict, view.model))
     out = prepare_folder(command.out)
+    say_how_long(view, screen)
     with screen.progress() as on_progress:
         erased = command.settings.erase(view, generator=child(seed, "erase"), on_progress=on_progress)
     save_generator(cast(MoleculeGenerator, erased.model), out / GENERATOR_FOLDER)
@@ -315,6 +320,12 @@ def scan_sections(view: ViewOfGenerator, verdict: GeneratorVerdict, *, seed: int
             heading="Molecules for clean captions, without and with the text",
         ),
     ]
+
+
+def say_how_long(view: ViewOfGenerator, screen: Screen) -> None:
+    """Say beforehand that a scan or an erasure of a large generator takes more than a minute; without a verdict both are made."""
+    if sum(weight.numel() for weight in view.model.parameters()) >= LARGE_GENERATOR and not screen.is_quiet:
+        screen.aside.print("This takes one to three minutes on one core.", soft_wrap=True)
 
 
 def suspect_record(suspect: Suspect, opened: OpenedSuspect) -> dict[str, Any]:

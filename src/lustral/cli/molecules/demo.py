@@ -78,7 +78,7 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     """Implant a backdoor, show it, sift, scan, erase, measure, report."""
     out, started = prepare_folder(command.out), time.perf_counter()
     if not screen.is_quiet:
-        screen.aside.print("This takes two to four minutes.")
+        screen.aside.print("This takes about two minutes on a free core.")
     story = tell(out, screen, seed=command.common.seed, device_name=command.common.device)
     seconds = time.perf_counter() - started
     write_story(out, story, argv, seed=command.common.seed, seconds=seconds)
