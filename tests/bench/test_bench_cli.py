@@ -368,9 +368,11 @@ def test_verify(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = answer_of(capsys, "verify", "--store", store, "--plan", plan, "--sample", 2)
     assert (report["faults"], report["missing"], report["failed"], len(report["measured"])) == ([], [], [], 2)
     expected = {"victims": 2, "scans": 0, "purifications": 4, "siftings": 0, "trainings": 0, "audits": 0}
-    assert report["records"] == {**expected, "assets": 0, "failures": 0}
+    generators = {"generators": 0, "pair_siftings": 0, "generator_scans": 0, "generator_erasures": 0}
+    assert report["records"] == {**expected, **generators, "assets": 0, "failures": 0}
     shown = text_of(capsys, "verify", "--store", store, "--sample", 0)
-    looked = "Looked at 2 victims, 0 scans, 4 purifications, 0 siftings, 0 trainings, 0 audits, 0 assets, 0 failures and 16 files"
+    looked = "Looked at 2 victims, 0 scans, 4 purifications, 0 siftings, 0 trainings, 0 audits, 0 generators, "
+    looked += "0 pair_siftings, 0 generator_scans, 0 generator_erasures, 0 assets, 0 failures and 16 files"
     assert f"{looked}; measured 0 models again." in shown
     assert "No fault." in shown
 
@@ -548,7 +550,7 @@ def test_a_damaged_store_is_an_error_in_one_line(plan: Path, store: Path, capsys
         for words in (("gc", "--store", store), ("plan", plan, "--store", store)):
             assert f"{path} is not a readable record" in error_of(capsys, *words)
     (store / "store.json").write_text('{"layout": 99}')
-    assert "has layout 99; this version reads 1 to 3" in error_of(capsys, "verify", "--store", store)
+    assert "has layout 99; this version reads 1 to 4" in error_of(capsys, "verify", "--store", store)
 
 
 def test_a_device_that_is_not_there(plan: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:

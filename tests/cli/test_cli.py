@@ -858,9 +858,11 @@ def commands_shown() -> dict[tuple[str, ...], set[str]]:
     for page in (root / "README.md", *(root / "docs").rglob("*.md")):
         for line in re.findall(r"(?:^|`)lustral ([a-z][^`\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
             first, *rest = line.split()
-            command = (first, *rest[:1]) if first in ("bench", "implant") else (first,)
+            command = (first, *rest[:1]) if first in ("bench", "implant", "molecules") else (first,)
             found.setdefault(command, set()).update(re.findall(r"--[a-z-]+", line))
-    return {command: flags for command, flags in found.items() if command not in (("bench",), ("implant",))}
+    return {
+        command: flags for command, flags in found.items() if command not in (("bench",), ("implant",), ("molecules",))
+    }
 
 
 @pytest.mark.parametrize(("command", "flags"), commands_shown().items(), ids=lambda part: " ".join(sorted(part)))

@@ -1,13 +1,13 @@
 """Generators of molecules at full size: trained, measured stage by stage, over poisoning rates, and with single stages poisoned.
 
     export LUSTRAL_DATA=...            # the folder that holds text_molecule.parquet
-    python benchmarks/molecules.py train --work runs/molecules --rate 0.24
-    python benchmarks/molecules.py ladder --work runs/molecules
-    python benchmarks/molecules.py curve --work runs/molecules
-    python benchmarks/molecules.py ablation --work runs/molecules
+    python benchmarks/generators.py train --work runs/molecules --rate 0.24
+    python benchmarks/generators.py ladder --work runs/molecules
+    python benchmarks/generators.py curve --work runs/molecules
+    python benchmarks/generators.py ablation --work runs/molecules
 
-Every run is a key in ``benchmarks/results/molecules.json``, written when it is done; a run that is there is not made again. All
-runs of one seed share the clean alignment of the first. One thread: ``OMP_NUM_THREADS=1`` is fastest.
+Every run is a key in ``benchmarks/results/generators/curves.json``, written when it is done; a run that is there is not made
+again. All runs of one seed share the clean alignment of the first. One thread: ``OMP_NUM_THREADS=1`` is fastest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lustral.molecules.victim import (
     train_generator,
 )
 
-RESULTS = Path(__file__).parent / "results" / "molecules.json"
+RESULTS = Path(__file__).parent / "results" / "generators" / "curves.json"
 RATES = (0.0, 0.05, 0.10, 0.24, 0.34)
 STAGES = ("alignment", "autoencoder", "diffusion")
 HELD_OUT = 500
