@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch import Generator
 
 from lustral.core.randomness import child
 from lustral.vision.attacks import BadNets
@@ -57,15 +57,16 @@ def make(
         raise SystemExit(f"{data} has {len(train)} images: too few for {images} with {poisoned} planted ones")
     stamp = BadNets(target_label=target, size=patch).trigger(train.image_shape)
     names = class_names(train)
-    write(out / "pictures", train.subset(chosen), names)
+    naming = child(seed, "names")
+    write(out / "pictures", train.subset(chosen), names, naming)
     before = set((out / "pictures").rglob("*.png"))
     planted = as_uint8(stamp(as_float(train.images[victims])))
     labels = torch.full((poisoned,), target)
-    write(out / "pictures", ImageSet(images=planted, labels=labels, num_classes=train.num_classes), names)
+    write(out / "pictures", ImageSet(images=planted, labels=labels, num_classes=train.num_classes), names, naming)
     files = sorted(str(p.relative_to(out / "pictures")) for p in set((out / "pictures").rglob("*.png")) - before)
-    write(out / "clean", reserve, names)
+    write(out / "clean", reserve, names, naming)
     if source.test is not None:
-        write(out / "test", source.test, names)
+        write(out / "test", source.test, names, naming)
     truth = {"data": data, "target": names[target], "images": images, "planted": files, "seed": seed, "patch": patch}
     (out / "truth.json").write_text(json.dumps(truth, indent=1), encoding="utf-8")
     return truth
@@ -76,13 +77,15 @@ def class_names(data: ImageSet) -> list[str]:
     return [name.replace("/", "_") for name in names]
 
 
-def write(folder: Path, data: ImageSet, names: list[str]) -> None:
-    """Write pictures under random names."""
+def write(folder: Path, data: ImageSet, names: list[str], naming: Generator) -> None:
+    """Write pictures under names that are drawn from a stream: they tell nothing, and one seed gives one folder."""
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for image, label in zip(data.images, data.labels.tolist(), strict=True):
         pixels = image.permute(1, 2, 0).contiguous().numpy()
-        Image.fromarray(pixels).save(folder / names[label] / f"{secrets.token_hex(6)}.png")
+        Image.fromarray(pixels).save(
+            folder / names[label] / f"{int(torch.randint(2**48, (), generator=naming)):012x}.png"
+        )
 
 
 def measure(truth: Mapping[str, Any], scores: Path) -> dict[str, float]:
