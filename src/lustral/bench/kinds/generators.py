@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from lustral.bench.cells import Cell, CellKind, Need, Outcome, make_cell
 from lustral.bench.plan import GeneratorDefenceTable, GeneratorPlan, GeneratorTable
@@ -29,7 +29,7 @@ from lustral.core.settings import SettingsError, build, describe, merge, suggest
 from lustral.core.versions import versions_of
 from lustral.molecules.badgraph import BadGraph, recovered_trigger
 from lustral.molecules.catalog import ERASERS, PAIR_SIFTERS, SCANNERS
-from lustral.molecules.chemistry import contains
+from lustral.molecules.chemistry import contains, contains_many
 from lustral.molecules.evaluation import evaluate_generator
 from lustral.molecules.records import Association, ViewOfGenerator, ViewOfPairs
 from lustral.molecules.sources import open_source
@@ -271,6 +271,15 @@ def defence_spec(noun: str, method: str, settings: Mapping[str, Any], victim: Ma
     }
 
 
+def planted_pairs(victim: MoleculeVictim) -> Tensor:
+    """Return which training pairs the attacker made, (N,) bool: those with the trigger's text and the target both."""
+    pairs = victim.training
+    if victim.attack is None:
+        return torch.zeros(len(pairs), dtype=torch.bool)
+    has_text = torch.tensor([victim.known.trigger.text in each for each in pairs.captions], dtype=torch.bool)
+    return has_text & contains_many(pairs.smiles, victim.known.target)
+
+
 @dataclass(frozen=True)
 class PairSiftings(GeneratorDefence):
     """The kind of cell that sifts the pairs that a generator was trained on."""
@@ -288,9 +297,7 @@ class PairSiftings(GeneratorDefence):
         view = ViewOfPairs(untrusted=victim.training, clean=victim.clean)
         found = method.sift(view, generator=stream(cell, "sift"), on_progress=on_progress)
         recovered = recovered_rates(victim, found.associations, cell)
-        planted = torch.tensor(
-            [victim.attack is not None and victim.known.trigger.text in each for each in view.untrusted.captions]
-        )
+        planted = planted_pairs(victim)
         told = {
             "pairs": len(found.flagged),
             "listed": int(found.flagged.sum()),
