@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Augment, Trainer, frozen
@@ -67,16 +68,17 @@ def are_alike(one: nn.Module, other: nn.Module) -> bool:
 @torch.no_grad()
 def interpolated(one: nn.Module, other: nn.Module, share: float, clean: ImageSet) -> nn.Module:
     """Return the model at (1 - share) one + share other, its batch-norm statistics estimated anew on clean images."""
-    model = copy.deepcopy(one)
+    model = copy.deepcopy(one).eval()
+    CostMeter.follow(one, model)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.lerp_(theirs, share)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the average over all batches
-    model.train()
-    for images, *_ in clean.batches(256, drop_last=len(clean) >= 256):
+        norm.train()  # and nothing else: what dropout leaves has other statistics
+    for images, *_ in clean.batches(256, drop_last=len(clean) >= 256) if norms else ():
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
