@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": {"core", "store"},
     "report": {"core", "training", "vision", "molecules"},
     "exchange": {"core"},
-    "api": {"core", "training", "vision", "catalog", "report"},
+    "api": {"core", "training", "vision", "catalog", "report", "exchange"},
     "site": {"core", "store", "tables", "report"},
     "bench": {"core", "training", "vision", "molecules", "store", "tables", "catalog", "report"},
     "cli": {

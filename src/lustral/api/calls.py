@@ -122,5 +122,5 @@ def title_of(model: Model, opened: Opened) -> str:
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
     if opened.loaded.origin is not None:
-        return str(next(iter(opened.loaded.origin.files)))
+        return str(opened.loaded.origin.folder or next(iter(opened.loaded.origin.files)))
     return type(opened.loaded.model.network).__name__

@@ -6,15 +6,18 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lustral.api.model_files import write_erased, written_files
+from lustral.api.model_files import PAGE_FILE, write_erased, written_files
 from lustral.api.opening import Opened
 from lustral.core.files import json_ready, prepare_folder, write_bytes_atomic, write_json_atomic
 from lustral.core.randomness import child
+from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.report.evaluation_finding import evaluation_finding
 from lustral.report.findings import Finding, erase_finding, scan_finding
@@ -27,16 +30,15 @@ from lustral.report.page import (
     write_evaluation_report,
     write_scan_report,
 )
-from lustral.vision.evaluation import Evaluation, clean_accuracy, compare_evaluations, evaluate
+from lustral.vision.evaluation import Evaluation, attack_metrics, clean_accuracy, compare_evaluations, evaluate
 from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, at_most
 from lustral.vision.models import Classifier, LoadedModel
 from lustral.vision.models.files.safety import FileFacts, safety_record
-from lustral.vision.records import ImageSet, Purified, Trigger, Verdict, Victim
+from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict, Victim
 from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, verdict_record, write_verdict
 from lustral.vision.victims import library_versions
 
-PAGE_FILE = "report.html"
 SHOWN = 2  # recovered triggers in a notebook
 
 
@@ -172,6 +174,12 @@ class EraseResult:
             provenance=self.about,
         )
 
+    @cached_property
+    def recovered(self) -> tuple[RecoveredRates, ...]:
+        """How often each recovered trigger works on the clean images, with the given and with the new model."""
+        triggers = () if self.verdict is None else self.verdict.triggers
+        return tuple(recovered_rates(trigger, self.given.model, self.model, self.clean) for trigger in triggers)
+
     @property
     def finding(self) -> Finding:
         """The answer in words."""
@@ -181,6 +189,11 @@ class EraseResult:
         """Return what was found and done as plain data for JSON."""
         record: dict[str, Any] = {"schema": RESULT_SCHEMA, **self.about, "accuracy": dict(self.accuracies)}
         record["purified"] = purified_record(self.purified)
+        names = self.page.class_names
+        record["recovered"] = [
+            {"class": names[rates.label], "before": rates.before.to_dict(), "after": rates.after.to_dict()}
+            for rates in self.recovered
+        ]
         if self.before is not None and self.after is not None:
             record |= {"before": self.before.to_dict(), "after": self.after.to_dict(), "change": self.change}
         return plain(record)
@@ -200,14 +213,16 @@ class EraseResult:
         """Write the new model, result.json and report.html to a folder, and return its path.
 
         A model that was opened from a file comes back as that file with other weights, ``model`` and the ending of the given one.
-        The weights of a network that was given in memory go to ``model.pt``, a state dict under the network's own keys.
+        A folder of a model hub comes back as its files, with a section in its model card, README.md: all of them or none. The
+        weights of a network that was given in memory go to ``model.pt``, a state dict under the network's own keys.
 
         Raises:
             OSError: a file could not be written; each appears whole or not at all.
+            ValueError: the files of a model folder cannot be copied, or the folder has other files in it.
         """
-        place = prepare_folder(folder)
-        file = write_erased(place, self.model, self.given)
-        record = {**self.to_dict(), "out": str(place), "written": str(file)}
+        place, record = prepare_folder(folder), self.to_dict()
+        file = write_erased(place, self.model, self.given, record)
+        record |= {"out": str(place), "written": str(file)}
         record["written_safety"] = safety_record(written_files(file, self.given))
         write_json_atomic(place / RESULT_FILE, record)
         self.report(place / PAGE_FILE)
@@ -359,6 +374,37 @@ def settings_record(method: Any) -> dict[str, Any]:
     """Return the settings of a method; nothing of one that is no dataclass."""
     is_record = dataclasses.is_dataclass(method) and not isinstance(method, type)
     return dataclasses.asdict(method) if is_record else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredRates:
+    """How often a recovered trigger works.
+
+    Attributes:
+        label: the class that it leads to.
+        before: of clean images of other classes, those that the given model takes for that class.
+        after: likewise, of the new model.
+    """
+
+    label: int
+    before: Rate
+    after: Rate
+
+
+def recovered_rates(trigger: RecoveredTrigger, given: nn.Module, model: nn.Module, clean: ImageSet) -> RecoveredRates:
+    """Stamp clean images of other classes with a recovered trigger, and count what two models take for its class."""
+    label = trigger.target_label
+    before, after = (
+        attack_metrics(
+            each,
+            clean,
+            trigger.to(clean.device),
+            lambda labels, _: torch.full_like(labels, label),
+            generator=child(0, "recovered"),
+        ).attack_success_rate
+        for each in (given, model)
+    )
+    return RecoveredRates(label=label, before=before, after=after)
 
 
 def defender_accuracies(opened: Opened, model: nn.Module) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lustral.api.model_files import write_state
-from lustral.api.results import PAGE_FILE, plain, settings_record
+from lustral.api.model_files import PAGE_FILE, write_state
+from lustral.api.results import plain, settings_record
 from lustral.api.score_files import require_free, write_clean, write_scores
 from lustral.api.training_sets import OpenedSet
 from lustral.core.characters import visible

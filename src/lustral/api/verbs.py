@@ -26,7 +26,7 @@ from lustral.api.calls import (
 )
 from lustral.api.data import Data, named
 from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER, chosen, reporting
-from lustral.api.model_files import given_files
+from lustral.api.model_files import given_files, require_copyable
 from lustral.api.opening import GivenData, Opened, model_file, require_victims_images
 from lustral.api.results import (
     EraseResult,
@@ -196,7 +196,7 @@ def erase(
 
     Raises:
         UnfitModel: the model does not do its task on the clean images; nothing was changed.
-        ValueError: the data cannot be read or do not fit the model; the verdict is of another model.
+        ValueError: the data cannot be read or do not fit the model; the verdict is of another model; the model folder has links.
     """
     name, purifier = chosen("purifier", method)
     if verdict is not None and not takes_verdict(purifier):
@@ -205,6 +205,7 @@ def erase(
         mean, std = constants_of(verdict)
     given = GivenData(clean=clean, classes=classes, image_size=image_size, resize=resize)
     opened = opened_for(model, data, given, mean=mean, std=std, seed=seed, device=device)
+    require_copyable(opened.loaded)
     view, files = granted(opened.view, verdict, untrusted, given), given_files(opened.loaded)
     if detector is None and takes_verdict(purifier):
         detector = MaskArea(inverter=purifier.inverter) if hasattr(purifier, "inverter") else MaskArea()

@@ -13,7 +13,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lustral.api.model_files import given_files, require_nameable, write_erased, written_files
+from lustral.api.model_files import (
+    given_files,
+    require_copyable,
+    require_nameable,
+    write_erased,
+    written_files,
+)
 from lustral.api.opening import Opened, model_file, require_test_set, require_victims_images
 from lustral.api.results import (
     EraseResult,
@@ -147,6 +153,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
     prepare_exports(command.exports, command.suspect.model)
     opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
     require_nameable(command.settings, opened.loaded)
+    require_copyable(opened.loaded, command.out)
     scanning: dict[str, Any] = dict(vars(command.scanning))
     taken: Path | None = scanning.pop("verdict", None)
     view = granted_view(command, opened, taken)
@@ -161,7 +168,6 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         )
     model = purified.model
     assert isinstance(model, Classifier)
-    file = write_erased(out, model, opened.loaded)
     before, after = true_evaluations(opened, model, seed=command.common.seed)
     result = EraseResult(
         purified=purified,
@@ -175,7 +181,9 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         true_trigger=opened.true_trigger,
         files=files,
     )
-    record = {**result.to_dict(), "out": str(out), "written": str(file)}
+    record = result.to_dict()
+    file = write_erased(out, model, opened.loaded, record)
+    record |= {"out": str(out), "written": str(file)}
     record["written_safety"] = safety_record(written_files(file, opened.loaded))
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if taken is not None:

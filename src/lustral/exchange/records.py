@@ -290,6 +290,17 @@ class BeforeAfter(Part):
     """Of the new model."""
 
 
+class RecoveredRate(Part):
+    """How often a recovered trigger works on clean images of other classes."""
+
+    class_: Annotated[str, Field(alias="class")]
+    """The class that it leads to."""
+    before: Rate
+    """Of the given model."""
+    after: Rate
+    """Of the new model."""
+
+
 class EraseResult(ModelRun):
     """What `lustral erase` did."""
 
@@ -303,6 +314,8 @@ class EraseResult(ModelRun):
     """How the model came about."""
     written_safety: FileSafety | None = None
     """What opening the new files would do."""
+    recovered: list[RecoveredRate] = []
+    """What the triggers of the scan do to the given and the new model."""
     scanning: Scanning | None = None
     """Of a method that starts from a scan."""
     untrusted: str | None = None

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from lustral.vision.models.build import (
 )
 from lustral.vision.models.classifier import Classifier
 from lustral.vision.models.files.contents import SAFETENSORS, Memory, finished_bytes, kind_of, read_model_file
+from lustral.vision.models.files.folder_copy import Card, FolderPlan, plan_copy, write_copy
 from lustral.vision.models.files.hub_folder import (
     HubFolder,
     check_pooling,
@@ -121,13 +122,15 @@ class Origin:
 
     Attributes:
         files: the files that hold them, with the SHA-256 that each had.
-        others: files that go with them; there are none but for a folder of a model hub.
+        folder: of a model hub, whose other files go with them; None: there is one file.
+        index: name of the file in it that says which file has which tensor.
         sets: the sets of weights that were equal there; each as the names that lead to its mapping, and the file's key of each of
             the network's keys.
     """
 
     files: Mapping[Path, str]
-    others: tuple[Path, ...]
+    folder: Path | None
+    index: str | None
     sets: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]
 
 
@@ -242,7 +245,8 @@ def _origin_of(path: Path, hub: HubFolder | None, equal: Sequence[WeightSet], fi
     """Return where equal sets of weights lie; ``file_keys`` maps the network's own keys to those of the file."""
     return Origin(
         files={file: sha256_of(file) for file in (hub.files if hub else (path,))},
-        others=hub.others if hub else (),
+        folder=path if hub else None,
+        index=hub.index.name if hub and hub.index else None,
         sets=tuple(
             (found.path, {name: file_keys.get(key, key) for name, key in found.keys.items()}) for found in equal
         ),
@@ -459,21 +463,59 @@ def save_like(stem: str | os.PathLike[str], model: Classifier, loaded: LoadedMod
         ValueError: weights that are not finite in the file's dtypes.
         OSError: the file could not be written; an old one is intact.
     """
-    origin = loaded.origin
-    if origin is None:
-        raise ValueError("the model was not read from a file; use save_model")
-    if origin.others:
-        folder = Path(stem).parent
-        copies = {file.name: file.read_bytes() for file in origin.others}
-        for source in origin.files:
-            write_bytes_atomic(folder / source.name, _with_weights(source, origin, model))
-        for name, content in copies.items():
-            write_bytes_atomic(folder / name, content)
-        return folder
+    origin = _known_origin(loaded)
+    if origin.folder is not None:
+        save_folder_like(Path(stem).parent, model, loaded)
+        return Path(stem).parent
     (source,) = origin.files
     path = Path(f"{os.fspath(stem)}{kind_of(source)}")
     write_bytes_atomic(path, _with_weights(source, origin, model))
     return path
+
+
+def save_folder_like(
+    out: Path,
+    model: Classifier,
+    loaded: LoadedModel,
+    *,
+    card: Card | None = None,
+    beside: Collection[str] = (),
+) -> None:
+    """Write the model folder that a model came from with the weights of another model, whole or not at all.
+
+    Args:
+        out: folder that exists; see ``require_room``.
+        model: of the architecture of ``loaded``, on any device.
+        loaded: as ``load_model`` returned it for a folder of a model hub.
+        card: makes the model card; None: it stays as it is.
+        beside: names of files that the caller writes into the folder.
+
+    Raises:
+        ModelFileError, ValueError, OSError: as for ``save_like``; and see ``write_copy``.
+    """
+    origin = _known_origin(loaded)
+    plan = copy_plan(loaded)
+    assert plan is not None
+    weights = ((source.name, _with_weights(source, origin, model)) for source in origin.files)
+    write_copy(out, plan, weights, card=card, beside=beside)
+
+
+def copy_plan(loaded: LoadedModel) -> FolderPlan | None:
+    """Return what a copy of the folder has that a model came from; None where it came from something else.
+
+    Raises:
+        ModelFileError: the folder cannot be copied; see ``plan_copy``.
+    """
+    origin = loaded.origin
+    if origin is None or origin.folder is None:
+        return None
+    return plan_copy(origin.folder, [file.name for file in origin.files], index=origin.index)
+
+
+def _known_origin(loaded: LoadedModel) -> Origin:
+    if loaded.origin is None:
+        raise ValueError("the model was not read from a file; use save_model")
+    return loaded.origin
 
 
 def _with_weights(source: Path, origin: Origin, model: Classifier) -> Memory:

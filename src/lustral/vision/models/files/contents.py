@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lustral.core.files import map_regular
-from lustral.vision.models.files.pickle_values import OddData, PickleError, WantsCode
+from lustral.vision.models.files.pickle_values import IsProgram, OddData, PickleError, WantsCode
 from lustral.vision.models.files.state_dicts import ModelFileError
 from lustral.vision.models.files.torch_files import correct_checksums, read_torch, reads_pickles
 
@@ -29,6 +29,12 @@ TORCH_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".tar")
 MOST_BYTES = 2**33  # of a model file
 MOST_TENSORS = 2**16  # in a model file
 MOST_HEADER = 2**23  # bytes of a safetensors header; a tensor takes about 100
+SCRIPT_SUFFIXES = (".torchscript", ".ptl")
+ONNX = ".onnx"
+NO_ONNX = (
+    "ONNX is no form to scan or erase: it holds a graph for inference, and both need gradients. Open the weights that it was "
+    "made from; or rebuild the network with a converter that you trust, and give it to Python: lustral.scan(network, data)"
+)
 _DTYPES = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
     **{
@@ -78,6 +84,10 @@ def read_model_file(path: Path) -> Stored:
         ModelFileError: missing, not a regular file, damaged, too large, or more than data; the message says why.
         OSError: it may not be read.
     """
+    if path.suffix == ONNX:
+        raise ModelFileError(f"{path}: refused: {NO_ONNX}")
+    if path.suffix in SCRIPT_SUFFIXES:
+        raise ModelFileError(f"{path}: refused: {program_words(path)}")
     kind = kind_of(path)
     if kind != SAFETENSORS and not reads_pickles(torch.__version__):
         raise ModelFileError(
@@ -101,10 +111,22 @@ def read_model_file(path: Path) -> Stored:
             "In the environment where it comes from, save the weights alone: "
             'torch.save(model.state_dict(), "weights.pt")'
         ) from error
+    except IsProgram as error:
+        raise ModelFileError(f"{path}: refused: {program_words(path)}") from error
     except OddData as error:
         raise ModelFileError(f"{path}: refused: it holds {error}; save the weights alone") from error
     except PickleError as error:
         raise ModelFileError(f"{path}: damaged or cut short, or not a file of torch.save: {error}") from error
+
+
+def program_words(path: Path) -> str:
+    """Return why a TorchScript program is not opened, and the two lines that take the weights out of it."""
+    return (
+        "it is a TorchScript program. Opening it runs code that it holds, and an eraser needs the network's layers, which it "
+        "does not have any more. In an environment that may be lost, take the weights out, and open them with --arch:\n"
+        f"  state = torch.jit.load({path.name!r}, map_location='cpu').state_dict()\n"
+        "  torch.save(state, 'weights.pt')"
+    )
 
 
 def finished_bytes(stored: Stored, kind: str) -> Memory:

@@ -21,6 +21,7 @@ from torch import nn
 
 from lustral.core.files import open_regular
 from lustral.vision.models.architecture import Architecture, ArchitectureError, Timm, Transformers, parse_architecture
+from lustral.vision.models.files.contents import NO_ONNX
 from lustral.vision.models.files.state_dicts import ModelFileError, listing
 
 CONFIG = "config.json"
@@ -72,7 +73,7 @@ class HubFolder:
     Attributes:
         files: the files of its weights.
         shards: the file of each tensor, by the tensor's name; None: there is one file.
-        others: files that belong to a copy of the folder.
+        index: the file that says which file has which tensor; None: there is one file.
         unread: other weights in the folder, which are not looked at.
         arch: the architecture; None: only its other facts are of use.
         why_no_arch: the reason for that.
@@ -87,7 +88,7 @@ class HubFolder:
 
     files: tuple[Path, ...]
     shards: Mapping[str, Path] | None
-    others: tuple[Path, ...]
+    index: Path | None
     unread: tuple[Path, ...]
     arch: Architecture | None
     why_no_arch: str
@@ -119,8 +120,7 @@ def read_hub_folder(folder: Path) -> HubFolder:
         OSError: a file cannot be read.
     """
     config = _read_json(folder / CONFIG)
-    has_preprocessor = (folder / _PREPROCESSOR).exists()
-    preprocessor = _read_json(folder / _PREPROCESSOR) if has_preprocessor else {}
+    preprocessor = _read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).exists() else {}
     files, shards, index, unread = _find_weights(folder)
     try:
         names = _class_names(config)
@@ -136,11 +136,10 @@ def read_hub_folder(folder: Path) -> HubFolder:
         raise ModelFileError(f"{folder / CONFIG}: damaged, or not of a model: {error}") from error
     if names and all(name == f"LABEL_{label}" for label, name in enumerate(names)):
         names = None  # what transformers writes where none were given
-    others = (folder / CONFIG, *((folder / _PREPROCESSOR,) if has_preprocessor else ()), *index)
     return HubFolder(
         files=files,
         shards=shards,
-        others=others,
+        index=index,
         unread=unread,
         arch=arch,
         why_no_arch=why,
@@ -222,16 +221,19 @@ def package_keys(network: nn.Module, keys: Collection[str]) -> dict[str, str]:
     return {key: key for key in keys} if twice else found
 
 
-def _find_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path] | None, tuple[Path, ...], tuple[Path, ...]]:
+def _find_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path] | None, Path | None, tuple[Path, ...]]:
     """Return the files of weights, the file of each tensor where they are several, the index, and other weights."""
     there = [
         folder / (name + ending) for name in _WEIGHTS for ending in ("", _INDEX) if (folder / (name + ending)).exists()
     ]
     if not there:
-        raise ModelFileError(f"{folder}: config.json, but no weights; expected {' or '.join(_WEIGHTS)}, or their index")
+        raise ModelFileError(
+            f"{folder}: config.json, but no weights; expected {' or '.join(_WEIGHTS)}, or their index"
+            + (f"; {NO_ONNX}" if any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx")) else "")
+        )
     chosen, unread = there[0], tuple(there[1:])
     if not chosen.name.endswith(_INDEX):
-        return (chosen,), None, (), unread
+        return (chosen,), None, None, unread
     listed = _read_json(chosen).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise ModelFileError(f"{chosen}: damaged: expected the file of each tensor under weight_map")
@@ -245,7 +247,7 @@ def _find_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path] | Non
     return (
         tuple(folder / name for name in names),
         {key: folder / name for key, name in listed.items()},
-        (chosen,),
+        chosen,
         unread,
     )
 

@@ -41,6 +41,10 @@ class OddData(PickleError):
     """A pickle of data of a kind that no weights have; the message says which."""
 
 
+class IsProgram(OddData):
+    """An archive with a TorchScript program in it."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """The numbers behind a tensor: a range of the file's bytes.

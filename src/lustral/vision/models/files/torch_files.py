@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lustral.vision.models.files.pickle_values import OddData, PickleError, Storage
+from lustral.vision.models.files.pickle_values import IsProgram, OddData, PickleError, Storage
 from lustral.vision.models.files.pickles import MOST_BYTES, read_pickle
 
 Memory = mmap.mmap | bytearray
@@ -109,7 +109,7 @@ def _read_archive(memory: Memory) -> Any:
         raise PickleError("an archive without a data.pkl of torch.save")
     (root,) = roots
     if any(name.startswith(f"{root}/code/") or name == f"{root}/constants.pkl" for name in entries):
-        raise OddData("a TorchScript program; save its state_dict() instead")
+        raise IsProgram("a TorchScript program")
     order = entries.get(f"{root}/byteorder")
     if order is not None and memory[order.start : order.start + order.size] != b"little":
         raise OddData("numbers in big-endian order")
@@ -170,6 +170,8 @@ def _entry(memory: Memory, place: int, end: int) -> tuple[Entry, str, int]:
     name = memory[place + 46 : place + 46 + name_length].decode("utf-8", "replace")
     extra = memory[place + 46 + name_length : place + 46 + name_length + extra_length]
     size, packed, header = _wide(extra, size, packed, header)
+    if method != zipfile.ZIP_STORED and name.split("/")[1:2] == ["code"]:
+        raise IsProgram("a TorchScript program")  # torch compresses nothing else
     if method != zipfile.ZIP_STORED or flags & 1 or packed != size:
         raise OddData("compressed or encrypted entries, which torch.save does not write")
     if header + 30 > end or memory[header : header + 4] != _LOCAL:
