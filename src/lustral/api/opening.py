@@ -196,10 +196,13 @@ def open_module(
     if (mean is None) != (std is None):
         raise ValueError("expected mean and std together, one number per channel each; got one of the two")
     opened = isinstance(model, LoadedModel)
+    size = given.image_size
+    if size is None and isinstance(model, LoadedModel) and model.origin and model.origin.folder:
+        size = model.image_shape[1:]  # as for a folder that is given by its path
     own = model.model if isinstance(model, LoadedModel) else own_copy(model, device)
     found = open_data(
         data,
-        image_size=given.image_size,
+        image_size=size,
         resize=given.resize,
         constants=known_constants({"mean": mean, "std": std}, own),
     )

@@ -1,7 +1,7 @@
 """A section of a model card, ``README.md`` of a model folder: what was found in the model, what was done, and the figures.
 
-It stands between two marks, and takes the place of an earlier one. Every other byte of the card stays. Names of classes and files
-come from outside: they are shown as code, in which nothing is a link, a picture or a tag.
+It stands between two marks, and takes the place of an earlier one. The rest of the card stays as it is. Names of classes and
+files come from outside: they are shown as code, in which nothing is a link, a picture or a tag.
 
 Reference: https://huggingface.co/docs/hub/model-cards.
 """
@@ -62,8 +62,12 @@ def code(text: str) -> str:
     ("`a'/<b>`", True)
     """
     shown = text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "…"
-    plain = "".join(letter if letter.isprintable() else " " for letter in shown)
-    return f"`{plain.replace('`', chr(39)).replace('|', '/') or ' '}`"
+    return f"`{_printable(shown).replace('`', chr(39)).replace('|', '/') or ' '}`"
+
+
+def _printable(text: str) -> str:
+    """Return text on one line, without the mark of a comment."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).replace("<!--", "< !--")
 
 
 def _facts(record: Record, left_out: Sequence[str]) -> list[tuple[str, ...]]:
@@ -119,7 +123,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _fenced(text: str) -> str:
     """Return text as a block of code, which no backtick in it can end."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    plain = _printable(text)
     fence = "```"
     while fence in plain:
         fence += "`"

@@ -333,8 +333,8 @@ def test_missing_files_and_unknown_kinds_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"a\.pt: no such file"):
         load_model(tmp_path / "a.pt")
     (tmp_path / "a.onnx").touch()
-    with pytest.raises(ModelFileError, match=r"unknown kind of model file '\.onnx'; expected \.safetensors, \.bin"):
-        load_model(tmp_path / "a.onnx")
+    with pytest.raises(ModelFileError, match=r"unknown kind of model file '\.h5'; expected \.safetensors, \.bin"):
+        load_model(tmp_path / "a.h5")
     with pytest.raises(ModelFileError, match=r"unknown kind of model file '\.onnx'"):
         save_model(tmp_path / "b.onnx", small_model(), arch=ARCH, image_shape=SHAPE)
     torch.save(small_model().network.state_dict(), tmp_path / "a.pt")

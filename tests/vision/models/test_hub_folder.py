@@ -192,6 +192,10 @@ def test_what_is_no_such_folder(tmp_path: Path) -> None:
     (given / "model.safetensors").unlink()
     with pytest.raises(ModelFileError, match=r"no weights; expected model\.safetensors or"):
         load_model(given)
+    (given / "onnx").mkdir()
+    (given / "onnx" / "model.onnx").touch()
+    with pytest.raises(ModelFileError, match=r"no weights; .* ONNX is no form to scan or erase"):
+        load_model(given)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")

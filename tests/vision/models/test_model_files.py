@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import struct
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -204,11 +205,34 @@ def test_archives_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None
     refused(tmp_path / "a.pt", "two entries of one name")
 
 
+def test_the_two_lines_take_the_weights_out_of_a_torchscript_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = build_network(ARCH, num_classes=4, image_shape=SHAPE).eval()
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to leave TorchScript behind
+        torch.jit.trace(network, torch.rand(1, *SHAPE)).save("program.pt")  # its code is long enough to be compressed
+        with pytest.raises(ModelFileError, match="a TorchScript program") as caught:
+            load_model(tmp_path / "program.pt", arch=ARCH, image_shape=SHAPE)
+        lines = str(caught.value).splitlines()[1:]
+        assert len(lines) == 2
+        exec("\n".join(["import torch", *map(str.strip, lines)]))
+    loaded = load_model(tmp_path / "weights.pt", arch=ARCH, image_shape=SHAPE)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.model.network.state_dict()[name], tensor), name
+
+
 def test_programs_and_other_archives_are_told_apart(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as file:
         file.writestr("m/data.pkl", PLAIN + b"N.")
         file.writestr("m/code/net.py", "")
     refused(tmp_path / "script.pt", "a TorchScript program")
+    for name in ("net.onnx", "net.torchscript", "net.ptl"):
+        (tmp_path / name).touch()
+    refused(tmp_path / "net.onnx", r"ONNX is no form to scan or erase: .* lustral\.scan\(network, data\)")
+    refused(tmp_path / "net.torchscript", "a TorchScript program")
+    refused(tmp_path / "net.ptl", "a TorchScript program")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
     (tmp_path / "arrays.npz").rename(tmp_path / "arrays.pt")
     refused(tmp_path / "arrays.pt", "without a data.pkl")

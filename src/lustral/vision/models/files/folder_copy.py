@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +189,8 @@ def _blob(path: Path) -> Path | None:
     target = Path(os.path.normpath(path.parent / os.readlink(path)))
     snapshots = next((parent.parent for parent in path.parents if parent.parent.name == "snapshots"), None)
     is_of_cache = snapshots is not None and target.parent == snapshots.parent / "blobs"
-    return target if is_of_cache and target.is_file() and not target.is_symlink() else None
+    is_link = target.is_symlink() or target.parent.is_symlink()
+    return target if is_of_cache and target.is_file() and not is_link else None
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -225,4 +226,7 @@ def _commit(stage: Path, out: Path, names: Iterable[str]) -> None:
     except BaseException:
         for target in done:
             target.unlink(missing_ok=True)
+        for folder in sorted({target.parent for target in done} - {out}, reverse=True):
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
         raise
