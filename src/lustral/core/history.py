@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Unit = Literal["epoch", "channels", "passes"]
-Part = Literal["stage", "round", "neuron_ratio", "rate_divisor"]
+Part = Literal["stage", "round", "neuron_ratio", "rate_divisor", "share"]
 FORMER_NAMES = {"slowed": "rate_divisor", "u": "threshold"}  # in stored records of earlier versions
 UNIT_WORDS: dict[Unit, str] = {"epoch": "epoch {}", "channels": "{} cut", "passes": "{} passes"}
 PART_WORDS: dict[Part, str] = {
@@ -16,6 +16,7 @@ PART_WORDS: dict[Part, str] = {
     "round": "round {:g}",
     "neuron_ratio": "{:.0%} of neurons reset",
     "rate_divisor": "rate / {:g}",
+    "share": "{:.0%} of the way from the given weights",
 }
 MISSING = "–"
 

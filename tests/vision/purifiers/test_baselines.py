@@ -18,10 +18,10 @@ from lustral.vision.images import as_float
 from lustral.vision.models import build_classifier
 from lustral.vision.purifiers import FST, NAD, FinePruning, NeuralCleanse
 from lustral.vision.purifiers.fine_pruning import cut_columns, head_inputs, prune_count
-from lustral.vision.purifiers.fst import fresh_head, linear_head, rescale
 from lustral.vision.purifiers.nad import attention, stage_ends, watched
 from lustral.vision.purifiers.neural_cleanse import anomaly_index
 from lustral.vision.records import DefenderView
+from lustral.vision.repair.heads import fresh_head, linear_head, rescale
 from toy import gentle_trainer, toy_images
 
 

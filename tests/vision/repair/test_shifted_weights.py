@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lustral.core.randomness import child
-from lustral.vision.purifiers.ft_sam import adaptive_shift
 from lustral.vision.purifiers.tsbd import unit_steps
 from lustral.vision.repair.shifted_weights import (
+    adaptive_shift,
     gradients,
     interpolated_loss,
+    loss_part_of_the_way,
     running_statistics_kept,
     trainable,
     with_gradients,
@@ -114,3 +115,27 @@ def test_given_slopes_become_gradients() -> None:
     loss = with_gradients(weights, slopes)
     assert loss.item() == 0
     assert gradients(loss, weights)["weight"].tolist() == [[7.0, -3.0]]
+
+
+def test_a_look_back_takes_the_gradient_part_of_the_way_to_the_origin() -> None:
+    bowl = Bowl()
+    origin = {"w": torch.tensor([3.0, 2.0])}
+    for share, there in ((0.0, [1.0, -2.0]), (0.25, [1.5, -1.0]), (1.0, [3.0, 2.0])):
+        loss = loss_part_of_the_way(bowl, half_square, origin, share)
+        (slope,) = torch.autograd.grad(loss, bowl.w)
+        at = torch.tensor(there)
+        assert loss.item() == pytest.approx(float((at * SCALES).square().sum() / 2))
+        assert slope.tolist() == pytest.approx((at * SCALES.square()).tolist())
+    assert bowl.w.tolist() == [1.0, -2.0]
+
+
+def test_a_look_back_keeps_the_running_statistics() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)).train()
+    origin = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
+    data = torch.randn(8, 2, generator=child(0))
+    loss_part_of_the_way(network, lambda classify: classify(data).sum(), origin, 0.5).backward()
+    norm = network[0]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [0.0, 0.0]
+    assert norm.momentum == 0.1

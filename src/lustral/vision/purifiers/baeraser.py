@@ -39,7 +39,13 @@ from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.measures import MASK_AREA, SEARCH_STEPS
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Verdict
 from lustral.vision.repair.run import NOTHING_TO_ERASE, returned_unchanged
-from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
+from lustral.vision.repair.selection import (
+    Selection,
+    accuracy_floor,
+    needed_area,
+    retry_at_lower_rates,
+    retry_notes,
+)
 
 
 def capped_ascent(logits: Tensor, label: int, cap: float) -> Tensor:
@@ -355,8 +361,3 @@ def other_areas(verdict: Verdict, labels: Sequence[int]) -> list[float]:
         for label, area in areas.items()
         if label not in labels and steps.get(label) == full and math.isfinite(area)
     ]
-
-
-def needed_area(trigger: RecoveredTrigger) -> float:
-    """Return the area a search needed; a trigger that does not fire needed more than it has."""
-    return trigger.area / max(trigger.attack_success_rate, 0.05)

@@ -6,11 +6,9 @@ The head W starts anew and all weights minimise CE + a <W, W_given>, with ||W|| 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -18,20 +16,11 @@ from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
-from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
+from lustral.vision.repair.heads import fresh_head, linear_head, rescale
 from lustral.vision.repair.run import PurifyRun
 
 MANY_CLASSES = 100
-
-
-@torch.no_grad()
-def fresh_head(head: nn.Linear, generator: Generator) -> None:
-    """Draw a linear layer's weight and bias anew, uniform within 1 / sqrt(inputs), in place."""
-    bound = 1 / math.sqrt(head.in_features)
-    for parameter in head.parameters():
-        draw = torch.rand(parameter.shape, generator=generator) * 2 - 1
-        parameter.copy_(bound * draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +74,3 @@ class FST:
             assert isinstance(weight, Tensor)
             rescale(weight, size)
         return repair.result(model)
-
-
-@torch.no_grad()
-def rescale(weight: Tensor, size: Tensor) -> None:
-    """Set the norm of a weight, in place."""
-    weight.mul_(size / weight.norm().clamp_min(1e-12))
-
-
-def linear_head(model: nn.Module, images: Tensor) -> str:
-    """Return the name of a classifier's head.
-
-    Raises:
-        ValueError: the head is no linear layer.
-    """
-    head = trace(model, images).head
-    if not isinstance(model.get_submodule(head), nn.Linear):
-        raise ValueError(f"expected a network that ends in a linear layer; {head} is {model.get_submodule(head)}")
-    return head

@@ -6,11 +6,9 @@ Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimizat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -19,14 +17,7 @@ from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.run import PurifyRun
-from lustral.vision.repair.shifted_weights import TINY, interpolated_loss
-
-
-def adaptive_shift(weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor], *, rho: float) -> dict[str, Tensor]:
-    """Return e = rho w^2 g / || |w| g ||, the norm taken over all weights together."""
-    scaled = {name: weights[name].detach().abs() * slope for name, slope in slopes.items()}
-    norm = torch.stack([part.square().sum() for part in scaled.values()]).sum().sqrt().clamp_min(TINY)
-    return {name: rho * weights[name].detach().abs() * part / norm for name, part in scaled.items()}
+from lustral.vision.repair.shifted_weights import adaptive_shift, interpolated_loss
 
 
 @dataclass(frozen=True, kw_only=True)

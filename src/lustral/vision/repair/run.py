@@ -151,20 +151,27 @@ class PurifyRun:
             stage=stage,
         )
 
-    def result(self, model: nn.Module, *notes: str) -> Purified:
-        """Return the record of the run, with the last entry of the history as the one kept; call it after the block.
+    def result(self, model: nn.Module, *notes: str, kept: int = -1) -> Purified:
+        """Return the record of the run; call it after the block.
 
         The history begins with the given model, as epoch 0 or as no channel cut, if nothing noted it already.
+
+        Args:
+            model: the one to return.
+            notes: sentences for the user.
+            kept: index of its entry in the history; the last, if nothing else is said.
         """
         history = tuple(self.history)
-        kept = history[-1].clean_accuracy if history else None
-        lost = 0.0 if kept is None else self.before - kept
+        kept = kept % len(history) if history else 0
+        accuracy = history[kept].clean_accuracy if history else None
+        lost = 0.0 if accuracy is None else self.before - accuracy
         if history and not history[0].is_given:
             history = (HistoryEntry(count=0, unit=history[0].unit, clean_accuracy=self.before), *history)
+            kept += 1
         return Purified(
             model=model.eval(),
             history=history,
-            selected=len(history) - 1 if history else None,
+            selected=kept if history else None,
             cost=self._meter.cost,
             notes=(*notes, *loss_notes(lost)),
         )

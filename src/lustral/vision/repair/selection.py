@@ -74,6 +74,11 @@ def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) ->
     return start - allowed_loss - math.sqrt(start * (1 - start) / len(held_out))
 
 
+def needed_area(trigger: RecoveredTrigger) -> float:
+    """Return the area a search needed; a trigger that does not fire needed more than it has."""
+    return trigger.area / max(trigger.attack_success_rate, 0.05)
+
+
 @dataclass(kw_only=True)
 class Selection:
     """Watches a training and keeps the weights that a defender would choose.

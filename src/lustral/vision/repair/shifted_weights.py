@@ -40,6 +40,13 @@ def gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: slope for name, slope in zip(weights, found, strict=True) if slope is not None}
 
 
+def adaptive_shift(weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor], *, rho: float) -> dict[str, Tensor]:
+    """Return e = rho w^2 g / || |w| g ||, the norm taken over all weights together: large weights are shifted more (FT-SAM)."""
+    scaled = {name: weights[name].detach().abs() * slope for name, slope in slopes.items()}
+    norm = torch.stack([part.square().sum() for part in scaled.values()]).sum().sqrt().clamp_min(TINY)
+    return {name: rho * weights[name].detach().abs() * part / norm for name, part in scaled.items()}
+
+
 def interpolated_loss(
     model: nn.Module, loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor], *, shift: Shift, share: float
 ) -> Tensor:
@@ -69,6 +76,32 @@ def interpolated_loss(
     if share < 1:
         total = total + (1 - share) * with_gradients(weights, slopes)
     return total + here.detach()
+
+
+def loss_part_of_the_way(
+    model: nn.Module,
+    loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    origin: Mapping[str, Tensor],
+    share: float,
+) -> Tensor:
+    """Return the loss at theta + share (origin - theta), whose gradient there is the gradient given for theta.
+
+    Batch normalisation in training mode uses batch statistics, and its running ones stay.
+
+    Args:
+        model: classifier, in any mode.
+        loss_of: maps a callable that classifies images to the loss of this batch.
+        origin: weights by name, one for each that takes a gradient.
+        share: of the way, in [0, 1].
+    """
+    moved = {name: w + share * (origin[name] - w).detach() for name, w in trainable(model).items()}
+
+    def there(images: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(model, moved, (images,))
+        return logits
+
+    with running_statistics_kept(model):
+        return loss_of(there)
 
 
 def with_gradients(weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Tensor:
