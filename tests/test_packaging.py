@@ -56,9 +56,12 @@ def test_the_wheel_has_every_file_that_is_no_code(wheel: Path) -> None:
     assert not any(name.startswith("tests/") for name in inside)
 
 
-def test_the_wheel_works_where_there_is_no_checkout(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an empty environment with the wheel in it."""
+    place = tmp_path_factory.mktemp("empty")
+    venv.create(place / "env", with_pip=False)
+    python = place / "env" / "bin" / "python"
     asked = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True
     )
@@ -67,12 +70,27 @@ def test_the_wheel_works_where_there_is_no_checkout(wheel: Path, tmp_path: Path)
     subprocess.run([*install, str(wheel)], check=True)
     # what lustral depends on is borrowed; a line of a .pth file adds a folder, and not what that folder's own .pth files add
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return python
+
+
+def test_the_wheel_works_where_there_is_no_checkout(python: Path, tmp_path: Path) -> None:
     ran = subprocess.run([python, "-I", "-c", USED], check=True, capture_output=True, cwd=tmp_path)
     said = json.loads(ran.stdout)
-    assert Path(said["home"]).is_relative_to(site)
+    assert Path(said["home"]).is_relative_to(python.parents[1])
     assert said["version"] == lustral.__version__
     assert said["pairs"] > 100
     assert said["digits"] > 1_000
+
+
+@pytest.mark.slow  # minutes: it trains, searches and erases
+def test_the_wheel_runs_the_demo(python: Path, tmp_path: Path) -> None:
+    line = [python, "-I", "-m", "lustral", "demo", "--out", "out", "--json", "--quiet", "--device", "cpu"]
+    ran = subprocess.run(line, check=True, capture_output=True, cwd=tmp_path)
+    said = json.loads(ran.stdout)
+    assert said["change"]["erased"] is True
+    assert said["purified"]["verdict"]["outcome"] == "backdoored"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_there_is_one_version(wheel: Path) -> None:

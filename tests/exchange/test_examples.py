@@ -1,4 +1,4 @@
-"""The examples for pipelines, run as the shell steps that they are: a backdoored model fails the build, a benign one passes."""
+"""The examples for pipelines, run as the shell steps that they are: a backdoored model fails the build, an erased one passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import pytest
 import yaml
 from real_results import QUICK, write_pictures
 
+import lustral
 from lustral.vision.models import Classifier, save_model
+from lustral.vision.purifiers import BaEraser
 from lustral.vision.records import Victim
-from toy import clean_images
+from toy import clean_images, gentle_trainer, quick_inverter
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -67,23 +69,32 @@ def run_steps(job: Any, repository: Path, **settings: str) -> tuple[int, list[st
     return code, ran
 
 
-@pytest.mark.parametrize(("name", "expected", "outcome"), [("backdoored", 1, "backdoored"), ("benign", 0, "clean")])
-def test_the_actions_example_fails_on_a_backdoored_model_alone(
-    name: str, expected: int, outcome: str, repository: Path
-) -> None:
+def scanned(repository: Path, model: str) -> tuple[int, str, str]:
+    """Run the job of the example on a model; return its exit code, and what its summary and its statement say."""
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text(encoding="utf-8"))
     shutil.rmtree(repository / "scan", ignore_errors=True)
     (repository / "summary.txt").unlink(missing_ok=True)
-    settings = {"MODEL": f"models/{name}.safetensors", "LUSTRAL": str(ROOT), "FLAGS": QUICK}
+    settings = {"MODEL": model, "LUSTRAL": str(ROOT), "FLAGS": QUICK}
     code, ran = run_steps(workflow["jobs"]["scan"], repository, **settings)
-    assert code == expected
     assert ran == ["Install", "Scan the model", "Show what was found in the summary"]
-    log = json.loads((repository / "scan" / "findings.sarif").read_text())
-    assert len(log["runs"][0]["results"]) == expected
-    assert f"'outcome': '{outcome}'" in (repository / "summary.txt").read_text()
-    statement = json.loads((repository / "scan" / "model.intoto.json").read_text())
-    assert statement["predicate"]["result"] == ("FAILED" if expected else "PASSED")
     assert {"model.cdx.json", "report.html", "result.json"} <= {path.name for path in (repository / "scan").iterdir()}
+    log = json.loads((repository / "scan" / "findings.sarif").read_text())
+    assert len(log["runs"][0]["results"]) == code
+    statement = json.loads((repository / "scan" / "model.intoto.json").read_text())
+    return code, (repository / "summary.txt").read_text(), statement["predicate"]["result"]
+
+
+def test_the_actions_example_fails_on_a_victim_and_passes_what_erase_makes_of_it(repository: Path) -> None:
+    code, summary, result = scanned(repository, "models/backdoored.safetensors")
+    assert (code, result) == (1, "FAILED")
+    assert "'outcome': 'backdoored'" in summary
+    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2)
+    given, clean = repository / "models" / "backdoored.safetensors", repository / "data" / "clean"
+    erased = lustral.erase(given, clean, verdict=repository / "scan", method=eraser, audit=False)
+    erased.save(repository / "erased")
+    code, summary, result = scanned(repository, "erased/model.safetensors")
+    assert (code, result) == (0, "PASSED")
+    assert "'outcome': 'clean'" in summary
 
 
 def test_the_pre_commit_example_passes_a_benign_model_and_refuses_a_backdoored_one(repository: Path) -> None:
