@@ -88,7 +88,7 @@ def test_the_actions_example_fails_on_a_victim_and_passes_what_erase_makes_of_it
     code, summary, result = scanned(repository, "models/backdoored.safetensors")
     assert (code, result) == (1, "FAILED")
     assert "'outcome': 'backdoored'" in summary
-    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2)
+    eraser = BaEraser(inverter=quick_inverter(), trainer=gentle_trainer())
     given, clean = repository / "models" / "backdoored.safetensors", repository / "data" / "clean"
     erased = lustral.erase(given, clean, verdict=repository / "scan", method=eraser, audit=False)
     erased.save(repository / "erased")
