@@ -17,7 +17,8 @@ from lustral.catalog import ATTACKS
 from lustral.core.randomness import child
 from lustral.core.settings import build, describe
 from lustral.training import Augment
-from lustral.vision.attacks import BadNets, Bpp
+from lustral.vision.attacks import Additive, BadNets, Bpp
+from lustral.vision.attacks.surrogates import Surrogate
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.interfaces import Attack, Crafted, CraftedAttack, HasProbes, SteersTraining
 from lustral.vision.models import build_classifier
@@ -27,6 +28,7 @@ from toy import NUM_CLASSES, as_batch, toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
 SMALL: dict[str, dict[str, Any]] = {  # settings under which an attack is crafted in a second or two on toy images
+    "additive": {"steps": 10, "surrogate": {"epochs": 1}},
     "adap_blend": {"poison_rate": 0.05, "cover_rate": 0.05},
     "adap_patch": {"poison_rate": 0.05, "cover_rate": 0.1},
     "input_aware": {"width": 4, "mask_epochs": 1},
@@ -43,6 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {  # settings under which an attack is crafte
 VARIANTS: dict[str, Any] = {
     **{name: build(kind, SMALL.get(name, {})) for name, kind in ATTACKS.items()},  # type: ignore[arg-type, type-var]
     "badnets at random places": BadNets(placement="random", pattern="random"),
+    "additive l0": Additive(norm="l0", steps=10, surrogate=Surrogate(epochs=1)),
     "badnets checker": BadNets(pattern="checker", margin=1),
     "bpp dithered": Bpp(dithered=True),
 }

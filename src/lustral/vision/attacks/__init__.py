@@ -3,6 +3,7 @@
 from lustral.vision.attacks.adap_blend import AdapBlend
 from lustral.vision.attacks.adap_patch import AdapPatch
 from lustral.vision.attacks.adaptive_trap import AdaptiveTrap
+from lustral.vision.attacks.additive import Additive
 from lustral.vision.attacks.badnets import BadNets
 from lustral.vision.attacks.blended import Blended
 from lustral.vision.attacks.bpp import Bpp
@@ -20,6 +21,7 @@ __all__ = [
     "AdapBlend",
     "AdapPatch",
     "AdaptiveTrap",
+    "Additive",
     "BadNets",
     "Blended",
     "Bpp",
