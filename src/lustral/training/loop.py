@@ -98,10 +98,10 @@ class Trainer:
         epochs: passes over the data.
         batch_size: images per step; a last batch that is not full is dropped when there are full ones.
         optimizer: "sgd" (Nesterov's momentum), "heavy_ball" (SGD with Polyak's, as most published code has it), "adam", "amsgrad"
-            (Adam by the largest second moment so far) or "adamw".
+            (Adam by the largest second moment so far), "adamw" or "rmsprop" (squared gradients forgotten at 0.99 a step).
         learning_rate: peak learning rate.
-        momentum: of SGD; first beta of Adam and its kin.
-        weight_decay: L2 for SGD and Adam, decoupled for AdamW; matrices and kernels only, not biases or norms.
+        momentum: of SGD and RMSprop; first beta of Adam and its kin.
+        weight_decay: L2 for SGD, RMSprop and Adam, decoupled for AdamW; matrices and kernels only, not biases or norms.
         schedule: "one_cycle" (linear up, linear down to 0), "cosine" (after the same warm-up), or "constant".
         warmup: share of the steps in which the rate climbs from 0; no use with "constant".
         label_smoothing: of the default objective.
@@ -117,7 +117,7 @@ class Trainer:
 
     epochs: int = 12
     batch_size: int = 128
-    optimizer: Literal["sgd", "heavy_ball", "adam", "amsgrad", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "heavy_ball", "adam", "amsgrad", "adamw", "rmsprop"] = "sgd"
     learning_rate: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -241,6 +241,8 @@ class Trainer:
         if self.optimizer in ("sgd", "heavy_ball"):
             nesterov = self.optimizer == "sgd" and self.momentum > 0
             return torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=nesterov, fused=True)
+        if self.optimizer == "rmsprop":
+            return torch.optim.RMSprop(groups, lr=self.learning_rate, alpha=0.99, momentum=self.momentum)
         adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         betas, amsgrad = (self.momentum, 0.999), self.optimizer == "amsgrad"
         return adam(groups, lr=self.learning_rate, betas=betas, amsgrad=amsgrad, fused=True)

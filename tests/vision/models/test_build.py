@@ -55,7 +55,7 @@ def test_weights_come_from_the_generator_and_the_global_stream_stays() -> None:
         ("preact_resnet81", "unknown architecture 'preact_resnet81'; known: .*; did you mean 'preact_resnet18'"),
         ("nonsense", r"unknown architecture 'nonsense'; known: preact_resnet18, .*FILE\.py:FUNCTION"),
         ("small_cnn:widht=3", "unknown option 'widht' in 'small_cnn:widht=3'; known: width; did you mean 'width'"),
-        ("vgg11_bn:depth=13", "unknown option 'depth' in 'vgg11_bn:depth=13'; known: classifier, width"),
+        ("vgg11_bn:depth=13", "unknown option 'depth' in 'vgg11_bn:depth=13'; known: classifier, dropout, gelu"),
         ("small_cnn:width=0", "expected width=1 .. 1024"),
         ("small_cnn:width=99999999", "expected width=1 .. 1024"),
         ("small_cnn:width=two", "got 'width=two'"),

@@ -6,7 +6,18 @@ import torchvision
 from torch import Tensor, nn
 
 import lustral.vision.models
-from lustral.vision.models import VGG, FlatPreActResNet18, PreActResNet, ResNet, SmallCNN, WideResNet
+from lustral.vision.models import (
+    VGG,
+    FlatPreActResNet18,
+    LeNet,
+    MobileNet,
+    PreActResNet,
+    ResNet,
+    SmallCNN,
+    SmallViT,
+    WideResNet,
+    build_classifier,
+)
 
 
 def test_exports_are_sorted_and_importable() -> None:
@@ -27,6 +38,9 @@ def test_exports_are_sorted_and_importable() -> None:
         ResNet(18, 5, 1, width=2),
         ResNet(20, 5, 1, width=3, fc=True),
         WideResNet(16, 5, 1, width=2),
+        WideResNet(16, 5, 1, width=2, dropout=30),
+        VGG(11, 5, in_channels=1, width=2, dropout=10, silu=True, norm=False),
+        MobileNet(5, 1, width=2, repeats=1),
     ],
     ids=lambda network: type(network).__name__,
 )
@@ -87,6 +101,10 @@ def test_the_three_forms_differ_by_keys_alone() -> None:
         lambda: ResNet(19, 10),
         lambda: ResNet(18, 10, width=0),
         lambda: WideResNet(17, 10),
+        lambda: LeNet(10, width=0),
+        lambda: MobileNet(10, width=0),
+        lambda: SmallViT(10, width=0),
+        lambda: SmallViT(10, width=100),
     ],
 )
 def test_bad_arguments_are_refused(build: object) -> None:
@@ -108,6 +126,7 @@ def test_bad_arguments_are_refused(build: object) -> None:
         (lambda: WideResNet(16, 10, width=1), 175_066),
         (lambda: WideResNet(40, 10, width=2), 2_243_546),
         (lambda: WideResNet(28, 10, width=10), 36_479_194),
+        (lambda: MobileNet(10), 3_217_226),  # kuangliu/pytorch-cifar
     ],
 )
 def test_public_networks_have_as_many_parameters_as_in_print(network: Callable[[], nn.Module], parameters: int) -> None:
@@ -148,3 +167,48 @@ def test_a_wide_resnet_has_the_public_keys() -> None:
     }
     assert named | {"bn1.running_mean", "fc.weight"} <= keys
     assert "block1.layer.0.convShortcut.weight" not in WideResNet(16, 10, width=1).state_dict()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (32, 32), (20, 36)])
+@pytest.mark.parametrize("arch", ["lenet:width=3,dropout=20,tanh=1", "small_vit:width=8,depth=2"])
+def test_networks_with_a_layer_per_place_are_built_for_their_images(arch: str, size: tuple[int, int]) -> None:
+    model = build_classifier(arch, num_classes=5, image_shape=(1, *size)).eval()
+    assert model(torch.zeros(2, 1, *size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "count"),
+    [
+        ("vgg11:width=2", nn.BatchNorm2d, 0),
+        ("vgg11_bn:width=2", nn.BatchNorm2d, 8),
+        ("vgg11:width=2,silu=1", nn.SiLU, 8),
+        ("vgg11_bn:width=2,leaky_relu=1,dropout=30", nn.LeakyReLU, 8),
+        ("lenet:width=3,tanh=1", nn.Tanh, 4),
+        ("wrn16:width=1,dropout=30", nn.Dropout, 6),
+        ("wrn16:width=1", nn.Dropout, 0),
+    ],
+)
+def test_options_choose_what_a_network_is_made_of(arch: str, kind: type[nn.Module], count: int) -> None:
+    model = build_classifier(arch, num_classes=5, image_shape=(3, 32, 32))
+    assert sum(isinstance(module, kind) for module in model.modules()) == count
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("vgg11:gelu=1,silu=1", "one activation at most; got gelu, silu"),
+        ("vgg11:dropout=100", "0 .. 99 percent; got 100"),
+        ("vgg11:norm=1", "unknown option 'norm'"),
+        ("lenet:image_size=8", "unknown option 'image_size'"),
+        ("small_vit:width=100", "a multiple of 32"),
+    ],
+)
+def test_odd_options_are_refused(arch: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_classifier(arch, num_classes=5, image_shape=(3, 32, 32))
+
+
+def test_a_deep_vgg_without_norm_passes_a_signal() -> None:
+    model = build_classifier("vgg19:width=8", num_classes=10, image_shape=(3, 32, 32), mean=[0.5] * 3, std=[0.25] * 3)
+    images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert float(model.eval()(images).std(0).mean()) > 1e-3

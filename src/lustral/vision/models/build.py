@@ -6,8 +6,13 @@
 * ``resnet18``, ``resnet34``: ResNets with a 3x3 stem for small images; ``resnet20``, ``resnet32``, ``resnet44``, ``resnet56``,
   ``resnet110``: those for CIFAR-10; take a width, and ``fc=1``, ``downsample=1`` for a head and shortcuts so named;
 * ``wrn16``, ``wrn28``, ``wrn40``: Wide ResNets; ``wrn28:width=10`` is WRN-28-10;
-* ``small_cnn``: three convolutions, for digits and tests; takes the same option;
-* ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes the same option;
+  ``wrn16:dropout=30`` drops 30 % between the convolutions of a block;
+* ``small_cnn``: three convolutions, for digits and tests; takes a width;
+* ``vgg11_bn``, ``vgg13_bn``, ``vgg16_bn``, ``vgg19_bn``: VGG for small images; takes a width, ``dropout=30`` (percent),
+  and one of ``gelu=1``, ``leaky_relu=1``, ``silu=1``; ``vgg11`` to ``vgg19`` are those without batch normalisation;
+* ``lenet``: LeNet-5; takes a width (6), a dropout, and ``tanh=1`` or ``leaky_relu=1``;
+* ``mobilenet``: MobileNet for small images; takes a width (32) and ``repeats`` (5) of its middle block;
+* ``small_vit``: a vision transformer with patches of 4x4; takes a width (96) and a depth (4);
 * ``torchvision:NAME``: a classification network of torchvision, untrained, with torchvision's keys;
 * ``timm:NAME``: a network of timm, untrained, with timm's keys;
 * ``conditioned:LAYER@BASE``: the network BASE, any of these forms, with a polarizer for each class before its layer LAYER, as
@@ -51,9 +56,12 @@ from lustral.vision.models.architecture import (
 from lustral.vision.models.classifier import Classifier
 from lustral.vision.models.conditioned import Conditioned
 from lustral.vision.models.files.hub_folder import build_transformers
+from lustral.vision.models.networks.lenet import LeNet
+from lustral.vision.models.networks.mobilenet import MobileNet
 from lustral.vision.models.networks.preact_resnet import FlatPreActResNet18, PreActResNet
 from lustral.vision.models.networks.resnet import ResNet
 from lustral.vision.models.networks.small_cnn import SmallCNN
+from lustral.vision.models.networks.small_vit import SmallViT
 from lustral.vision.models.networks.vgg import VGG
 from lustral.vision.models.networks.wide_resnet import WideResNet
 from lustral.vision.models.outputs import NoLogitsError
@@ -68,9 +76,14 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "vgg13_bn": partial(VGG, 13),
     "vgg16_bn": partial(VGG, 16),
     "vgg19_bn": partial(VGG, 19),
+    **{f"vgg{depth}": partial(VGG, depth, norm=False) for depth in (11, 13, 16, 19)},
+    "lenet": LeNet,
+    "mobilenet": MobileNet,
+    "small_vit": SmallViT,
     **{f"wrn{depth}": partial(WideResNet, depth) for depth in (16, 28, 40)},
 }
 CHEAP_IMAGE = 2**18  # numbers in an image that a network is tried on; 3 x 224 x 224 has 150,528
+_SIZE = "image_size"  # networks that have a layer for every place of an image ask for it
 _OTHER_FORMS = ("torchvision:NAME", "timm:NAME", f"{CONDITIONED}:LAYER@BASE", "FILE.py:FUNCTION")
 
 
@@ -268,7 +281,8 @@ def _builder(
                 known = ", ".join([*NETWORKS, *_OTHER_FORMS])
                 raise ValueError(f"unknown architecture {str(arch)!r}; known: {known}{_suggest(name, NETWORKS)}")
             network, options = NETWORKS[name], _checked_options(arch)
-            build = partial(network, num_classes=num_classes, in_channels=image_shape[0], **options)
+            sized = {_SIZE: image_shape[1:]} if _SIZE in inspect.signature(network).parameters else {}
+            build = partial(network, num_classes=num_classes, in_channels=image_shape[0], **sized, **options)
     return build if device is None else partial(_on_meta, build)
 
 
@@ -300,7 +314,7 @@ class _LargeOnMeta(TorchFunctionMode):
 def _checked_options(arch: Registered) -> dict[str, int]:
     """Return the options by name; a parameter whose type is bool takes 0 and 1."""
     parameters = inspect.signature(NETWORKS[arch.name]).parameters
-    allowed = parameters.keys() - {"num_classes", "in_channels"}
+    allowed = parameters.keys() - {"num_classes", "in_channels", "norm", _SIZE}
     options: dict[str, int] = {}
     for name, value in arch.options:
         if name not in allowed:
