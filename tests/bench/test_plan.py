@@ -611,3 +611,34 @@ def test_a_part_of_a_grid_by_its_columns() -> None:
     for wrong in ({"colour": ("red",)}, {"attack": ("blended",)}):
         with pytest.raises(PlanError, match="there are"):
             grid.where(wrong)
+
+
+def test_a_data_set_may_come_twice_under_labels() -> None:
+    recipes = [
+        {"name": "digits", "label": "one", "arch": ["lenet:width=3"], "trainer": {"optimizer": "rmsprop"}},
+        {"name": "digits", "label": "two", "arch": ["small_cnn:width=8"], "normalisation": "none"},
+        {"name": "digits"},
+    ]
+    attacks = [{"method": "badnets", "data": ["two"]}, {"method": "none", "data": ["one", "digits"], "seeds": [0]}]
+    grid = grid_of(
+        data=recipes, attacks=attacks, exclude=[{"reason": "dear", "data": "digits", "defence": "bn_refresh"}]
+    )
+    named = {(cell.data, cell.spec["arch"], cell.attack) for cell in grid.cells if cell.kind == "victims"}
+    assert named == {
+        ("two", "small_cnn:width=8", "badnets"),
+        ("one", "lenet:width=3", "benign"),
+        ("digits", "small_cnn", "benign"),
+    }
+    assert {cell.data for cell in grid.cells if cell.kind == "purifications"} == {"one", "two", "digits"}
+    assert not any("label" in str(cell.spec["data"]) for cell in grid.cells if cell.kind == "victims")
+    assert next(cell.spec["data"].get("normalisation") for cell in grid.cells if cell.data == "two") == "none"
+    with pytest.raises(PlanError, match="another data set is called 'one' too"):
+        grid_of(data=[recipes[0], recipes[0]], attacks=[{"method": "none"}])
+    with pytest.raises(PlanError, match="data 'three' is not in the plan"):
+        grid_of(data=recipes, attacks=[{"method": "none", "data": ["three"]}])
+
+
+def test_a_label_leaves_the_name_of_a_cell_as_it_was() -> None:
+    plain, labelled = (grid_of(data=[{"name": "digits", **more}]) for more in ({}, {"label": "mine"}))
+    assert [cell.key for cell in plain.cells] == [cell.key for cell in labelled.cells]
+    assert plain.cells[0].data == "digits"

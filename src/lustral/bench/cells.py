@@ -55,7 +55,7 @@ class Cell:
     Attributes:
         kind: as the store calls it: "victims", "purifications", ...
         spec: everything that the outcome depends on; plain data.
-        columns: what tables group by; "attack" and "defence" are labels, and no part of the name.
+        columns: what tables group by; "data", "attack" and "defence" are labels, and no part of the name.
         title: a line that says what it is.
         needs: the cells it starts from, the victim first.
         key: its name in the store.
@@ -76,6 +76,11 @@ class Cell:
     def attack(self) -> str:
         """What tables call the attack."""
         return str(self.columns["attack"])
+
+    @property
+    def data(self) -> str:
+        """What tables call the data set."""
+        return str(self.columns["data"])
 
     @property
     def defence(self) -> str | None:
@@ -143,10 +148,17 @@ class CellKind(Protocol):
 
 
 def make_cell(
-    kind: CellKind, spec: Mapping[str, Any], *, attack: str | None = None, defence: str | None = None
+    kind: CellKind,
+    spec: Mapping[str, Any],
+    *,
+    attack: str | None = None,
+    defence: str | None = None,
+    data: str | None = None,
 ) -> Cell:
     """Return the cell of a specification; labels that are not given are made from it."""
     columns = kind.columns(spec, attack=attack, defence=defence)
+    if data is not None:
+        columns["data"] = data
     return Cell(
         kind=kind.name, spec=spec, columns=columns, title=kind.title.format_map(columns), needs=kind.needs(spec)
     )

@@ -139,7 +139,7 @@ class Expansion:
             self.check_labels(cell)
             for need in cell.needs:
                 if need.key not in self.cells:
-                    needed = cell_of(need.spec, attack=None if need.kind == "victims" else cell.attack)
+                    needed = cell_of(need.spec, attack=None if need.kind == "victims" else cell.attack, data=cell.data)
                     self.check_labels(needed)
                     self.cells[need.key] = needed
             self.cells[cell.key] = cell

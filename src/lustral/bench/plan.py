@@ -49,31 +49,37 @@ class DataTable(_Table):
 
     Attributes:
         name: as ``--data`` takes it: digits, cifar10, a file, a folder.
+        label: what tables call it, and ``data`` of attacks and exclusions; no part of a cell's name. With labels a plan can have
+            a data set several times, each with other architectures and another training recipe.
         arch: architectures; small_cnn for digits and preact_resnet18:width=16 for the rest if left out.
         images: train on so many of the training images only, every class in proportion; all if left out. The defenders' reserve
             is taken off before, and the test set stays whole.
         image_size: side in pixels to resize to, or height and width.
+        normalisation: what networks do to pixels first: "none", or "half" for [-1, 1]; by each channel's mean and spread if left
+            out.
         trainer: changes to the data set's training recipe.
         clean: clean budgets of this data set, instead of the plan's.
     """
 
     name: str
+    label: str | None = None
     arch: Some[str] = []
     images: Annotated[int, Field(ge=2)] | None = None
     image_size: int | tuple[int, int] | None = None
+    normalisation: Literal["none", "half"] | None = None
     trainer: dict[str, Any] = {}
     clean: Some[Clean] = []
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What specifications of cells say of it; of a part of its images only where it is one, so that old names stay."""
-        part = {} if self.images is None else {"images": self.images}
+        """What specifications of cells say of it; what was not always a key only where it is set, so that old names stay."""
+        part = {name: value for name in ("images", "normalisation") if (value := getattr(self, name)) is not None}
         return {"name": self.name, "image_size": self.image_size, **part}
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         """What tables call it, and what ``data`` of attacks and exclusions name it by."""
-        return data_label(self.spec)
+        return self.label or data_label(self.spec)
 
 
 class AttackTable(_Table):
@@ -87,7 +93,7 @@ class AttackTable(_Table):
         poison_rates: instead of the plan's.
         seeds: instead of the plan's.
         target_labels: one for each seed, in turn; 0 if left out.
-        data: the data sets to use it on, as tables call them: "cifar10", "cifar10 images=10000"; all if left out.
+        data: the data sets to use it on, by their labels, or as tables call them: "cifar10 images=10000"; all if left out.
         trainer: changes to the training recipe.
         fine_tune: start from the benign model of the same seed instead of new weights.
     """
@@ -261,7 +267,8 @@ def data_label(spec: Mapping[str, Any]) -> str:
     >>> data_label({"name": "cifar10", "image_size": None}), data_label({"name": "cifar10", "images": 10_000})
     ('cifar10', 'cifar10 images=10000')
     """
-    return f"{spec['name']} images={spec['images']}" if "images" in spec else str(spec["name"])
+    told = [f"{name}={spec[name]}" for name in ("images", "normalisation") if name in spec]
+    return " ".join([str(spec["name"]), *told])
 
 
 def read_plan(path: Path) -> Plan:
@@ -319,7 +326,7 @@ def most_cells(plan: Plan) -> int:
     for data in plan.data:
         results = sum(_variants(entry) * len(entry.clean or data.clean or plan.clean) for entry in plan.defences)
         for attack in plan.attacks:
-            if attack.data and data.label not in attack.data:
+            if attack.data and data.title not in attack.data:
                 continue
             rates, seeds = len(attack.poison_rates or plan.poison_rates), len(attack.seeds or plan.seeds)
             victims = max(len(data.arch), 1) * _variants(attack) * rates * seeds

@@ -166,7 +166,12 @@ class Survey:
 
     def check_names(self) -> None:
         """Complain about names that attacks and exclusions use and the plan does not have."""
-        known = [data.label for data in self.plan.data]
+        known = [data.title for data in self.plan.data]
+        for number, data in enumerate(self.plan.data, 1):
+            if data.label is not None and known.count(data.label) > 1:
+                self.complain(
+                    f"data[{number}] {data.name}: another data set is called {data.label!r} too; give it another label"
+                )
         columns = {
             "data": known,
             "arch": [arch for data in self.plan.data for arch in data.arch or [default_arch(data.name)]],
@@ -248,7 +253,7 @@ class Survey:
         """Return the training recipe of a data set with the plan's changes and its own; None where they do not fit."""
         base = default_trainer(flip=place.source.flip, num_images=len(place.train))
         common = self.changed("plan", self.plan.trainer, base)
-        return None if common is None else self.changed(f"data {place.data.name}", place.data.trainer, common)
+        return None if common is None else self.changed(f"data {place.data.title}", place.data.trainer, common)
 
     def changed(self, where: str, changes: Mapping[str, Any], base: Trainer) -> Trainer | None:
         """Return a recipe with changes; None, and a complaint, where they do not fit."""

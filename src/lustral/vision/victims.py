@@ -15,7 +15,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -52,6 +52,8 @@ from lustral.vision.victim_files import (
 TRIGGER_FACTOR = 8  # a trigger is made again in at most so many times the bytes of its tensors and one image ...
 SMALL_TRIGGER = 2**26  # ... and so many bytes more
 NO_ATTACK = "none"
+Normalisation = Literal["none", "half"]
+_CONSTANTS: Mapping[Normalisation, tuple[float, float]] = {"none": (0.0, 1.0), "half": (0.5, 0.5)}  # mean and spread
 STEERS = "controls training"  # begins the threat model of attacks that poison no data
 
 
@@ -146,6 +148,7 @@ def implant(
     seed: int,
     data_name: str,
     start: Classifier | None = None,
+    normalisation: Normalisation | None = None,
     assets: Assets = NoAssets(),  # noqa: B008
     on_epoch: Callable[[EpochReport], None] | None = None,
     on_progress: OnProgress | None = None,
@@ -163,6 +166,7 @@ def implant(
         assets: keeps what the attack builds once (a surrogate, an encoder) for the next victim.
         start: a trained model to fine-tune on the poisoned set (the way MESA's victims are made), or None for new
             weights.
+        normalisation: of the network: "none", or "half" for [-1, 1]; None: by the mean and spread of each channel.
         on_epoch: called after each epoch.
         on_progress: called a few times a second.
 
@@ -175,7 +179,7 @@ def implant(
         steering = ready.steer(train, augment=trainer.augment, generator=child(seed, "steer"))
         trainer = dataclasses.replace(trainer, augment=None)
     data = train if poisoned is None else poisoned.data
-    model = new_classifier(arch, train, seed) if start is None else start.to(train.device)
+    model = new_classifier(arch, train, seed, normalisation) if start is None else start.to(train.device)
     trained = trainer.fit(
         model,
         data,
@@ -240,14 +244,21 @@ def _provenance(
     }
 
 
-def new_classifier(arch: str | Architecture, train: ImageSet, seed: int) -> Classifier:
+def new_classifier(
+    arch: str | Architecture, train: ImageSet, seed: int, normalisation: Normalisation | None = None
+) -> Classifier:
     """Return an untrained classifier for a training set, on its device: the one that victims of a seed start from."""
-    return untrained_classifier(arch, train, generator=child(seed, "weights"))
+    return untrained_classifier(arch, train, generator=child(seed, "weights"), normalisation=normalisation)
 
 
-def untrained_classifier(arch: str | Architecture, train: ImageSet, *, generator: Generator) -> Classifier:
+def untrained_classifier(
+    arch: str | Architecture, train: ImageSet, *, generator: Generator, normalisation: Normalisation | None = None
+) -> Classifier:
     """Return an untrained classifier for a training set, on its device; its weights are drawn from ``generator``."""
-    mean, std = channel_statistics(train)
+    if normalisation is None:
+        mean, std = channel_statistics(train)
+    else:
+        mean, std = ((value,) * train.image_shape[0] for value in _CONSTANTS[normalisation])
     return build_classifier(
         arch,
         num_classes=train.num_classes,

@@ -56,6 +56,8 @@ def kind_of(spec: Mapping[str, Any]) -> CellKind:
     raise KeyError(f"no kind of cell {str(spec['kind'])[:40]!r}; there are {', '.join(KINDS)}")
 
 
-def cell_of(spec: Mapping[str, Any], *, attack: str | None = None, defence: str | None = None) -> Cell:
+def cell_of(
+    spec: Mapping[str, Any], *, attack: str | None = None, defence: str | None = None, data: str | None = None
+) -> Cell:
     """Return the cell of a specification; labels that are not given are made from it."""
-    return make_cell(kind_of(spec), spec, attack=attack, defence=defence)
+    return make_cell(kind_of(spec), spec, attack=attack, defence=defence, data=data)

@@ -64,7 +64,7 @@ class Audits:
                 "settings": describe(self.settings),
                 "versions": versions_of(self.settings, DataSource),
             }
-            yield make_cell(self, spec, attack=cell.attack, defence=cell.defence)
+            yield make_cell(self, spec, attack=cell.attack, defence=cell.defence, data=cell.data)
         if missing:
             expansion.survey.complain(
                 "an audit compares with a benign model; the plan has none for "

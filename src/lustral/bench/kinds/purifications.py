@@ -46,7 +46,11 @@ class Purifications:
         """Yield a purification for every victim of the plan, purifier, clean budget and defence seed."""
         for meeting in expansion.meetings(PURIFIERS):
             cell = make_cell(
-                self, purification_spec(meeting), attack=meeting.victim.attack, defence=meeting.defence.entry.label
+                self,
+                purification_spec(meeting),
+                attack=meeting.victim.attack,
+                defence=meeting.defence.entry.label,
+                data=meeting.victim.data,
             )
             if not takes_untrusted(PURIFIERS[meeting.defence.entry.method]) or expansion.has_training_set(cell):
                 yield cell

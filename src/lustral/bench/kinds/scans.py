@@ -54,7 +54,9 @@ class Scans:
                 meeting.seed,
                 defence.versions,
             )
-            yield make_cell(self, spec, attack=meeting.victim.attack, defence=defence.entry.label)
+            yield make_cell(
+                self, spec, attack=meeting.victim.attack, defence=defence.entry.label, data=meeting.victim.data
+            )
 
     def needs(self, spec: Mapping[str, Any]) -> tuple[Need, ...]:
         """Return the victim."""

@@ -32,6 +32,7 @@ class UntrustedKind(CellKind):
                 untrusted_spec(self.noun, meeting),
                 attack=meeting.victim.attack,
                 defence=meeting.defence.entry.label,
+                data=meeting.victim.data,
             )
             if expansion.has_training_set(cell):
                 yield cell

@@ -46,7 +46,7 @@ class Victims:
         """Yield a victim for every data set, attack, architecture, poison rate and seed."""
         for place in expansion.survey.places:
             for where, entry, settings in expansion.survey.attacks:
-                if not entry.data or place.data.label in entry.data:
+                if not entry.data or place.data.title in entry.data:
                     for arch in place.archs:
                         yield from self._of_entry(expansion, place, arch, where, entry, settings)
 
@@ -93,7 +93,7 @@ class Victims:
             except (NotRegularError, OSError) as error:
                 survey.complain(f"{where}: {error}")
                 continue
-            cell = make_cell(self, spec, attack=entry.label)
+            cell = make_cell(self, spec, attack=entry.label, data=place.data.label)
             expansion.places_of.setdefault(cell.key, []).append(place)
             yield cell
 
@@ -129,6 +129,7 @@ class Victims:
             seed=spec["seed"],
             data_name=spec["data"]["name"],
             start=start,
+            normalisation=spec["data"].get("normalisation"),
             assets=bench.assets,
             on_epoch=note,
             on_progress=on_progress,
