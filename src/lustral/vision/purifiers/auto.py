@@ -31,14 +31,14 @@ from torch.nn import functional as F
 
 from lustral.core.history import Part
 from lustral.core.randomness import fork
-from lustral.core.records import Batch, Objective, OnProgress
+from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, Purified, RecoveredTrigger
 from lustral.vision.repair.heads import fresh_head, linear_head, rescale
 from lustral.vision.repair.interpolation import least_firing_point
-from lustral.vision.repair.rates import RateChoice, find_rate
+from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun, returned_unchanged
 from lustral.vision.repair.selection import (
     Selection,
@@ -189,11 +189,12 @@ class Auto:
             rescale(weight, towards.norm())
             return sharp(student, batch, stream) + self.alpha * (weight * towards).sum()
 
-        trainer, notes = self._trainer(
-            repair, self.generic_trainer, sharp
-        )  # of the given head: a fresh one knows nothing
+        trainer = self.generic_trainer.fitted_to_size(len(repair.fit), self.least_steps)
+        trainer, notes = repair.with_rate(
+            self.rate, trainer, lambda: sharp
+        )  # on the given head: a fresh one knows nothing
         repaired = repair.train(model, trainer, objective=objective, stage="fine-tuning")
-        repaired, kept, told = self._way_back(repair, repaired, len(repair.history) - 1, (*notes,), (), floor)
+        repaired, kept, told = self._way_back(repair, repaired, len(repair.history) - 1, notes, (), floor)
         return repair.result(repaired, WITHOUT_LABEL, *told, kept=kept)
 
     def _rounds(
@@ -203,7 +204,10 @@ class Auto:
         given, labels = repair.view.model, sorted({trigger.target_label for trigger in bank})
         wanted = {label: self.grown * area for label, area in patch_areas(bank).items()}
         loss = TriggerUnlearning(self, repair, bank)
-        trainer, notes = self._trainer(repair, self.trainer, loss)
+        trainer, told = repair.with_rate(
+            self.rate, self.trainer.fitted_to_size(len(repair.fit), self.least_steps), lambda: loss
+        )
+        notes = [*told]
         model, kept, divisor = given, -1, 1.0
         for number in range(1, self.rounds + 1):
             selection = Selection(
@@ -233,22 +237,6 @@ class Auto:
                 break
             bank += fresh
         return model, kept, (*notes, *retry_notes(selection, divisor, self.accuracy_loss))
-
-    def _trainer(self, repair: PurifyRun, recipe: Trainer, loss: Objective) -> tuple[Trainer, list[str]]:
-        """Return a recipe for the size of the set, at the rate to take, and notes on that."""
-        trainer = recipe.fitted_to_size(len(repair.fit), self.least_steps)
-        if self.rate == "given":
-            return trainer, []
-        found = find_rate(
-            repair.view.model,
-            trainer,
-            repair.fit,
-            repair.held_out,
-            objective=loss,
-            generator=fork(repair.generator, "rate"),
-            on_progress=repair.on_progress,
-        )
-        return found.trainer, [*found.notes]
 
     def _training(
         self, repair: PurifyRun, model: nn.Module, trainer: Trainer, loss: TriggerUnlearning, selection: Selection

@@ -73,7 +73,7 @@ def find_rate(
     fit: ImageSet,
     held_out: ImageSet,
     *,
-    objective: Objective | None = None,
+    make_objective: Callable[[], Objective] | None = None,
     generator: Generator,
     steps: int = 20,
     bound: float = 0.05,
@@ -90,7 +90,7 @@ def find_rate(
         trainer: the method's recipe; tried at a constant rate, with its batches, optimizer and augmentation.
         fit: the images it will train on.
         held_out: images it will not.
-        objective: the method's loss; None is cross-entropy.
+        make_objective: makes the method's loss, for each try its own, for it may count its calls; None is cross-entropy.
         generator: CPU stream; one number is drawn.
         steps: of each try; momentum needs ten to reach its full size.
         bound: most that the accuracy may fall, as a fraction, and one standard error. What falls by more in so few steps, before
@@ -118,7 +118,7 @@ def find_rate(
                 model,
                 fit.subset(chosen),
                 generator=child(seed, "steps"),
-                objective=objective,
+                objective=None if make_objective is None else make_objective(),
                 on_progress=on_progress,
                 stage="finding a learning rate",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -17,6 +18,7 @@ from lustral.core.records import Cost, Objective, OnProgress, Progress
 from lustral.training import EpochReport, Trainer
 from lustral.vision.images import require_usable, split
 from lustral.vision.records import DefenderView, ImageSet, Purified
+from lustral.vision.repair.rates import RateChoice, find_rate
 from lustral.vision.repair.selection import held_out_accuracy
 
 NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."
@@ -150,6 +152,35 @@ class PurifyRun:
             on_progress=self.on_progress,
             stage=stage,
         )
+
+    def with_rate(
+        self,
+        choice: RateChoice,
+        trainer: Trainer,
+        make_objective: Callable[[], Objective] | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> tuple[Trainer, tuple[str, ...]]:
+        """Return a recipe at the rate that a method asks for, and notes on it.
+
+        Args:
+            choice: "given" leaves the recipe as it is and draws nothing.
+            trainer: the recipe, fitted to the size of ``fit``.
+            make_objective: as for ``find_rate``.
+            model: what will be trained; None is the given model.
+        """
+        if choice == "given":
+            return trainer, ()
+        found = find_rate(
+            self.view.model if model is None else model,
+            trainer,
+            self.fit,
+            self.held_out,
+            make_objective=make_objective,
+            generator=fork(self.generator, "rate"),
+            on_progress=self.on_progress,
+        )
+        return found.trainer, found.notes
 
     def result(self, model: nn.Module, *notes: str, kept: int = -1) -> Purified:
         """Return the record of the run; call it after the block.
