@@ -28,6 +28,7 @@ from lustral.training import Trainer, frozen
 from lustral.vision.images import check_holdout
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.perturbation import Norm, project, steepest
+from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import PurifyRun, check_relative_rate, rate_cap_note
 
 Start = Literal["max", "min", "zero", "random"]
@@ -96,6 +97,8 @@ class SAU:
         agreement_weight: of the Jensen-Shannon divergence; 1 in the paper.
         trainer: AMSGrad at 1e-4 for 100 rounds with batches of 256 and frozen batch-norm statistics in the authors' code;
             here 12 epochs of Adam at 3e-4, falling. Its ``batch_norm`` "train" is the authors' switch ``train_mode``.
+        rate: "given": the trainer's; "found": the largest near it that a short range test on the held-out images bears
+            (``lustral.vision.repair.rates``), for networks unlike the one that it was chosen on.
         relative_rate: caps the learning rate by the network (``Trainer.with_rate_cap``); None: none. 0.7 is
             what the published 1e-4 is on the published network with fresh weights; on one a quarter as wide 3e-4 is below it.
         least_steps: small clean sets get more epochs, until there are this many steps.
@@ -128,6 +131,7 @@ class SAU:
             batch_norm="frozen",
         )
     )
+    rate: RateChoice = "given"
     relative_rate: float | None = 0.7
     least_steps: int = 150
     holdout: float = 0.2
@@ -179,8 +183,10 @@ class SAU:
             trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps).with_rate_cap(
                 view.model, self.relative_rate
             )
+            capped = rate_cap_note(self.trainer, trainer)
+            trainer, notes = repair.with_rate(self.rate, trainer, lambda: objective)
             model = repair.train(view.model, trainer, objective=objective, stage="unlearning")
-        return repair.result(model, *rate_cap_note(self.trainer, trainer))
+        return repair.result(model, *(notes or capped))
 
     def perturb(
         self, model: nn.Module, reference: nn.Module, x: Tensor, y: Tensor, g_clean: Tensor, stream: Generator
