@@ -24,6 +24,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.models.frozen_norms import norms_as_products
 from lustral.vision.records import DefenderView, ImageSet, Purified
 from lustral.vision.repair.perturbation import lengths, project
+from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import PurifyRun, check_relative_rate, rate_cap_note
 from lustral.vision.repair.shifted_weights import trainable, with_gradients
 
@@ -87,6 +88,8 @@ class IBAU:
         projection: C, largest L2 norm of d at 32x32 pixels, in proportion to the root of their number elsewhere; 10 in the
             authors' notebooks. None leaves d to the penalty alone, as their scripts do.
         perturbed_share: of a batch that gets d in the outer loss, at least one image; 0.01 in the authors' code.
+        rate: "given": the trainer's; "found": the largest near it that a short range test on the held-out images bears
+            (``lustral.vision.repair.rates``), for networks unlike the one that it was chosen on.
         relative_rate: caps the learning rate by the network (``Trainer.with_rate_cap``); None: none. 0.7 is
             what BackdoorBench's 1e-4 is on its PreAct-ResNet18 with fresh weights. The 3e-4, chosen on one a quarter as wide,
             took the wide one to chance within a round.
@@ -116,6 +119,7 @@ class IBAU:
     penalty: float = 0.001
     projection: float | None = 10.0
     perturbed_share: float = 0.01
+    rate: RateChoice = "given"
     relative_rate: float | None = 0.7
     least_steps: int = 100
     holdout: float = 0.2
@@ -139,15 +143,19 @@ class IBAU:
     def published(self) -> IBAU:
         """Return BackdoorBench's settings: five rounds of AMSGrad at 1e-4 in float32, the perturbation left to its penalty."""
         trainer = replace(self.trainer, batch_size=256, optimizer="amsgrad", learning_rate=1e-4, precision="float32")
-        return replace(self, rounds=5, trainer=trainer, projection=None, relative_rate=None, least_steps=0)
+        return replace(
+            self, rounds=5, trainer=trainer, projection=None, rate="given", relative_rate=None, least_steps=0
+        )
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return a model on which the worst universal perturbation does less; see ``Purifier``."""
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
             trainer = self.recipe(len(repair.fit)).with_rate_cap(view.model, self.relative_rate)
+            capped, tried = rate_cap_note(self.trainer, trainer), trainer
+            trainer, notes = repair.with_rate(self.rate, trainer, lambda: _Unlearning(self, repair.fit, tried))
             objective = _Unlearning(self, repair.fit, trainer)
             model = repair.train(view.model, trainer, objective=objective, stage="unlearning")
-        return repair.result(model, *rate_cap_note(self.trainer, trainer))
+        return repair.result(model, *(notes or capped))
 
     def recipe(self, num_images: int) -> Trainer:
         """Return the outer trainer for a set, its rounds as epochs."""
