@@ -17,7 +17,7 @@ after which the repaired model keeps its held-out accuracy, found by bisection.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from lustral.vision.images import check_holdout
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import DefenderView, Purified
 from lustral.vision.repair.clean_unlearning import unlearn_clean, unlearning_note
+from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import PurifyRun
 from lustral.vision.repair.selection import accuracy_floor
 from lustral.vision.repair.shifted_weights import TINY, Shift, interpolated_loss
@@ -105,6 +106,8 @@ class TSBD:
         share_left: ascent stops when this much of the accuracy above chance is left; at an accuracy of 0.1 in the
             authors' code, which is chance for ten classes.
         trainer: fine-tuning; 21 epochs of SGD at 0.01, constant, batches of 256 there.
+        rate: "given": the trainer's, of the fine-tuning; "found": the largest near it that a short range test on the held-out
+            images bears (``lustral.vision.repair.rates``), for networks unlike the one that it was chosen on.
         least_steps: small clean sets get more epochs, until there are this many steps.
         radius: r; 0.05 there.
         interpolation: a; 0.7 there; 0 is plain fine-tuning.
@@ -126,6 +129,7 @@ class TSBD:
     )
     share_left: float = 0.05
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20, weight_decay=0.0))
+    rate: RateChoice = "given"
     least_steps: int = 200
     radius: float = 0.05
     interpolation: float = 0.7
@@ -159,8 +163,10 @@ class TSBD:
                 on_progress=on_progress,
             )
             changes = weight_changes(view.model, unlearned, layers)
-            model, ratio, admissible = self._choose(repair, changes, floor)
-        notes = [f"{unlearning_note(left, epochs)}; {ratio:g} of the neurons were reset."]
+            trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
+            trainer, told = repair.with_rate(self.rate, trainer, lambda: self.objective)
+            model, ratio, admissible = replace(self, trainer=trainer)._choose(repair, changes, floor)
+        notes = [*told, f"{unlearning_note(left, epochs)}; {ratio:g} of the neurons were reset."]
         if not admissible:
             notes.append(
                 f"Even {ratio:g} of the neurons cost more held-out accuracy than allowed: fewer may do (`neuron_ratios`)."
@@ -189,24 +195,25 @@ class TSBD:
             repair.note(best[0], HistoryEntry(count=epochs, parts=kept))
         return best
 
+    def objective(self, student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
+        """Return the loss of fine-tuning."""
+        x, y = batch.inputs, batch.labels
+        return interpolated_loss(
+            student,
+            lambda classify: F.cross_entropy(classify(x).float(), y),
+            shift=unit_steps(self.radius),
+            share=self.interpolation,
+        )
+
     def repaired(self, repair: PurifyRun, changes: Mapping[str, Tensor], ratio: float) -> nn.Module:
         """Return the given model with a share of its neurons reset, fine-tuned activeness-aware."""
         model = repair.copy()
         reset(model, most_moved(changes, ratio, self.weight_ratio))
 
-        def objective(student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
-            x, y = batch.inputs, batch.labels
-            return interpolated_loss(
-                student,
-                lambda classify: F.cross_entropy(classify(x).float(), y),
-                shift=unit_steps(self.radius),
-                share=self.interpolation,
-            )
-
         return repair.train(
             model,
             self.trainer.fitted_to_size(len(repair.fit), self.least_steps),
-            objective=objective,
+            objective=self.objective,
             stage="fine-tuning",
             parts=(("neuron_ratio", ratio),),
         )
