@@ -21,6 +21,7 @@ from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout, require_usable, split
 from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, Purified
+from lustral.vision.repair.rates import RateChoice, find_rate
 from lustral.vision.repair.run import NOTHING_TO_ERASE, returned_unchanged
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
@@ -34,6 +35,8 @@ class Mesa:
         trigger_rate: probability that an image is triggered; 0.01 in the paper, which has 8,000 images.
         trainer: how; the paper uses 10 epochs of SGD at 1e-3 without augmentation. Where no epoch holds the accuracy it starts
             anew at a quarter of the rate, twice at most.
+        rate: "given": the trainer's; "found": the largest near it that a short range test on the held-out images bears
+            (``lustral.vision.repair.rates``), for networks unlike the one that it was chosen on.
         least_steps: small clean sets get more epochs, until there are this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one
             standard error.
@@ -48,6 +51,7 @@ class Mesa:
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
     trigger_rate: float = 0.2
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(10, weight_decay=0.0))
+    rate: RateChoice = "given"
     least_steps: int = 150
     accuracy_loss: float = 0.02
     holdout: float = 0.2
@@ -89,6 +93,18 @@ class Mesa:
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, parts={"round": 1})
             selection.note_given(view.model)
             trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
+            notes: tuple[str, ...] = ()
+            if self.rate == "found":
+                found = find_rate(
+                    view.model,
+                    trainer,
+                    fit,
+                    held_out,
+                    make_objective=lambda: objective,
+                    generator=fork(generator, "rate"),
+                    on_progress=on_progress,
+                )
+                trainer, notes = found.trainer, found.notes
 
             def retrain(divisor: float) -> None:
                 replace(trainer, learning_rate=trainer.learning_rate / divisor).fit(
@@ -109,5 +125,5 @@ class Mesa:
             selected=selection.best_index,
             cost=meter.cost,
             verdict=verdict,
-            notes=retry_notes(selection, divisor, self.accuracy_loss),
+            notes=(*notes, *retry_notes(selection, divisor, self.accuracy_loss)),
         )
