@@ -41,6 +41,7 @@ from lustral.vision.repair.polarizing import (
     polarizer_layer,
     runner_up,
 )
+from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import PurifyRun
 
 
@@ -187,6 +188,8 @@ class NeuralPolarizer:
         steps: most steps; 2 there.
         trainer: SGD at 0.01, constant, for 50 epochs with batches of 128 in the authors' code, after five epochs of warm-up
             whose one effect is that the normalisation knows its features: here these statistics are computed.
+        rate: "given": the trainer's; "found": the largest near it that a short range test on the held-out images bears
+            (``lustral.vision.repair.rates``), for networks unlike the one that it was chosen on.
         least_steps: small clean sets get more epochs, until there are this many steps.
         holdout: share of the clean images kept to watch the accuracy; the last weights are returned.
     """
@@ -208,6 +211,7 @@ class NeuralPolarizer:
     trainer: Trainer = field(
         default_factory=lambda: Trainer(epochs=30, batch_size=128, learning_rate=0.01, schedule="constant")
     )
+    rate: RateChoice = "given"
     least_steps: int = 300
     holdout: float = 0.2
 
@@ -222,7 +226,7 @@ class NeuralPolarizer:
     def published(self) -> NeuralPolarizer:
         """Return the published budget: 50 epochs at 0.01 with plain momentum in float32, from standardised features."""
         trainer = dataclasses.replace(self.trainer, epochs=50, optimizer="heavy_ball", precision="float32")
-        return dataclasses.replace(self, initial="standardised", trainer=trainer, least_steps=0)
+        return dataclasses.replace(self, initial="standardised", trainer=trainer, rate="given", least_steps=0)
 
     def purify(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Purified:
         """Return the model with a polarizer multiplied in; see ``Purifier``."""
@@ -242,6 +246,7 @@ class NeuralPolarizer:
                 lambda identity: polarizer.set_statistics(*statistics, identity=identity),
                 self.trainer.fitted_to_size(len(repair.fit), self.least_steps),
             )
+            trainer, told = repair.with_rate(self.rate, trainer, lambda: self.objective, model=model)
             trained = repair.train(model, trainer, objective=self.objective, stage="polarizing")
             fold(trained, name, wiring)
             for parameter, need in zip(trained.parameters(), needed, strict=False):
@@ -249,7 +254,7 @@ class NeuralPolarizer:
         note = f"A polarizer before {name} was multiplied into it."
         if not polarizer.offset:
             note += f" It has no offset: {name} has no bias, and no batch normalisation that keeps statistics follows."
-        return repair.result(trained, *filter(None, (note, started)))
+        return repair.result(trained, *filter(None, (note, started)), *told)
 
     def objective(self, model: nn.Module, batch: Batch, generator: Generator) -> Tensor:
         """Return the loss of a batch; the network stays in evaluation mode."""
