@@ -16,7 +16,7 @@ from lustral.vision.attacks import BadNets
 from lustral.vision.erasing import erase
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.models import Classifier
-from lustral.vision.purifiers.auto import ANYWAY, Auto, TriggerUnlearning, head_of, patch_areas
+from lustral.vision.purifiers.auto import ANYWAY, Auto, TriggerUnlearning, WithoutLabel, head_of, patch_areas
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Victim
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy, predicted_labels
@@ -52,7 +52,7 @@ def quick(**changes: Any) -> Auto:
     settings: dict[str, Any] = {
         "inverter": KnownAnswer(),
         "trainer": gentle_trainer(batch_norm="train"),
-        "generic_trainer": gentle_trainer(batch_norm="train", epochs=4),
+        "generic": WithoutLabel(trainer=gentle_trainer(batch_norm="train", epochs=4)),
         "least_steps": 1,
         "rounds": 1,
         "rate": "given",
@@ -250,7 +250,6 @@ def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:
         {"rounds": 0},
         {"grown": 0.0},
         {"relearn_weight": -1.0},
-        {"rho": 0.0},
         {"path_share": 1.5},
         {"back": -0.1},
         {"holdout": 1.0},
@@ -259,3 +258,5 @@ def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Auto(**wrong)
+    with pytest.raises(ValueError, match="rho > 0"):
+        WithoutLabel(rho=0.0)

@@ -55,6 +55,26 @@ WITHOUT_LABEL = "The scan named no label: the model was trained without one, whi
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithoutLabel:
+    """How to train a model of which a scan named no label.
+
+    Attributes:
+        trainer: how.
+        rho: size of FT-SAM's shift; 2 in its authors' code.
+        alpha: of FST's inner product with the received head; 0.1 in its authors' code.
+    """
+
+    trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
+    rho: float = 2.0
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rho <= 0 or self.alpha < 0:
+            raise ValueError(f"expected rho > 0 and alpha >= 0; got {self.rho} and {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Auto:
     """Unlearn what a scan named; leave a model of which it named nothing alone, unless asked.
 
@@ -73,9 +93,7 @@ class Auto:
             error.
         holdout: share of the clean images kept from training, to choose the rate and the weights on.
         anyway: train without a label where the scan named none.
-        generic_trainer: of that.
-        rho: size of FT-SAM's shift; 2 in its authors' code.
-        alpha: of FST's inner product with the received head; 0.1 in its authors' code.
+        generic: how.
         reactivate: audit the result: tune a copy on the clean images and five with a recovered trigger, and say how often
             these fire then.
         waking: how.
@@ -99,9 +117,7 @@ class Auto:
     accuracy_loss: float = 0.015
     holdout: float = 0.2
     anyway: bool = False
-    generic_trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
-    rho: float = 2.0
-    alpha: float = 0.1
+    generic: WithoutLabel = field(default_factory=WithoutLabel)
     reactivate: bool = False
     waking: Waking = field(default_factory=Waking)
 
@@ -110,8 +126,8 @@ class Auto:
         check_holdout(self.holdout)
         if self.rounds < 1 or self.grown <= 0:
             raise ValueError(f"expected rounds >= 1 and grown > 0; got {self.rounds} and {self.grown}")
-        if min(self.relearn_weight, self.distil_weight, self.alpha) < 0 or self.rho <= 0:
-            raise ValueError("expected weights of at least 0, and rho > 0")
+        if min(self.relearn_weight, self.distil_weight) < 0:
+            raise ValueError("expected weights of at least 0")
         if not (0 <= self.path_share <= 1 and 0 <= self.back <= 1):
             raise ValueError(f"expected path_share and back in [0, 1]; got {self.path_share} and {self.back}")
 
@@ -177,7 +193,7 @@ class Auto:
             return interpolated_loss(
                 student,
                 lambda classify: F.cross_entropy(classify(batch.inputs).float(), batch.labels),
-                shift=lambda weights, slopes: adaptive_shift(weights, slopes, rho=self.rho),
+                shift=lambda weights, slopes: adaptive_shift(weights, slopes, rho=self.generic.rho),
                 share=1.0,
             )
 
@@ -187,12 +203,11 @@ class Auto:
             weight = student.get_submodule(head).weight
             assert isinstance(weight, Tensor)
             rescale(weight, towards.norm())
-            return sharp(student, batch, stream) + self.alpha * (weight * towards).sum()
+            return sharp(student, batch, stream) + self.generic.alpha * (weight * towards).sum()
 
-        trainer = self.generic_trainer.fitted_to_size(len(repair.fit), self.least_steps)
-        trainer, notes = repair.with_rate(
-            self.rate, trainer, lambda: sharp
-        )  # on the given head: a fresh one knows nothing
+        trainer = self.generic.trainer.fitted_to_size(len(repair.fit), self.least_steps)
+        # The range test is of the given head: a fresh one has no accuracy to keep.
+        trainer, notes = repair.with_rate(self.rate, trainer, lambda: sharp)
         repaired = repair.train(model, trainer, objective=objective, stage="fine-tuning")
         repaired, kept, told = self._way_back(repair, repaired, len(repair.history) - 1, notes, (), floor)
         return repair.result(repaired, WITHOUT_LABEL, *told, kept=kept)

@@ -21,7 +21,7 @@ from lustral.training import Trainer, fine_tuning_recipe
 from lustral.vision.images import check_holdout, require_usable, split
 from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, Purified
-from lustral.vision.repair.rates import RateChoice, find_rate
+from lustral.vision.repair.rates import RateChoice, at_rate
 from lustral.vision.repair.run import NOTHING_TO_ERASE, returned_unchanged
 from lustral.vision.repair.selection import Selection, accuracy_floor, retry_at_lower_rates, retry_notes
 
@@ -93,18 +93,9 @@ class Mesa:
             selection = Selection(held_out=held_out, triggers=bank, floor=floor, parts={"round": 1})
             selection.note_given(view.model)
             trainer = self.trainer.fitted_to_size(len(fit), self.least_steps)
-            notes: tuple[str, ...] = ()
-            if self.rate == "found":
-                found = find_rate(
-                    view.model,
-                    trainer,
-                    fit,
-                    held_out,
-                    make_objective=lambda: objective,
-                    generator=fork(generator, "rate"),
-                    on_progress=on_progress,
-                )
-                trainer, notes = found.trainer, found.notes
+            trainer, notes = at_rate(
+                self.rate, view.model, trainer, fit, held_out, lambda: objective, generator, on_progress
+            )
 
             def retrain(divisor: float) -> None:
                 replace(trainer, learning_rate=trainer.learning_rate / divisor).fit(

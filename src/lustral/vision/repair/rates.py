@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Generator, nn
 
-from lustral.core.randomness import child
+from lustral.core.randomness import child, fork
 from lustral.core.records import Objective, OnProgress
 from lustral.training import Trainer, TrainingDiverged
 from lustral.vision.records import ImageSet
@@ -136,3 +136,31 @@ def find_rate(
         tried=tuple(tried),
         holds=index < len(ladder),
     )
+
+
+def at_rate(
+    choice: RateChoice,
+    model: nn.Module,
+    trainer: Trainer,
+    fit: ImageSet,
+    held_out: ImageSet,
+    make_objective: Callable[[], Objective] | None,
+    generator: Generator,
+    on_progress: OnProgress | None = None,
+) -> tuple[Trainer, tuple[str, ...]]:
+    """Return a recipe at the rate that a method asks for, and notes on it; "given" leaves the recipe and draws nothing.
+
+    The other arguments are those of ``find_rate``.
+    """
+    if choice == "given":
+        return trainer, ()
+    found = find_rate(
+        model,
+        trainer,
+        fit,
+        held_out,
+        make_objective=make_objective,
+        generator=fork(generator, "rate"),
+        on_progress=on_progress,
+    )
+    return found.trainer, found.notes

@@ -18,7 +18,7 @@ from lustral.core.records import Cost, Objective, OnProgress, Progress
 from lustral.training import EpochReport, Trainer
 from lustral.vision.images import require_usable, split
 from lustral.vision.records import DefenderView, ImageSet, Purified
-from lustral.vision.repair.rates import RateChoice, find_rate
+from lustral.vision.repair.rates import RateChoice, at_rate
 from lustral.vision.repair.selection import held_out_accuracy
 
 NOTHING_TO_ERASE = "The scan named no label, so the model was returned unchanged."
@@ -169,18 +169,10 @@ class PurifyRun:
             make_objective: as for ``find_rate``.
             model: what will be trained; None is the given model.
         """
-        if choice == "given":
-            return trainer, ()
-        found = find_rate(
-            self.view.model if model is None else model,
-            trainer,
-            self.fit,
-            self.held_out,
-            make_objective=make_objective,
-            generator=fork(self.generator, "rate"),
-            on_progress=self.on_progress,
+        start = self.view.model if model is None else model
+        return at_rate(
+            choice, start, trainer, self.fit, self.held_out, make_objective, self.generator, self.on_progress
         )
-        return found.trainer, found.notes
 
     def result(self, model: nn.Module, *notes: str, kept: int = -1) -> Purified:
         """Return the record of the run; call it after the block.
