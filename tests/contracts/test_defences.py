@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
+from lustral.catalog import DETECTORS, INVERTERS
+from lustral.catalog import PURIFIERS as LISTED
 from lustral.cli.tables import defender_table
 from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
@@ -48,6 +49,7 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
+from lustral.vision.purifiers.auto import Auto
 from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
 from passes import counting
 from toy import (
@@ -62,13 +64,17 @@ from toy import (
     toy_trainer,
 )
 
-CLAIM_ERASING = ("anp", "baeraser", "cnpd", "d_br", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
+PURIFIERS = {**LISTED, "auto": Auto}  # which waits for the numbers of its card
+CLAIM_ERASING = ("anp", "auto", "baeraser", "cnpd", "d_br", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
 MOST_LEFT = 0.40  # of 0.95 and more; over seeds and instruction sets erasers left 0.16 at most, fine-tuning 0.99
 FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0.3 or 29 %, by the last bits of a victim
 SMALL: dict[str, Callable[[], Any]] = {
     "max_entropy": quick_inverter,
     "mask_area": quick_detector,
     "baeraser": lambda: BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2),
+    "auto": lambda: Auto(
+        inverter=quick_inverter(), trainer=gentle_trainer(batch_norm="train"), least_steps=1, rounds=2
+    ),
     "mesa": lambda: Mesa(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
     "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2), least_steps=1),
     "bn_refresh": lambda: BNRefresh(batch_size=64, passes=1),
@@ -362,7 +368,7 @@ def test_a_purified_model_is_shown_with_and_without_what_it_measured(
 @pytest.mark.parametrize("name", sorted(PURIFIERS))
 def test_purifiers_that_start_from_a_scan_say_so(name: str, toy_view: DefenderView) -> None:
     method = brief(name)
-    assert takes_verdict(method) == takes_verdict(PURIFIERS[name]) == (name in ("baeraser", "mesa"))
+    assert takes_verdict(method) == takes_verdict(PURIFIERS[name]) == (name in ("auto", "baeraser", "mesa"))
     if takes_verdict(method):
         with pytest.raises(ValueError, match="scan the model first"):
             method.purify(toy_view, generator=child(0))
