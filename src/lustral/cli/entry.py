@@ -61,6 +61,10 @@ def run(argv: Sequence[str]) -> int:
 
         show_overview(Screen(json=False, quiet=False))
         return 0
+    if argv[:1] == ["completion"]:
+        from lustral.cli.completion import show_script
+
+        return show_script(argv[1:])
     if argv[:1] == ["bench"]:  # tables and pages start without torch
         from lustral.cli.bench_commands import run_bench
 

@@ -38,5 +38,6 @@ def show_overview(screen: Screen) -> None:
         ABOUT,
         "",
         Panel(table, title="commands", title_align="left"),
-        "lustral COMMAND --help lists the flags of one; docs/python.md shows the same from Python.",
+        "lustral COMMAND --help lists the flags of one; docs/python.md shows the same from Python;",
+        "lustral completion {bash,zsh,fish} prints a script that completes them in that shell.",
     )
