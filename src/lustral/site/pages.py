@@ -32,7 +32,7 @@ from lustral.site.methods import folded, method_page, read_cards
 from lustral.site.page_writer import OnPages, PageWriter
 from lustral.site.records import PICTURES, Picture, Relatives, png_size, record_page
 from lustral.store.store import DETAIL_FILE, MOST_RECORD_BYTES, Kind, Store, StoreError, read_json
-from lustral.tables.rows import BENIGN, MEASURED, UNDEFENDED, current_cells
+from lustral.tables.rows import BENIGN, MEASURED, UNDEFENDED, current_cells, every_cell
 
 TITLE = "Backdoor benchmark"
 ASSETS = ("site.css", "theme.js", "common.js", "heat.js", "table.js", "charts.js")
@@ -75,6 +75,7 @@ def write_site(
     title: str = TITLE,
     store_name: str = "STORE",
     on_progress: OnPages | None = None,
+    old: bool = False,
 ) -> SiteSummary:
     """Write the pages of a store, in place of the site that may be there.
 
@@ -85,6 +86,7 @@ def write_site(
         title: of the site.
         store_name: what commands on the pages call the store; its real path is nobody's business.
         on_progress: told (pages written, pages in all).
+        old: show results of older versions of a method too; else they are left out and counted.
 
     Raises:
         SiteError: ``out`` holds something else, or a record has no proper key.
@@ -97,7 +99,7 @@ def write_site(
     recover(out)
     require_ours(out)
     contents = read_cards(cards)
-    cells, note = current_cells(store)
+    cells, note = every_cell(store) if old else current_cells(store)
     rows = sorted(cells.to_pylist(), key=_order)
     _require_keys(rows)
     with replacing(out) as folder:

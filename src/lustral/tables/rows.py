@@ -103,6 +103,22 @@ def current_cells(store: Store) -> tuple[pa.Table, str | None]:
     return cells, " ".join(notes) or None
 
 
+def every_cell(store: Store) -> tuple[pa.Table, str | None]:
+    """Return the rows of all versions, and a sentence about those of older ones, if there are any.
+
+    Raises:
+        StoreError: a record cannot be read.
+    """
+    cells = load_cells(store)
+    old = cells.num_rows - cells.column("outdated").null_count
+    note = (
+        f"{old} of {cells.num_rows} cells were made by older versions of a class that takes part; they are shown."
+        if old
+        else None
+    )
+    return cells, note
+
+
 def without_outdated(cells: pa.Table) -> tuple[pa.Table, str | None]:
     """Return the rows of today's versions, and a sentence about those that are left out, if there are any."""
     old = [reason for reason in cells.column("outdated").to_pylist() if reason is not None]
