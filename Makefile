@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # One file of tests to one worker; each runs on one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
-.PHONY: demo test test-everywhere check bench
+.PHONY: demo test test-everywhere check bench docs
 
 demo: $(READY)
 	$(BIN)/lustral demo --out demo-out
@@ -27,6 +27,11 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training.py
+
+docs: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[docs]'
+	PYTHONPATH=src $(BIN)/python -m mkdocs build --quiet
+	@echo "Open site/index.html; it needs no server."
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
