@@ -30,7 +30,7 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[docs]'
-	PYTHONPATH=src $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "Open site/index.html; it needs no server."
 
 $(READY): pyproject.toml

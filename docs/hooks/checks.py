@@ -16,18 +16,21 @@ class _Addresses(HTMLParser):
         super().__init__()
         self.links: set[str] = set()
         self.anchors: set[str] = set()
+        self.fetched: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note the addresses of a tag."""
         for name, value in attrs:
             if value and name in ("href", "src"):
                 self.links.add(value)
+            if value and "://" in value and (name == "src" or (tag == "link" and name == "href")):
+                self.fetched.add(value)
             if value and (name == "id" or (tag == "a" and name == "name")):
                 self.anchors.add(value)
 
 
 def broken_links(site: Path, ignored: str | None = None) -> list[str]:
-    """Return a line for each address inside the site that leads nowhere.
+    """Return a line for each address inside the site that leads nowhere, and for each script or picture that is elsewhere.
 
     Args:
         site: folder of the built pages.
@@ -40,6 +43,7 @@ def broken_links(site: Path, ignored: str | None = None) -> list[str]:
         found[path].feed(path.read_text(encoding="utf-8"))
     problems = []
     for page, addresses in found.items():
+        problems += [f"{page.relative_to(site)} fetches {link}" for link in sorted(addresses.fetched)]
         for link in sorted(addresses.links):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc or (ignored is not None and ignored in parts.path):

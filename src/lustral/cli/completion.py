@@ -67,6 +67,7 @@ def flags_of(kind: type, prefix: str = "") -> Iterator[str]:
 
 def words() -> dict[tuple[str, ...], Words]:
     """Return what may follow each command, by its path: () for ``lustral``, ("bench", "run") for that."""
+    from lustral.api.methods import DEFAULT_DETECTOR
     from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
     from lustral.cli import arguments
     from lustral.cli.bench_arguments import Action
@@ -75,20 +76,21 @@ def words() -> dict[tuple[str, ...], Words]:
     from lustral.vision.victims import NO_ATTACK
 
     data = {"--data": source_names()}
+    methods: dict[str, Mapping[str, type]]
     methods = {"scan": DETECTORS, "erase": PURIFIERS, "sift": SIFTERS, "train": SAFE_TRAINERS}
     shapes: dict[str, tuple[type, ...]] = {
         "demo": (arguments.Demo,),
-        "scan": (arguments.Scan, DETECTORS[arguments.DEFAULT_DETECTOR]),
+        "scan": (arguments.Scan, DETECTORS[DEFAULT_DETECTOR]),
         "erase": (arguments.Erase, arguments.Scanning),
         "sift": (Sift,),
         "train": (Train,),
         "evaluate": (arguments.Evaluate,),
         "implant": (arguments.Implant,),
     }
-    found = {(): Words(commands=(*VERBS, COMPLETION), flags=("--help",))}
+    found: dict[tuple[str, ...], Words] = {(): Words(commands=(*VERBS, COMPLETION), flags=("--help",))}
     for verb, kinds in shapes.items():
         flags = dict.fromkeys(flag for kind in kinds for flag in flags_of(kind))
-        named = {"--method": tuple(methods[verb])} if verb in methods else {}
+        named: dict[str, tuple[str, ...]] = {"--method": tuple(methods[verb])} if verb in methods else {}
         attacks = (*ATTACKS, NO_ATTACK) if verb == "implant" else ()
         found[verb,] = Words(commands=attacks, flags=("--help", *flags), values={**data, **named})
     found["bench",] = Words(commands=tuple(named_kinds(Action)))
