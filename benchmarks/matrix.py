@@ -2,8 +2,8 @@
 
     python benchmarks/matrix.py
 
-What a method needs and costs stands in its class; figures are those of the kept rows, as ``benchmarks/publish.py`` wrote them
-into the cards. A test compares the page with what this script would write.
+``benchmarks/publish.py`` does it too. What a method needs and costs stands in its class; figures are those of the kept rows, as
+that script wrote them into the cards. A test compares the page with what this one would write.
 """
 
 from __future__ import annotations
@@ -169,11 +169,12 @@ def filled(page: str, content: Mapping[str, str]) -> str:
     )
 
 
-def main() -> int:
-    page = ROOT / "docs" / "methods.md"
-    write_text_atomic(page, filled(page.read_text(encoding="utf-8"), parts(read_cards(ROOT / "tests" / "cards"))))
-    return 0
+def write_comparison(root: Path) -> None:
+    """Write the generated parts of a repository's page; nothing happens where there is none."""
+    page = root / "docs" / "methods.md"
+    if page.exists():
+        write_text_atomic(page, filled(page.read_text(encoding="utf-8"), parts(read_cards(root / "tests" / "cards"))))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    write_comparison(ROOT)

@@ -631,6 +631,8 @@ def publish(root: Path = ROOT) -> None:
 
 
 def main() -> int:
+    from matrix import write_comparison  # a script beside this one
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="*", type=Path)
     parser.add_argument("--store")
@@ -641,6 +643,7 @@ def main() -> int:
         for plan in options.plans:
             keep(plan, Store(options.store).open(create=False), ROOT / "benchmarks" / "results")
         publish()
+        write_comparison(ROOT)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
