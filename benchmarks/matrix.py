@@ -49,7 +49,7 @@ def plans_of(card: Mapping[str, Any] | None) -> dict[str, list[Victim]]:
     """Return a card's victims by plan, without those of other settings than the method's own."""
     if card is None:
         return {}
-    tables = next(part for name, part in card.items() if name not in ("method", "published", "ours"))
+    tables = next((part for name, part in card.items() if name not in ("method", "published", "ours")), {})
     return {plan: [victim for victim in found["victims"] if is_own(victim)] for plan, found in tables.items()}
 
 
