@@ -30,9 +30,6 @@ def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (names["found"].outcome, names["found"].suspects) == ("backdoored", ("3",))
     assert any(cell.shown.count("<img") > 2 for cell in cells), "the trigger in pictures"
     assert isinstance(names["erased"], lustral.EraseResult)
-    before, after = names["erased"].before, names["erased"].after
-    assert before is None
-    assert after is None, "nobody knows a stranger's trigger"
     assert (tmp_path / "cleaned" / "report.html").is_file()
     assert "the same keys: True" in "".join(cell.printed for cell in cells)
     assert names["erased_rate"] < 0.2 < 0.8 < names["given_rate"]
@@ -44,6 +41,7 @@ def test_a_strangers_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert flagged[poisoned].mean() > 0.7
     assert flagged[~poisoned].mean() < 0.02
     assert names["left"] == (~flagged).sum()
+    assert names["rate"] < 0.5, "without sifting, nearly all"
     assert (tmp_path / "trained").is_dir()
 
 
