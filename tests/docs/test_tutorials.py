@@ -25,27 +25,29 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[
     return names, list(notebooks.run(notebooks.read(TUTORIALS / f"{name}.ipynb"), names))
 
 
-def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, cells = run("stranger_model", tmp_path, monkeypatch)
-    assert (names["found"].outcome, names["found"].suspects) == ("backdoored", ("3",))
-    assert any(cell.shown.count("<img") > 2 for cell in cells), "the trigger in pictures"
-    assert isinstance(names["erased"], lustral.EraseResult)
-    assert (tmp_path / "cleaned" / "report.html").is_file()
-    assert "the same keys: True" in "".join(cell.printed for cell in cells)
-    assert names["erased_rate"] < 0.2 < 0.8 < names["given_rate"]
-
-
-def test_a_strangers_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, _ = run("stranger_data", tmp_path, monkeypatch)
-    flagged, poisoned = names["sifted"].flagged.numpy(), names["poisoned"]
-    assert flagged[poisoned].mean() > 0.7
-    assert flagged[~poisoned].mean() < 0.02
-    assert names["left"] == (~flagged).sum()
-    assert names["rate"] < 0.5, "without sifting, nearly all"
-    assert (tmp_path / "trained").is_dir()
-
-
 def test_comparing_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, cells = run("comparing", tmp_path, monkeypatch)
     lines = "".join(cell.printed for cell in cells).splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(names["methods"])]] == names["methods"]
+
+
+def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, cells = run("stranger_model", tmp_path, monkeypatch)
+    said = "".join(cell.printed for cell in cells)
+    assert (names["found"].outcome, names["found"].suspects) == ("backdoored", ("3",)), said
+    assert any(cell.shown.count("<img") > 2 for cell in cells), "the trigger in pictures"
+    assert isinstance(names["erased"], lustral.EraseResult)
+    assert (tmp_path / "cleaned" / "report.html").is_file()
+    assert "the same keys: True" in said
+    assert names["erased_rate"] < 0.2 < 0.8 < names["given_rate"], said
+
+
+def test_a_strangers_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, cells = run("stranger_data", tmp_path, monkeypatch)
+    flagged, poisoned = names["sifted"].flagged.numpy(), names["poisoned"]
+    said = "".join(cell.printed for cell in cells)
+    assert flagged[poisoned].mean() > 0.7, said
+    assert flagged[~poisoned].mean() < 0.02
+    assert names["left"] == (~flagged).sum()
+    assert names["rate"] < 0.5, said
+    assert (tmp_path / "trained").is_dir()
