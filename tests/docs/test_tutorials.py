@@ -34,7 +34,7 @@ def test_comparing_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, cells = run("stranger_model", tmp_path, monkeypatch)
     said = "".join(cell.printed for cell in cells)
-    assert (names["found"].outcome, names["found"].suspects) == ("backdoored", ("3",)), said
+    assert (names["found"].outcome, names["found"].suspects) == ("backdoored", ("class 3",)), said
     assert any(cell.shown.count("<img") > 2 for cell in cells), "the trigger in pictures"
     assert isinstance(names["erased"], lustral.EraseResult)
     assert (tmp_path / "cleaned" / "report.html").is_file()
@@ -42,6 +42,7 @@ def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names["erased_rate"] < 0.2 < 0.8 < names["given_rate"], said
 
 
+@pytest.mark.slow
 def test_a_strangers_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, cells = run("stranger_data", tmp_path, monkeypatch)
     flagged, poisoned = names["sifted"].flagged.numpy(), names["poisoned"]
