@@ -168,7 +168,7 @@ def test_the_schedule_reaches_the_optimizer(model: Classifier, data: ImageSet, m
     assert rates == pytest.approx([0.05, 0.1, 0.2 / 3, 0.1 / 3, 0.0])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "heavy_ball", "adam", "amsgrad", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "heavy_ball", "adam", "amsgrad", "adamw", "rmsprop"])
 @pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
 def test_every_optimizer_and_schedule_takes_a_step(
     model: Classifier, data: ImageSet, optimizer: Any, schedule: Any
@@ -188,6 +188,7 @@ def test_every_optimizer_and_schedule_takes_a_step(
         ("adam", torch.optim.Adam, {"amsgrad": False, "betas": (0.9, 0.999)}),
         ("amsgrad", torch.optim.Adam, {"amsgrad": True, "betas": (0.9, 0.999)}),
         ("adamw", torch.optim.AdamW, {"amsgrad": False, "betas": (0.9, 0.999)}),
+        ("rmsprop", torch.optim.RMSprop, {"alpha": 0.99, "momentum": 0.9}),
     ],
 )
 def test_an_optimizer_is_what_its_name_says(
@@ -198,7 +199,7 @@ def test_an_optimizer_is_what_its_name_says(
     assert {name: made.defaults[name] for name in settings} == settings
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "heavy_ball", "adam", "amsgrad", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "heavy_ball", "adam", "amsgrad", "adamw", "rmsprop"])
 def test_weight_decay_is_for_matrices_and_kernels_only(model: Classifier, optimizer: Any) -> None:
     groups = Trainer(optimizer=optimizer, weight_decay=0.1).optimizer_for(model).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

@@ -57,6 +57,10 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         (ARCH, SHAPE),
         ("preact_resnet18:width=2", (1, 8, 8)),
         ("vgg11_bn:width=2", SHAPE),
+        ("vgg11:width=2,silu=1,dropout=30", SHAPE),
+        ("lenet:width=3,tanh=1", (1, 28, 28)),
+        ("mobilenet:width=2,repeats=1", SHAPE),
+        ("small_vit:width=8,depth=2", (1, 28, 28)),
         ("timm:test_vit", (1, 32, 32)),
     ],
 )
