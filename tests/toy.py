@@ -17,7 +17,7 @@ from lustral.core.rates import Rate
 from lustral.core.records import Batch, Cost, Evidence
 from lustral.training import Augment, EpochReport, Trainer
 from lustral.vision.detectors import MaskArea
-from lustral.vision.detectors.mask_area import SearchedLabel
+from lustral.vision.detectors.weighing import SearchedLabel
 from lustral.vision.evaluation import TaskCheck
 from lustral.vision.images import as_uint8
 from lustral.vision.inverters import MaskSearch, MaxEntropy
@@ -170,7 +170,7 @@ def mask_verdict(
     labels = (
         SearchedLabel(
             label=label,
-            area=area,
+            size=area,
             attack_success_rate=1.0,
             natural_rate=0.0,
             anomaly=0.0,

@@ -23,7 +23,7 @@ from lustral.vision.attacks import (
     TrojanNN,
     WaNet,
 )
-from lustral.vision.detectors import MaskArea
+from lustral.vision.detectors import Cascade, MaskArea
 from lustral.vision.interfaces import CraftedAttack, Detector, Inverter, Purifier, ReadyAttack, SafeTrainer, Sifter
 from lustral.vision.inverters import MaxEntropy
 from lustral.vision.purifiers import (
@@ -81,6 +81,7 @@ INVERTERS: dict[str, type[Inverter]] = {
 }
 
 DETECTORS: dict[str, type[Detector]] = {
+    "cascade": Cascade,
     "mask_area": MaskArea,
 }
 

@@ -39,7 +39,7 @@ from lustral.core.randomness import child
 from lustral.core.records import Cost, Progress
 from lustral.training import Trainer
 from lustral.vision.detectors import MaskArea
-from lustral.vision.detectors.mask_area import NULL, SearchedLabel
+from lustral.vision.detectors.weighing import NULL, SearchedLabel
 from lustral.vision.erasing import TAKEN_OVER, takes_untrusted
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import Classifier, build_classifier, load_model, save_model
@@ -117,7 +117,7 @@ def answer(outcome: Answer) -> Verdict:
         *(
             SearchedLabel(
                 label=label,
-                area=math.inf if label == 1 else 9.0,
+                size=math.inf if label == 1 else 9.0,
                 attack_success_rate=0.9,
                 natural_rate=0.1,
                 anomaly=1.0,

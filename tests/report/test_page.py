@@ -20,7 +20,7 @@ from lustral.core.history import HistoryEntry
 from lustral.core.rates import Rate
 from lustral.core.records import Cost, Evidence
 from lustral.report.page import ReportData, write_erase_report, write_scan_report
-from lustral.vision.detectors.mask_area import SearchedLabel
+from lustral.vision.detectors.weighing import SearchedLabel
 from lustral.vision.evaluation import Evaluation
 from lustral.vision.measures import MASK_AREA
 from lustral.vision.records import Answer, ImageSet, Purified, RecoveredTrigger, Verdict
@@ -66,7 +66,7 @@ def make_verdict(num_classes: int, outcome: Answer = "backdoored", channels: int
         area = 6.1 if is_small else 48.0 + 37 * math.sin(label) + label
         return SearchedLabel(
             label=label,
-            area=math.inf if label == 0 else area,
+            size=math.inf if label == 0 else area,
             attack_success_rate=0.983 if is_small else 0.91,
             natural_rate=0.012,
             anomaly=5.4 if is_small else 0.3 * math.cos(label),

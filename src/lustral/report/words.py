@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
 from lustral.core.history import MISSING
-from lustral.vision.measures import ANOMALY_INDEX, ENTROPY, MASK_AREA, NATURAL_RATE, SEARCH_STEPS, SUCCESS_RATE
+from lustral.vision.measures import (
+    ANOMALY_INDEX,
+    CHANGE_ENERGY,
+    ENTROPY,
+    LATENT_NORM,
+    MASK_AREA,
+    NATURAL_RATE,
+    SEARCH_STEPS,
+    SUCCESS_RATE,
+)
 
 MAX_NAMES = 4  # listed in a sentence before "and N more"
 ABBREVIATIONS = ("acc", "asr", "ra", "der", "rir")
@@ -47,6 +56,18 @@ MEASURES: Mapping[str, MeasureWords] = {
         short="area",
         meaning="Pixels that must be covered to send images of other classes to this class.",
         unit="pixels",
+    ),
+    CHANGE_ENERGY: MeasureWords(
+        heading="Faintest change",
+        short="energy",
+        meaning="Energy of the faintest change of the whole image that sends other classes there, in pixels of full contrast.",
+        unit="number",
+    ),
+    LATENT_NORM: MeasureWords(
+        heading="Step in the last features",
+        short="latent",
+        meaning="Least step of the last layer’s inputs that sends most images there, over that of the median class.",
+        unit="number",
     ),
     SUCCESS_RATE: MeasureWords(
         heading="ASR", short="ASR", meaning="Share of held-out images that the pattern sends there.", unit="share"

@@ -1,6 +1,10 @@
 """What detectors measure, by name: the ``measure`` of an ``Evidence``. How each is shown is in ``lustral.report.words``."""
 
 MASK_AREA = "mask_area"  # pixels of mask that send other classes to a label; infinite when no search succeeded
+CHANGE_ENERGY = "change_energy"  # least mean ||x' - x||^2 / C of a change that sends other classes to a label, pixels
+LATENT_NORM = (
+    "latent_norm"  # least change of the last features that sends most images to a label; over the median label's
+)
 SUCCESS_RATE = (
     "success_rate"  # of that trigger on held-out images of other classes that are not called the label anyway
 )

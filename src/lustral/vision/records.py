@@ -7,7 +7,7 @@ public boundary are float32 ``(B, C, H, W)`` in [0, 1]; sets at rest are uint8. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -258,6 +258,9 @@ class TrainingView:
     model: nn.Module | None = None
 
 
+TriggerKind = Literal["patch", "faint"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecoveredTrigger:
     """A distribution of triggers for one target label, held as samples. It is a ``Trigger`` itself.
@@ -269,6 +272,7 @@ class RecoveredTrigger:
         area: pixels of opacity that the smallest search result needed (sum of its mask).
         attack_success_rate: fraction of held-out non-target images that the samples send to the target label.
         entropy: mean pairwise distance of the stamped samples, in pixels of full contrast: 0 means one point.
+        kind: "patch", searched as the smallest mask, or "faint", as the faintest change of the whole image.
     """
 
     target_label: int
@@ -277,6 +281,7 @@ class RecoveredTrigger:
     area: float
     attack_success_rate: float
     entropy: float
+    kind: TriggerKind = "patch"
 
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Stamp each image with a sample drawn by ``generator`` (None: samples in turn)."""
@@ -291,14 +296,7 @@ class RecoveredTrigger:
 
     def to(self, device: torch.device | str) -> RecoveredTrigger:
         """Return the samples on another device."""
-        return RecoveredTrigger(
-            target_label=self.target_label,
-            masks=self.masks.to(device),
-            patterns=self.patterns.to(device),
-            area=self.area,
-            attack_success_rate=self.attack_success_rate,
-            entropy=self.entropy,
-        )
+        return replace(self, masks=self.masks.to(device), patterns=self.patterns.to(device))
 
 
 Answer = Literal["backdoored", "clean", "cannot tell"]

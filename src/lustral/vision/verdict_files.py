@@ -31,7 +31,7 @@ from lustral.core.files import canonical, json_ready, read_regular, write_bytes_
 from lustral.core.limits import LARGEST_TRIGGERS, LARGEST_VERDICT
 from lustral.core.records import Cost, Evidence
 from lustral.core.settings import shortened
-from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict
+from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, TriggerKind, Verdict
 
 RESULT_SCHEMA = 2  # of result.json
 RESULT_FILE = "result.json"
@@ -78,6 +78,7 @@ class _Trigger(_Part):
     attack_success_rate: Share | None
     entropy: Amount | None
     num_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+    kind: TriggerKind = "patch"
 
 
 class _Verdict(_Part):
@@ -223,6 +224,7 @@ def _trigger_record(trigger: RecoveredTrigger) -> dict[str, Any]:
         "attack_success_rate": trigger.attack_success_rate,
         "entropy": trigger.entropy,
         "num_samples": len(trigger.masks),
+        "kind": trigger.kind,
     }
 
 
@@ -326,6 +328,7 @@ def _read_triggers(
                 area=math.inf if trigger.area is None else trigger.area,
                 attack_success_rate=math.nan if trigger.attack_success_rate is None else trigger.attack_success_rate,
                 entropy=math.nan if trigger.entropy is None else trigger.entropy,
+                kind=trigger.kind,
             )
         )
     if tensors:

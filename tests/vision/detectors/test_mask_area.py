@@ -12,7 +12,8 @@ from torch import nn
 from lustral.core.randomness import child
 from lustral.report.findings import FEW_CLASSES
 from lustral.vision.detectors import MaskArea
-from lustral.vision.detectors.mask_area import LEAST_LABELS, NULL, SearchedLabel, most_suspicious, require_usable
+from lustral.vision.detectors.mask_area import require_usable
+from lustral.vision.detectors.weighing import LEAST_LABELS, NULL, SearchedLabel, most_suspicious
 from lustral.vision.inverters.mask_search import FoundMasks
 from lustral.vision.measures import ANOMALY_INDEX, ENTROPY, MASK_AREA, NATURAL_RATE, SEARCH_STEPS, SUCCESS_RATE
 from lustral.vision.records import DefenderView, ImageSet
@@ -22,7 +23,7 @@ from toy import quick_detector, quick_inverter, toy_images
 def entry(label: int, area: float, p_value: float = 1.0, steps: int = 100) -> SearchedLabel:
     return SearchedLabel(
         label=label,
-        area=area,
+        size=area,
         attack_success_rate=1.0,
         natural_rate=0.0,
         anomaly=0.0,
@@ -110,16 +111,17 @@ def test_evidence_is_measured_on_held_out_images(toy_view: DefenderView) -> None
         masks=masks,
         patterns=pictures,
         areas=masks.sum((1, 2, 3)),
+        energies=masks.sum((1, 2, 3)),
         success=torch.ones(k),
         steps=torch.tensor([9] * (k - 1) + [3]),
     )
     evidence = MaskArea().score_labels(toy_view, toy_view.clean, found)
     assert [e.label for e in evidence] == list(range(k))
     assert evidence[0].attack_success_rate < 0.1
-    assert evidence[0].area == math.inf
+    assert evidence[0].size == math.inf
     for e in evidence[1:]:
         assert e.attack_success_rate == 1.0
-        assert e.area == 144.0
+        assert e.size == 144.0
         assert e.natural_rate < 0.1
     assert evidence[-1].p_value == 1.0  # screened: not tested
     assert all(0 <= e.p_value <= 1 for e in evidence)

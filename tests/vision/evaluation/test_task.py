@@ -13,7 +13,7 @@ from lustral.catalog import PURIFIERS
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.training import Trainer
-from lustral.vision.detectors import mask_area
+from lustral.vision.detectors import weighing
 from lustral.vision.erasing import erase
 from lustral.vision.evaluation import TaskCheck, UnfitModel, check_task
 from lustral.vision.evaluation.task import find_order, looks_untrained
@@ -172,12 +172,12 @@ def test_where_the_lines_are(found: TaskCheck, lost: bool, weak: bool) -> None:
 def test_an_answer_about_a_weak_model_is_held_back() -> None:
     images = toy_images(70, seed=0)
     for outcome in ("backdoored", "clean", "cannot tell"):
-        kept, notes = mask_area.held_back(outcome, check(0.4), images)
+        kept, notes = weighing.held_back(outcome, check(0.4), images)
         assert kept == "cannot tell"
         assert "40.0 %" in notes[0]
-        assert mask_area.held_back(outcome, check(0.9), images) == (outcome, ())
+        assert weighing.held_back(outcome, check(0.9), images) == (outcome, ())
     swapped = replace(check(0.7), order=(1, 0, 2, 3, 4, 5, 6), ordered_accuracy=0.95)
-    kept, notes = mask_area.held_back("backdoored", swapped, replace(images, class_names=tuple("abcdefg")))
+    kept, notes = weighing.held_back("backdoored", swapped, replace(images, class_names=tuple("abcdefg")))
     assert kept == "backdoored"
     assert "b, a, c, d, e, f, g" in notes[0]
     assert "70.0 %" in notes[0]
@@ -210,10 +210,11 @@ def test_images_that_have_the_label_already_do_not_count_as_reached(benign_view:
         masks=nothing,
         patterns=torch.zeros(1, 3, 12, 12),
         areas=nothing.sum((1, 2, 3)),
+        energies=nothing.sum((1, 2, 3)),
         success=torch.ones(1),
         steps=torch.tensor([9]),
     )
-    success, natural = mask_area.held_out_rates(view, clean, found, "float32")
+    success, natural = weighing.held_out_rates(view, clean, found, "float32")
     assert success == [0.0]
     assert natural[0] > 0.6
 
@@ -255,12 +256,12 @@ def test_networks_that_cannot_be_searched(
 def test_a_label_that_soaks_up_images_is_not_accused(
     benign_view: DefenderView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evidence(natural: float) -> list[mask_area.SearchedLabel]:
+    def evidence(natural: float) -> list[weighing.SearchedLabel]:
         areas = (1.0, *(60.0 + label for label in range(1, 7)))
         return [
-            mask_area.SearchedLabel(
+            weighing.SearchedLabel(
                 label=label,
-                area=area,
+                size=area,
                 attack_success_rate=1.0,
                 natural_rate=natural if label == 0 else 0.03,
                 anomaly=5.0 if label == 0 else 0.0,

@@ -53,8 +53,8 @@ def test_screening_keeps_the_finalists_and_tells_steps(toy_view: DefenderView) -
     search = MaskSearch(steps=24, batch_size=8, finalists=2)
     found = search.run(toy_view.model, toy_view.clean, range(NUM_CLASSES), generator=child(0))
     assert found.labels == tuple(range(NUM_CLASSES))
-    # 7 labels; after 12 of 24 steps 5 remain, after 18 steps 4
-    assert sorted(found.steps.tolist()) == [12, 12, 18, 24, 24, 24, 24]
+    # 7 labels; after 6 of 24 steps 5 remain, after 12 steps 4, after 18 steps 3
+    assert sorted(found.steps.tolist()) == [6, 6, 12, 18, 24, 24, 24]
     assert found.masks.shape == (NUM_CLASSES, 1, 12, 12)
     assert found.patterns.shape == (NUM_CLASSES, 3, 12, 12)
     for tensor in (found.masks, found.patterns):
@@ -62,6 +62,48 @@ def test_screening_keeps_the_finalists_and_tells_steps(toy_view: DefenderView) -
         assert not tensor.requires_grad
     assert torch.allclose(found.areas, found.masks.sum((1, 2, 3)))
     assert bool(((found.success >= 0) & (found.success <= 1)).all())
+
+
+def test_protected_labels_are_searched_to_the_end(toy_view: DefenderView) -> None:
+    search = MaskSearch(steps=24, batch_size=8, finalists=2)
+    plain = search.run(toy_view.model, toy_view.clean, range(NUM_CLASSES), generator=child(0)).steps
+    dropped = [label for label, steps in enumerate(plain.tolist()) if steps < 24][:2]
+    found = search.run(toy_view.model, toy_view.clean, range(NUM_CLASSES), generator=child(0), protected=dropped)
+    assert [int(found.steps[label]) for label in dropped] == [24, 24]
+
+
+def test_the_best_start_goes_on(toy_view: DefenderView) -> None:
+    # one step for each start, then no more: what is kept is what needs least among them
+    def needs(starts: int, seed: int) -> Tensor:
+        search = MaskSearch(steps=6, batch_size=32, starts=starts, learning_rate=1.0)
+        found = search.run(toy_view.model, toy_view.clean, [4], generator=child(seed))
+        return found.areas / found.success.clamp_min(0.05)
+
+    several = torch.cat([needs(6, seed) for seed in range(8)])
+    single = torch.cat([needs(1, seed) for seed in range(8)])
+    assert float(several.mean()) < float(single.mean())
+
+
+def test_energy_is_what_the_change_has(toy_view: DefenderView) -> None:
+    clean = toy_view.clean.subset(torch.arange(len(toy_view.clean)))
+    search = MaskSearch(penalty="energy", steps=120, batch_size=16, starts=1)
+    found = search.run(toy_view.model, clean, range(NUM_CLASSES), generator=child(0))
+    x = clean.images.float() / 255
+    change = found.masks[4] * (found.patterns[4] - x[clean.labels != 4])
+    assert float(change.square().mean(1).sum((1, 2)).mean()) == pytest.approx(float(found.energies[4]), rel=0.3)
+    area = MaskSearch(steps=120, batch_size=16, starts=1).run(
+        toy_view.model, clean, range(NUM_CLASSES), generator=child(0)
+    )
+    assert float(found.energies.mean()) < float(area.energies.mean())
+    assert float(found.areas.mean()) > float(area.areas.mean())
+
+
+def test_some_rows_in_another_order(toy_view: DefenderView) -> None:
+    found = MaskSearch(steps=2, batch_size=4).run(toy_view.model, toy_view.clean, [5, 1, 3], generator=child(0))
+    some = found.of([3, 5])
+    assert some.labels == (3, 5)
+    assert torch.equal(some.masks, found.masks[[2, 0]])
+    assert torch.equal(some.energies, found.energies[[2, 0]])
 
 
 @pytest.mark.parametrize("changes", [{"screening": False}, {"finalists": NUM_CLASSES}])

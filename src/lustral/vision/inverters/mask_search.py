@@ -1,9 +1,14 @@
 """The smallest mask and pattern that send every image to a label, searched for all labels in one batch.
 
-For a candidate label c: minimise CE(f((1 - m) x + m v), c) + weight_c * ||m||_1 over mask m and pattern v (Wang et al.,
-"Neural Cleanse", IEEE S&P 2019, section 4.1), the weight steered so that the success rate stays near a target. Two
-departures make it quick: all labels share each forward and backward pass, and successive rejection drops the labels that
-need the largest masks (Jamieson & Talwalkar, AISTATS 2016). Published searches run label after label.
+For a candidate label c: minimise CE(f(x'), c) + weight_c * size over mask m and pattern v, with x' = (1 - m) x + m v, the weight
+steered so that the success rate stays near a target. The size is one of two:
+
+    penalty "area":    ||m||_1                 (Wang et al., "Neural Cleanse", IEEE S&P 2019, section 4.1: finds patches)
+    penalty "energy":  ||x' - x||_2^2 / C      (finds what is faint and wide: added perturbations, blended pictures)
+
+Two departures make it quick: all labels share each forward and backward pass, and successive rejection drops the labels that
+need most (Jamieson & Talwalkar, AISTATS 2016). Published searches run label after label. And one makes it steady: every label is
+searched from several random starts, of which the best goes on, because a single one ends in a poor place now and then.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,8 +27,12 @@ from lustral.training import Precision, autocast, frozen
 from lustral.vision.inverters.sampling import SampleImages
 from lustral.vision.records import ImageSet
 
-SUCCESS_MEMORY = 0.9  # of the running success rate, per step
-OPENING_WEIGHT = 1e-3  # of the mask's area, per pixel; steered from here
+Penalty = Literal["area", "energy"]
+
+MEMORY = 0.9  # of running means, per step
+OPENING_WEIGHT = {"area": 1e-3, "energy": 1e-2}  # of the size, per pixel; steered from here ...
+LARGEST_WEIGHT = {"area": 1.0, "energy": 100.0}  # ... up to here
+LEAST_WEIGHT = 1e-5
 
 
 @torch.no_grad()
@@ -44,6 +53,7 @@ class FoundMasks:
         masks: (K, 1, H, W) float32 in [0, 1].
         patterns: (K, C, H, W) float32 in [0, 1].
         areas: (K,) pixels of mask.
+        energies: (K,) running mean of ||x' - x||_2^2 / C over the search images at the end, in pixels of full contrast.
         success: (K,) running success rate on the search images at the end.
         steps: (K,) steps each label received; fewer than the most means that screening dropped it.
     """
@@ -52,8 +62,23 @@ class FoundMasks:
     masks: Tensor
     patterns: Tensor
     areas: Tensor
+    energies: Tensor
     success: Tensor
     steps: Tensor
+
+    def of(self, labels: Sequence[int]) -> FoundMasks:
+        """Return the rows of some of the labels, in the order given."""
+        index = torch.tensor([self.labels.index(label) for label in labels], dtype=torch.int64)
+        own = index.to(self.masks.device)
+        return FoundMasks(
+            labels=tuple(labels),
+            masks=self.masks[own],
+            patterns=self.patterns[own],
+            areas=self.areas[own],
+            energies=self.energies[own],
+            success=self.success[own],
+            steps=self.steps[index],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +86,22 @@ class MaskSearch:
     """Search masks for many labels at once.
 
     Attributes:
+        penalty: the size that is made small, "area" or "energy", see above.
+        starts: random starts of each label; the best of them after a sixth of the steps, with half batches, goes on.
         steps: optimisation steps for labels that stay to the end.
         batch_size: images per label and step.
         learning_rate: of Adam on the logits of mask and pattern.
-        target_success: success rate that the area weight is steered to; 0.99 in Neural Cleanse.
-        screening: drop the worst third of the labels at 1/2 and again at 3/4 of the steps; before that, masks have hardly
-            shrunk and their areas rank nothing.
+        target_success: success rate that the weight is steered to; 0.99 in Neural Cleanse.
+        screening: drop the worst third of the labels at 1/4, 1/2 and 3/4 of the steps.
         finalists: labels that are never screened away.
         most_images: images in one pass; more labels than fit take turns, so that memory does not grow with their number.
         precision: "auto" takes bfloat16 where the hardware has it.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
+    penalty: Penalty = "area"
+    starts: int = 3
     steps: int = 200
     batch_size: int = 24
     learning_rate: float = 0.2
@@ -85,8 +113,8 @@ class MaskSearch:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.steps < 1 or self.batch_size < 1 or self.finalists < 1 or self.learning_rate <= 0:
-            raise ValueError(f"expected positive steps, batch_size, finalists and learning_rate; got {self}")
+        if min(self.steps, self.batch_size, self.finalists, self.starts) < 1 or self.learning_rate <= 0:
+            raise ValueError(f"expected positive starts, steps, batch_size, finalists and learning_rate; got {self}")
         if not 0 < self.target_success < 1:
             raise ValueError(f"expected a target success rate in (0, 1); got {self.target_success}")
 
@@ -97,6 +125,7 @@ class MaskSearch:
         labels: Sequence[int],
         *,
         generator: Generator,
+        protected: Sequence[int] = (),
         on_progress: OnProgress | None = None,
     ) -> FoundMasks:
         """Search a mask and a pattern for each label.
@@ -106,69 +135,41 @@ class MaskSearch:
             images: clean images on the model's device; those of the candidate label itself, or called it anyway, are left out.
             labels: candidate target labels.
             generator: CPU stream.
+            protected: labels among them that are never screened away, whatever they need.
             on_progress: called after each step.
         """
-        channels, height, width = images.image_shape
         count, device = len(labels), images.device
-        targets = torch.tensor(labels, device=device)
-        called = answers(model, images, self.precision)
-        feed = SampleImages(images, targets, generator=generator, called=called)
-        mask_logits = torch.full((count, 1, height, width), -1.0, device=device)
-        mask_logits += 0.1 * torch.randn(mask_logits.shape, generator=generator).to(device)
-        pattern_logits = 0.5 * torch.randn((count, channels, height, width), generator=generator).to(device)
-        state = [torch.zeros_like(t) for t in (mask_logits, mask_logits, pattern_logits, pattern_logits)]
-        weight = torch.full((count,), OPENING_WEIGHT * 1024 / (height * width), device=device)
-        success = torch.zeros(count, device=device)
+        state = _Candidates(self, model, images, labels, generator)
         taken = torch.zeros(count, dtype=torch.int64)
-        alive = torch.arange(count, device=device)
-        work = count * self.steps
+        alive = torch.arange(count * self.starts, device=device)  # candidates, start by start of each label
+        kept = alive[:: self.starts]  # of each label
+        spared = torch.tensor(list(protected), dtype=torch.int64, device=device)
+        work, opening = count * self.steps, self._opening
         with frozen(model):
             for step in range(1, self.steps + 1):
-                for rows in torch.split(alive, max(self.most_images // self.batch_size, 1)):
-                    m, v = mask_logits[rows].requires_grad_(), pattern_logits[rows].requires_grad_()
-                    x = feed.draw(rows, self.batch_size)
-                    mask, pattern = m.sigmoid(), v.sigmoid()
-                    stamped = x + mask[:, None] * (pattern[:, None] - x)
-                    with autocast(device, self.precision):
-                        logits = model(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
-                    goal = targets[rows].repeat_interleave(self.batch_size)
-                    hit = (logits.detach().argmax(1) == goal).view(len(rows), -1).float().mean(1)
-                    error = F.cross_entropy(logits, goal, reduction="none").view(len(rows), -1).mean(1)
-                    (error + weight[rows] * mask.sum((1, 2, 3))).sum().backward()  # type: ignore[no-untyped-call]
-                    assert m.grad is not None
-                    assert v.grad is not None
-                    rate = self.learning_rate * min(1.0, 2 * (1 - (step - 1) / self.steps))  # constant, then down to 0
-                    mask_logits[rows] = self._adam(m, m.grad, state[0], state[1], rows, step, rate)
-                    pattern_logits[rows] = self._adam(v, v.grad, state[2], state[3], rows, step, rate)
-                    memory = min(SUCCESS_MEMORY, 1 - 1 / step)
-                    success[rows] = memory * success[rows] + (1 - memory) * hit
-                    steer = torch.where(success[rows] > self.target_success, 1.1, 1 / 1.15)
-                    weight[rows] = (weight[rows] * steer).clamp(1e-5, 1.0)
-                    taken[rows.cpu()] += 1
+                batch = self.batch_size if step > opening else max(self.batch_size // 2, 1)
+                for rows in torch.split(alive, max(self.most_images // batch, 1)):
+                    state.step(rows, step, batch)
+                taken[torch.unique(alive // self.starts).cpu()] += 1
+                if step == opening:
+                    alive = kept = kept + state.need.view(count, -1).argmin(1)
                 if step in self._rungs and len(alive) > self.finalists:
-                    alive = self._screen(mask_logits, success, alive)
+                    need = state.need.masked_fill(torch.isin(state.targets, spared), 0.0)[alive]
+                    alive = alive[need.argsort(stable=True)[: self._kept(len(alive))]].sort().values
                     work = int(taken.sum()) + len(alive) * (self.steps - step)
                 if on_progress is not None:
                     on_progress(Progress(stage="searching triggers", done=int(taken.sum()), total=work))
-        masks, patterns = mask_logits.sigmoid(), pattern_logits.sigmoid()
-        return FoundMasks(
-            labels=tuple(labels),
-            masks=masks,
-            patterns=patterns,
-            areas=masks.sum((1, 2, 3)),
-            success=success,
-            steps=taken,
-        )
+        return state.found(labels, kept, taken)
+
+    @property
+    def _opening(self) -> int:
+        """The step after which the best start of each label goes on alone; 0 with a single start."""
+        return max(self.steps // 6, 1) if self.starts > 1 else 0
 
     @property
     def _rungs(self) -> set[int]:
         """The steps after which labels are screened."""
-        return {max(self.steps // 2, 1), max(3 * self.steps // 4, 1)} if self.screening else set()
-
-    def _screen(self, mask_logits: Tensor, success: Tensor, alive: Tensor) -> Tensor:
-        """Keep the two thirds that need the smallest masks; a search that does not succeed yet counts as a larger mask."""
-        need = mask_logits[alive].sigmoid().sum((1, 2, 3)) / success[alive].clamp_min(0.05)
-        return alive[need.argsort(stable=True)[: self._kept(len(alive))]].sort().values
+        return {max(part * self.steps // 4, 1) for part in (1, 2, 3)} if self.screening else set()
 
     def _kept(self, count: int) -> int:
         """Return how many of ``count`` labels one screening keeps."""
@@ -178,16 +179,79 @@ class MaskSearch:
         """Return how many of ``count`` labels are searched to the end.
 
         >>> [MaskSearch().survivors(count) for count in (10, 43, 200)]
-        [10, 20, 90]
+        [10, 14, 60]
         """
-        return self._kept(self._kept(count)) if self.screening else count
+        return self._kept(self._kept(self._kept(count))) if self.screening else count
 
-    @staticmethod
-    def _adam(
-        value: Tensor, grad: Tensor, first: Tensor, second: Tensor, rows: Tensor, step: int, rate: float
-    ) -> Tensor:
-        """Take one Adam step (betas 0.5, 0.9, as Neural Cleanse) on the rows that are still searched."""
-        first[rows] = 0.5 * first[rows] + 0.5 * grad
-        second[rows] = 0.9 * second[rows] + 0.1 * grad.square()
-        mean, spread = first[rows] / (1 - 0.5**step), second[rows] / (1 - 0.9**step)
-        return value.detach() - rate * mean / (spread.sqrt() + 1e-12)
+
+class _Candidates:
+    """The masks and patterns of a search on their way: a row for each start of each label."""
+
+    def __init__(
+        self, search: MaskSearch, model: nn.Module, images: ImageSet, labels: Sequence[int], generator: Generator
+    ) -> None:
+        channels, height, width = images.image_shape
+        count, device = len(labels) * search.starts, images.device
+        self.search, self.model = search, model
+        self.targets = torch.tensor(labels, device=device).repeat_interleave(search.starts)
+        called = answers(model, images, search.precision)
+        self.feed = SampleImages(images, self.targets, generator=generator, called=called)
+        self.masks = torch.full((count, 1, height, width), -1.0, device=device)  # logits, as the patterns
+        self.masks += 0.1 * torch.randn(self.masks.shape, generator=generator).to(device)
+        self.patterns = 0.5 * torch.randn((count, channels, height, width), generator=generator).to(device)
+        self.moments = [torch.zeros_like(t) for t in (self.masks, self.masks, self.patterns, self.patterns)]
+        self.weight = torch.full((count,), OPENING_WEIGHT[search.penalty] * 1024 / (height * width), device=device)
+        self.success, self.energies = torch.zeros(count, device=device), torch.zeros(count, device=device)
+
+    @property
+    def need(self) -> Tensor:
+        """How much each candidate needs, (K * starts,); one that does not succeed yet counts as needing more."""
+        size = self.energies if self.search.penalty == "energy" else self.masks.sigmoid().sum((1, 2, 3))
+        return size / self.success.clamp_min(0.05)
+
+    def step(self, rows: Tensor, step: int, batch: int) -> None:
+        """Take one step on some candidates, with so many images each."""
+        search, device = self.search, rows.device
+        m, v = self.masks[rows].requires_grad_(), self.patterns[rows].requires_grad_()
+        x = self.feed.draw(rows, batch)
+        mask, pattern = m.sigmoid(), v.sigmoid()
+        change = mask[:, None] * (pattern[:, None] - x)
+        with autocast(device, search.precision):
+            logits = self.model((x + change).flatten(0, 1).contiguous(memory_format=torch.channels_last)).float()
+        goal = self.targets[rows].repeat_interleave(batch)
+        hit = (logits.detach().argmax(1) == goal).view(len(rows), -1).float().mean(1)
+        error = F.cross_entropy(logits, goal, reduction="none").view(len(rows), -1).mean(1)
+        energy = change.square().mean(2).sum((2, 3)).mean(1)
+        size = energy if search.penalty == "energy" else mask.sum((1, 2, 3))
+        (error + self.weight[rows] * size).sum().backward()  # type: ignore[no-untyped-call]
+        assert m.grad is not None
+        assert v.grad is not None
+        rate = search.learning_rate * min(1.0, 2 * (1 - (step - 1) / search.steps))  # constant, then down to 0
+        self.masks[rows] = _adam(m, m.grad, self.moments[0], self.moments[1], rows, step, rate)
+        self.patterns[rows] = _adam(v, v.grad, self.moments[2], self.moments[3], rows, step, rate)
+        memory = min(MEMORY, 1 - 1 / step)
+        self.success[rows] = memory * self.success[rows] + (1 - memory) * hit
+        self.energies[rows] = memory * self.energies[rows] + (1 - memory) * energy.detach()
+        steer = torch.where(self.success[rows] > search.target_success, 1.1, 1 / 1.15)
+        self.weight[rows] = (self.weight[rows] * steer).clamp(LEAST_WEIGHT, LARGEST_WEIGHT[search.penalty])
+
+    def found(self, labels: Sequence[int], kept: Tensor, taken: Tensor) -> FoundMasks:
+        """Return where the candidates that were kept, (K,), ended."""
+        masks, patterns = self.masks[kept].sigmoid(), self.patterns[kept].sigmoid()
+        return FoundMasks(
+            labels=tuple(labels),
+            masks=masks,
+            patterns=patterns,
+            areas=masks.sum((1, 2, 3)),
+            energies=self.energies[kept],
+            success=self.success[kept],
+            steps=taken,
+        )
+
+
+def _adam(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, rows: Tensor, step: int, rate: float) -> Tensor:
+    """Take one Adam step (betas 0.5, 0.9, as Neural Cleanse) on the rows that are still searched."""
+    first[rows] = 0.5 * first[rows] + 0.5 * grad
+    second[rows] = 0.9 * second[rows] + 0.1 * grad.square()
+    mean, spread = first[rows] / (1 - 0.5**step), second[rows] / (1 - 0.9**step)
+    return value.detach() - rate * mean / (spread.sqrt() + 1e-12)

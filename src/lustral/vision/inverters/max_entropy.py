@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -35,7 +35,7 @@ from lustral.training import Precision, autocast, frozen
 from lustral.vision.images import at_most, check_holdout, split
 from lustral.vision.inverters.mask_search import FoundMasks, MaskSearch
 from lustral.vision.inverters.sampling import SampleImages
-from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger
+from lustral.vision.records import DefenderView, ImageSet, RecoveredTrigger, TriggerKind
 
 NOISE_DIM = 64  # uniform [0, 1], cut into one slice per layer
 NUM_LAYERS = 4
@@ -195,6 +195,11 @@ class MaxEntropy:
         if self.steps < 1 or self.batch_size < 2 or self.samples < len(self.levels) or self.hidden < 1:
             raise ValueError(f"expected steps >= 1, batch_size >= 2 and samples >= levels; got {self}")
         check_holdout(self.holdout)
+
+    @property
+    def kind(self) -> TriggerKind:
+        """The kind of what it recovers, by what its search makes small."""
+        return "faint" if self.search.penalty == "energy" else "patch"
 
     def invert(
         self,
@@ -415,18 +420,10 @@ class MaxEntropy:
                 area=float(mask[own].sum() / len(mask[own])) if start is None else float(start.areas[index]),
                 attack_success_rate=0.0,
                 entropy=sample_spread(mask[own], pattern[own]),
+                kind=self.kind,
             )
             rate = firing_rate(model, held_out, trigger, precision=self.precision)
-            results.append(
-                RecoveredTrigger(
-                    target_label=label,
-                    masks=trigger.masks,
-                    patterns=trigger.patterns,
-                    area=trigger.area,
-                    attack_success_rate=rate,
-                    entropy=trigger.entropy,
-                )
-            )
+            results.append(replace(trigger, attack_success_rate=rate))
         return results
 
 
