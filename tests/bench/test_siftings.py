@@ -29,9 +29,9 @@ from lustral.tables.rows import load_cells
 from lustral.tables.summary import Query, table
 from lustral.training import Trainer
 from lustral.vision.interfaces import CraftedAttack, SteersTraining
+from lustral.vision.models.features import gather
 from lustral.vision.purifiers import BNRefresh
 from lustral.vision.records import DefenderView, Purified, Sifted, TrainingView
-from lustral.vision.suspicion.features import gather
 from lustral.vision.suspicion.scoring_model import plain_model
 from lustral.vision.victims import implant, poisons_data
 

@@ -14,10 +14,10 @@ from lustral.training import Trainer
 from lustral.vision.attacks import BadNets
 from lustral.vision.images import as_uint8
 from lustral.vision.models import build_classifier
+from lustral.vision.models.features import gather
 from lustral.vision.records import ImageSet, TrainingView
 from lustral.vision.sifters import FCT, EarlyLoss
 from lustral.vision.sifters.fct import COLLAPSED, collapse_notes, intra_class_loss, transformed
-from lustral.vision.suspicion.features import gather
 from toy import tinted_images, toy_images
 
 

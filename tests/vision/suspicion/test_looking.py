@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.core.records import Progress
+from lustral.vision.models.features import gather
 from lustral.vision.records import ImageSet, TrainingView
-from lustral.vision.suspicion.features import gather
 from lustral.vision.suspicion.looking import MOST_DIMENSIONS, NormStatistics, counted_model, least_log_likelihood, look
 from toy import toy_images, toy_trainer
 from vision.sifters.worlds import building

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lustral.vision.detectors.small_areas import p_values
 from lustral.vision.images import at_most
+from lustral.vision.models.features import gather
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import ImageSet
-from lustral.vision.suspicion.features import gather
 
 QUANTILE = 0.95
 STEPS, FEW_STEPS = 1000, 200  # of the ascent; the second where there are many labels

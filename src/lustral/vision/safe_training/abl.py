@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import EpochReport, Trainer, default_trainer
+from lustral.vision.models.features import gather
 from lustral.vision.records import Trained, TrainingView
 from lustral.vision.safe_training.run import TrainingRun, require_trainable
 from lustral.vision.sifters.early_loss import EarlyLoss
-from lustral.vision.suspicion.features import gather
 
 
 def ascent(logits: Tensor, labels: Tensor, most: float) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from lustral.core.randomness import on_device
 from lustral.core.records import Augmentation, Batch, OnProgress, Progress
 from lustral.training import autocast, frozen
+from lustral.vision.models.features import BATCH, Penultimate
 from lustral.vision.records import LabelledImages
-from lustral.vision.suspicion.features import BATCH, Penultimate
 
 MOST_NUMBERS = 2**28  # 1 GiB: of more images than fit fewer views are kept
 

@@ -23,13 +23,13 @@ from lustral.core.randomness import fork
 from lustral.core.records import Batch, Objective, OnProgress
 from lustral.training import Augment, Trainer, frozen
 from lustral.training.crops import StrongAugment
+from lustral.vision.models.features import Penultimate
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import Trained, TrainingView
 from lustral.vision.safe_training.cached_features import cache
 from lustral.vision.safe_training.contrast import Labels, contrastive_loss, positives
 from lustral.vision.safe_training.run import TrainingRun, require_trainable
 from lustral.vision.sifters import FCT, Combined
-from lustral.vision.suspicion.features import Penultimate
 
 LARGE_SET = 30_000  # images from which fewer epochs do
 

@@ -25,8 +25,8 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, Objective, OnProgress
 from lustral.training import Trainer
+from lustral.vision.models.features import gather
 from lustral.vision.records import LabelledImages, Sifted, TrainingView
-from lustral.vision.suspicion.features import gather
 from lustral.vision.suspicion.lines import draw_line
 
 STAGE = "learning what is learnt first"

@@ -22,9 +22,9 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork, on_device
 from lustral.core.records import Batch, OnProgress, Progress
 from lustral.training import EpochReport, Trainer, autocast, frozen
+from lustral.vision.models.features import BATCH, Penultimate
 from lustral.vision.models.wiring import trace
 from lustral.vision.records import LabelledImages, Sifted, TrainingView
-from lustral.vision.suspicion.features import BATCH, Penultimate
 from lustral.vision.suspicion.lines import draw_line
 
 COLLAPSED = 1e-6  # distance below which the features of an image say nothing

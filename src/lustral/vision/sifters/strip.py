@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress, Progress
 from lustral.training import Trainer, autocast, frozen
+from lustral.vision.models.features import BATCH
 from lustral.vision.records import DefenderView, LabelledImages, Sifted, TrainingView
-from lustral.vision.suspicion.features import BATCH
 from lustral.vision.suspicion.looking import counted_model
 from lustral.vision.suspicion.scores import Scores
 from lustral.vision.suspicion.scoring_model import estimated_passes

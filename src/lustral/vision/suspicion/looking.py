@@ -16,8 +16,8 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import child, fork
 from lustral.core.records import OnProgress, Progress
 from lustral.training import Trainer, autocast, frozen
+from lustral.vision.models.features import BATCH, Penultimate
 from lustral.vision.records import LabelledImages, TrainingView
-from lustral.vision.suspicion.features import BATCH, Penultimate
 from lustral.vision.suspicion.scoring_model import plain_model
 
 MOST_DIMENSIONS = (
