@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lustral.core.randomness import child
-from lustral.vision.detectors import Cascade, MaskArea
+from lustral.vision.detectors import Cascade
 from lustral.vision.detectors.cascade import ODD_FACTOR, SEARCHES, Look
 from lustral.vision.detectors.latent_look import error_weights, latent_norms, least_steps, margins, oddities
+from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.weighing import SearchedLabel
 from lustral.vision.inverters import MaskSearch
 from lustral.vision.inverters.mask_search import FoundMasks
@@ -23,7 +24,9 @@ from toy import NUM_CLASSES, quick_inverter
 
 def quick_cascade() -> Cascade:
     faint = MaskSearch(penalty="energy", starts=1, steps=60, batch_size=16)
-    return Cascade(patches=MaskArea(inverter=quick_inverter()), faint=MaskArea(inverter=quick_inverter(search=faint)))
+    return Cascade(
+        patches=SizeSearch(inverter=quick_inverter()), faint=SizeSearch(inverter=quick_inverter(search=faint))
+    )
 
 
 def plain_least_step(weight: Tensor, margin: Tensor, label: int) -> float:
@@ -119,7 +122,7 @@ def searched(
 ) -> Look:
     """What the cascade makes of a search that finds label 4 odd at this p-value."""
     evidence = [entry(k, 60.0 if k != 4 else 4.0, p_value if k == 4 else 1.0, "area") for k in range(NUM_CLASSES)]
-    monkeypatch.setattr(MaskArea, "weigh", lambda *_, **__: (found_nothing(NUM_CLASSES), evidence))
+    monkeypatch.setattr(SizeSearch, "weigh", lambda *_, **__: (found_nothing(NUM_CLASSES), evidence))
     return cascade._search(cascade.patches, view, view.clean, view.clean, norms, child(0), None)
 
 
@@ -168,6 +171,6 @@ def test_the_scan_is_the_same_for_one_seed(toy_view: DefenderView) -> None:
 
 def test_searches_of_the_wrong_kind_are_refused() -> None:
     with pytest.raises(ValueError, match=r'expected faint to search with penalty "energy"; got "area"'):
-        Cascade(faint=MaskArea())
+        Cascade(faint=SizeSearch())
     with pytest.raises(ValueError, match="expected 0 < false_alarm_rate <= doubt_rate < 1"):
         Cascade(false_alarm_rate=0.2)

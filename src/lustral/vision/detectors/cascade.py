@@ -3,7 +3,7 @@
 Three looks at a classifier, each at what the one before leaves open:
 
 1. the last layer (``latent_look``, about a second) orders the labels and says where the error rate is spent;
-2. the smallest masks, from several starts, find patches (``MaskArea``'s evidence);
+2. the smallest masks, from several starts, find patches (``mask_area``'s evidence);
 3. the faintest changes, by energy, find what is spread over the image: perturbations that are added, pictures blended in. They
    are searched where the masks accuse nobody.
 
@@ -25,7 +25,7 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import Evidence, OnProgress, Progress
 from lustral.vision.detectors.latent_look import error_weights, latent_norms, oddities
-from lustral.vision.detectors.mask_area import MaskArea
+from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.weighing import (
     NULLS,
     SearchedLabel,
@@ -59,7 +59,7 @@ SHOWN = {"area": "a patch or mark", "energy": "a faint change of the whole image
 class Look:
     """What one search found: masks, and what each label needs, its p-values corrected for both searches and weighted."""
 
-    detector: MaskArea
+    detector: SizeSearch
     found: FoundMasks
     evidence: tuple[SearchedLabel, ...]
     suspects: tuple[int, ...]
@@ -86,11 +86,11 @@ class Cascade:
 
     version: ClassVar[int] = 1
 
-    patches: MaskArea = field(
-        default_factory=lambda: MaskArea(inverter=MaxEntropy(search=MaskSearch(steps=180, batch_size=20)))
+    patches: SizeSearch = field(
+        default_factory=lambda: SizeSearch(inverter=MaxEntropy(search=MaskSearch(steps=180, batch_size=20)))
     )
-    faint: MaskArea = field(
-        default_factory=lambda: MaskArea(
+    faint: SizeSearch = field(
+        default_factory=lambda: SizeSearch(
             inverter=MaxEntropy(search=MaskSearch(penalty="energy", starts=1, steps=120, batch_size=16))
         )
     )
@@ -109,7 +109,7 @@ class Cascade:
                 raise ValueError(f'expected {name} to search with penalty "{wanted}"; got "{penalty}"')
 
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
-        """Return a verdict with evidence for every label; see ``Detector``. With few classes: as ``MaskArea``."""
+        """Return a verdict with evidence for every label; see ``Detector``. With few classes: as ``mask_area``."""
         require_usable(view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             check = check_task(view.model, view.clean)
@@ -168,7 +168,7 @@ class Cascade:
 
     def _search(
         self,
-        detector: MaskArea,
+        detector: SizeSearch,
         view: DefenderView,
         search_set: ImageSet,
         held_out: ImageSet,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Generator
@@ -19,63 +19,47 @@ from torch import Generator
 from lustral.core.cost import CostMeter
 from lustral.core.randomness import fork
 from lustral.core.records import OnProgress
+from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.weighing import (
     LEAST_LABELS,
     NULLS,
     SearchedLabel,
     held_back,
-    median_size,
     most_suspicious,
     outliers,
-    searched_to_the_end,
     smallest_of,
     soaked_note,
     soaks_up,
     unsearched,
     usable_labels,
-    weigh_labels,
     with_entropy,
 )
 from lustral.vision.evaluation import TaskCheck, check_task, require_gradient
-from lustral.vision.images import check_holdout, require_usable, split
-from lustral.vision.inverters.mask_search import FoundMasks
-from lustral.vision.inverters.max_entropy import MaxEntropy
+from lustral.vision.images import require_usable, split
 from lustral.vision.records import Answer, DefenderView, ImageSet, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskArea:
+class MaskArea(SizeSearch):
     """Decide by the areas of the smallest masks.
 
     Attributes:
-        inverter: searches the masks, and spreads out the triggers of the suspect labels.
         false_alarm_rate: probability, under the null, that a benign model is called backdoored.
         doubt_rate: above ``false_alarm_rate`` and up to here the answer is "cannot tell".
-        least_success: success on held-out images below which a search counts as failed.
-        suspect_ratio: a suspect's size is at most this share of the typical one; a statistical oddity alone is no backdoor.
-        doubt_ratio: an odd size between ``suspect_ratio`` and this share is a doubt; above it, nothing.
-        small_share: share of the image; when the median label needs less, every label is suspiciously easy to reach.
-        holdout: share of the clean images kept from the search to measure success on.
     """
 
     version: ClassVar[int] = 3
 
-    inverter: MaxEntropy = field(default_factory=MaxEntropy)
     false_alarm_rate: float = 0.01
     doubt_rate: float = 0.05
-    least_success: float = 0.75
-    suspect_ratio: float = 0.4
-    doubt_ratio: float = 0.6
-    small_share: float = 0.006
-    holdout: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         if not 0 < self.false_alarm_rate <= self.doubt_rate < 1:
             raise ValueError(
                 f"expected 0 < false_alarm_rate <= doubt_rate < 1; got {self.false_alarm_rate} and {self.doubt_rate}"
             )
-        check_holdout(self.holdout)
 
     def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
         """Return a verdict with evidence for every label; see ``Detector``.
@@ -131,53 +115,6 @@ class MaskArea:
             clean_accuracy=check.accuracy.value,
             notes=notes,
         )
-
-    def weigh(
-        self,
-        view: DefenderView,
-        search_set: ImageSet,
-        held_out: ImageSet,
-        *,
-        generator: Generator,
-        protected: Sequence[int] = (),
-        on_progress: OnProgress | None,
-    ) -> tuple[FoundMasks, list[SearchedLabel]]:
-        """Search every label, those in ``protected`` to the end, and weigh what was found on held-out images."""
-        found = self.inverter.search.run(
-            view.model,
-            search_set,
-            range(view.clean.num_classes),
-            generator=generator,
-            protected=protected,
-            on_progress=on_progress,
-        )
-        return found, self.score_labels(view, held_out, found)
-
-    def score_labels(self, view: DefenderView, held_out: ImageSet, found: FoundMasks) -> list[SearchedLabel]:
-        """Measure each label's mask on held-out images and test its size against the larger ones."""
-        return weigh_labels(
-            view,
-            held_out,
-            found,
-            penalty=self.inverter.search.penalty,
-            least_success=self.least_success,
-            precision=self.inverter.precision,
-        )
-
-    def too_little(self, evidence: Sequence[SearchedLabel], clean: ImageSet) -> str | None:
-        """Return why the sizes cannot be compared, as a sentence or two; None where they can."""
-        usable = usable_labels(evidence)
-        if len(usable) < LEAST_LABELS:
-            return f"The search reached only {len(usable)} labels; at least {LEAST_LABELS} are needed to compare."
-        _, height, width = clean.image_shape
-        median = median_size(usable)
-        if evidence[0].penalty == "area" and median < self.small_share * height * width:
-            return (
-                f"Half of the labels{searched_to_the_end(evidence)} are reached with {median:.1f} pixels or fewer. So small a "
-                "mask for so many labels is what an all-to-all backdoor looks like, or a model that is easily fooled; the areas "
-                "cannot tell which."
-            )
-        return None
 
     def judge(self, evidence: Sequence[SearchedLabel], clean: ImageSet) -> tuple[tuple[int, ...], Answer, str]:
         """Return (suspect labels, outcome, basis)."""
