@@ -42,7 +42,6 @@ def test_a_strangers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names["erased_rate"] < 0.2 < 0.8 < names["given_rate"], said
 
 
-@pytest.mark.slow
 def test_a_strangers_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, cells = run("stranger_data", tmp_path, monkeypatch)
     flagged, poisoned = names["sifted"].flagged.numpy(), names["poisoned"]
