@@ -27,8 +27,6 @@ COMMANDS = {
     "import lustral": ("-c", "import lustral"),
     "lustral --help": ("-m", "lustral", "--help"),
     "lustral bench --help": ("-m", "lustral", "bench", "--help"),
-    "lustral scan --help": ("-m", "lustral", "scan", "--help"),
-    "import torch": ("-c", "import torch"),
 }
 BASES = ("python -c pass", "import numpy")
 LIMITS = {"import lustral": 0.3, "lustral --help": 1.0}  # seconds of processor time
