@@ -16,7 +16,7 @@ from lustral.vision.attacks import BadNets
 from lustral.vision.erasing import erase
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.models import Classifier
-from lustral.vision.purifiers.auto import ANYWAY, Auto, TriggerUnlearning, WithoutLabel, head_of, patch_areas
+from lustral.vision.purifiers.auto import ANYWAY, Auto, TriggerUnlearning, WithoutLabel, head_of, needed_sizes
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Victim
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun
 from lustral.vision.repair.selection import held_out_accuracy, predicted_labels
@@ -40,7 +40,8 @@ class Glow:
     """A recovered trigger of another kind, with nothing but what every kind has: it brightens a corner."""
 
     target_label: int = TARGET
-    kind: str = "additive"
+    kind: str = "faint"
+    attack_success_rate: float = 0.5
 
     def __call__(self, images: Tensor, *, generator: Generator | None = None) -> Tensor:
         added = torch.zeros_like(images)
@@ -178,7 +179,7 @@ def test_rounds_end_when_a_fresh_search_needs_far_more(toy_view: DefenderView) -
     erased = purify(toy_view.model, named(true_trigger()), inverter=Growing(), rounds=5, grown=4.0)
     assert Growing.calls == 2  # 10 pixels are not four times 4; 20 are
     assert {dict(entry.parts).get("round") for entry in erased.history[1:]} == {1, 2}
-    assert "a fresh search needed 20.0 pixels" in " ".join(erased.notes)
+    assert "After round 2 fresh searches needed 4 times" in " ".join(erased.notes)
 
 
 def test_the_reactivation_audit_is_said_when_asked_for(toy_view: DefenderView) -> None:
@@ -231,11 +232,37 @@ def test_the_loss_against_a_plain_formula(toy_view: DefenderView) -> None:
     )  # bfloat16 of the teacher
 
 
-def test_areas_are_of_patches_only() -> None:
-    weak = dataclasses.replace(true_trigger(), attack_success_rate=0.5)
-    assert patch_areas([true_trigger(), weak]) == {TARGET: 4.0}
-    assert patch_areas([weak]) == {TARGET: 8.0}
-    assert patch_areas([Glow()]) == {}  # type: ignore[list-item]
+def test_what_triggers_need_is_area_or_energy() -> None:
+    weak, black = dataclasses.replace(true_trigger(), attack_success_rate=0.5), small_set()
+    black = dataclasses.replace(black, images=torch.zeros_like(black.images))
+    assert needed_sizes([true_trigger(), weak], black) == {(TARGET, "patch"): 4.0}
+    assert needed_sizes([weak], black) == {(TARGET, "patch"): 8.0}
+    glow: Any = Glow()
+    assert needed_sizes([glow, weak], black) == {
+        (TARGET, "faint"): 8.0,
+        (TARGET, "patch"): 8.0,
+    }  # 4 pixels on half of them
+
+
+def test_each_kind_is_searched_again_by_its_own_search(toy_view: DefenderView) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    class Named(KnownAnswer):
+        """Says who was asked for which labels, and returns a trigger of its kind that needs as much as before."""
+
+        def __init__(self, kind: Any) -> None:
+            self.kind = kind
+
+        def invert(self, view: DefenderView, labels: Any, **_: Any) -> list[RecoveredTrigger]:
+            asked.append((self.kind, tuple(labels)))
+            return [dataclasses.replace(true_trigger(), kind=self.kind)]
+
+    searches: Any = {"inverter": Named("patch"), "faint": Named("faint"), "rounds": 2}
+    purify(toy_view.model, named(true_trigger(), Glow()), **searches)
+    assert asked == [("patch", (TARGET,)), ("faint", (TARGET,))]
+    asked.clear()
+    purify(toy_view.model, named(Glow()), **searches)
+    assert asked == [("faint", (TARGET,))]
 
 
 def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:

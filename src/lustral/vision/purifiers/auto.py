@@ -33,9 +33,10 @@ from lustral.core.history import Part
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, fine_tuning_recipe, frozen
-from lustral.vision.images import check_holdout
+from lustral.vision.images import as_float, at_most, check_holdout
+from lustral.vision.inverters.mask_search import MaskSearch
 from lustral.vision.inverters.max_entropy import MaxEntropy
-from lustral.vision.records import DefenderView, Purified, RecoveredTrigger
+from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, TriggerKind
 from lustral.vision.repair.heads import fresh_head, linear_head, rescale
 from lustral.vision.repair.interpolation import least_firing_point
 from lustral.vision.repair.rates import RateChoice
@@ -50,6 +51,10 @@ from lustral.vision.repair.selection import (
 from lustral.vision.repair.shifted_weights import adaptive_shift, interpolated_loss, loss_part_of_the_way
 from lustral.vision.repair.waking import Waking
 
+Sought = tuple[int, TriggerKind]
+"""A label, and the kind of trigger to search for it."""
+
+ENERGY_IMAGES = 256  # that the energy of a trigger is measured on
 ANYWAY = "To train it all the same, without a label: `anyway` (`--anyway`)."
 WITHOUT_LABEL = "The scan named no label: the model was trained without one, which erases less surely."
 
@@ -79,13 +84,15 @@ class Auto:
     """Unlearn what a scan named; leave a model of which it named nothing alone, unless asked.
 
     Attributes:
-        inverter: searches named labels that come without a trigger, and again after every round.
+        inverter: searches patches: of named labels that come without a trigger, and again after every round.
+        faint: searches faint changes again, of labels whose trigger is one.
         rounds: most rounds of unlearning and searching.
         relearn_weight: w_r.
         distil_weight: w_d.
         path_share: share of the steps that look back; 0: none.
         back: farthest that they look, as a share of the way to the received weights; each draws its own.
-        grown: a label counts as erased when a fresh search needs this many times the area that the first one did.
+        grown: a label counts as erased when fresh searches need this many times what the scan's triggers do: pixels of area for
+            patches, of energy (the squared change) for faint ones.
         trainer: one round; its rate is the middle of what is tried.
         rate: "found" on the network, or "given": the trainer's.
         least_steps: small clean sets get more epochs, until a round has this many steps.
@@ -105,6 +112,9 @@ class Auto:
     takes_verdict: ClassVar[bool] = True
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
+    faint: MaxEntropy = field(
+        default_factory=lambda: MaxEntropy(search=MaskSearch(penalty="energy", starts=1, steps=120, batch_size=16))
+    )
     rounds: int = 3
     relearn_weight: float = 1.0
     distil_weight: float = 2.0
@@ -142,7 +152,7 @@ class Auto:
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
             bank = [trigger for trigger in verdict.triggers if trigger.target_label in verdict.suspect_labels]
             if missing := set(verdict.suspect_labels) - {trigger.target_label for trigger in bank}:
-                bank += self._search(repair, view.model, sorted(missing))
+                bank += self._search(repair, view.model, [(label, "patch") for label in sorted(missing)])
             model, kept, notes = self._rounds(repair, bank, floor)
             model, kept, notes = self._way_back(repair, model, kept, notes, bank, floor)
             if self.reactivate:
@@ -216,8 +226,8 @@ class Auto:
         self, repair: PurifyRun, bank: list[RecoveredTrigger], floor: float
     ) -> tuple[nn.Module, int, tuple[str, ...]]:
         """Unlearn and search in turn; return (model, its entry in the history, notes). What is found goes into ``bank``."""
-        given, labels = repair.view.model, sorted({trigger.target_label for trigger in bank})
-        wanted = {label: self.grown * area for label, area in patch_areas(bank).items()}
+        given, held_out = repair.view.model, repair.held_out
+        wanted = {sought: self.grown * size for sought, size in needed_sizes(bank, held_out).items()}
         loss = TriggerUnlearning(self, repair, bank)
         trainer, told = repair.with_rate(
             self.rate, self.trainer.fitted_to_size(len(repair.fit), self.least_steps), lambda: loss
@@ -226,7 +236,7 @@ class Auto:
         model, kept, divisor = given, -1, 1.0
         for number in range(1, self.rounds + 1):
             selection = Selection(
-                held_out=repair.held_out,
+                held_out=held_out,
                 triggers=tuple(bank),
                 floor=floor,
                 parts={"round": number},
@@ -241,13 +251,13 @@ class Auto:
             model, kept = repair.follow(selection.best_model), selection.best_index
             if number == self.rounds or not selection.admissible:
                 break
-            fresh = self._search(repair, model, labels)
-            areas = patch_areas(fresh)
-            repair.history[kept] = replace(repair.history[kept], area=min(areas.values()))
-            if all(label in wanted and area >= wanted[label] for label, area in areas.items()):
+            fresh = self._search(repair, model, sorted(wanted))
+            sizes = needed_sizes(fresh, held_out)
+            areas = [size for (_, kind), size in sizes.items() if kind == "patch"]
+            repair.history[kept] = replace(repair.history[kept], area=min(areas, default=None))
+            if all(size >= wanted[sought] for sought, size in sizes.items()):
                 notes.append(
-                    f"After round {number} a fresh search needed {min(areas.values()):.1f} pixels, at least {self.grown:g} times "
-                    "what the scan needed."
+                    f"After round {number} fresh searches needed {self.grown:g} times what the scan's triggers do, or more."
                 )
                 break
             bank += fresh
@@ -272,15 +282,20 @@ class Auto:
 
         return train
 
-    def _search(self, repair: PurifyRun, model: nn.Module, labels: Sequence[int]) -> list[RecoveredTrigger]:
-        """Search triggers of labels anew on a model."""
-        return self.inverter.invert(
-            DefenderView(model=model, clean=repair.fit),
-            labels,
-            held_out=repair.held_out,
-            generator=fork(repair.generator, "recover"),
-            on_progress=repair.on_progress,
-        )
+    def _search(self, repair: PurifyRun, model: nn.Module, wanted: Sequence[Sought]) -> list[RecoveredTrigger]:
+        """Search triggers of labels anew on a model, each of its kind."""
+        view, found = DefenderView(model=model, clean=repair.fit), list[RecoveredTrigger]()
+        inverters: dict[TriggerKind, MaxEntropy] = {"patch": self.inverter, "faint": self.faint}
+        for kind, inverter in inverters.items():
+            if labels := [label for label, own in wanted if own == kind]:
+                found += inverter.invert(
+                    view,
+                    labels,
+                    held_out=repair.held_out,
+                    generator=fork(repair.generator, "recover", kind),
+                    on_progress=repair.on_progress,
+                )
+        return found
 
 
 class TriggerUnlearning:
@@ -338,11 +353,18 @@ def waking_note(count: int, now: float, woken: float) -> str:
     )
 
 
-def patch_areas(triggers: Sequence[RecoveredTrigger]) -> dict[int, float]:
-    """Return the least area, in pixels, that a search for patches needed, by label; triggers of other kinds have none."""
-    areas: dict[int, float] = {}
+def needed_sizes(triggers: Sequence[RecoveredTrigger], images: ImageSet) -> dict[Sought, float]:
+    """Return the least that triggers needed, in pixels, by label and kind: area of a patch, energy of a faint change."""
+    sizes: dict[Sought, float] = {}
     for trigger in triggers:
-        if getattr(trigger, "kind", "patch") == "patch":
-            label = trigger.target_label
-            areas[label] = min(needed_area(trigger), areas.get(label, math.inf))
-    return areas
+        sought = trigger.target_label, trigger.kind
+        size = needed_area(trigger) if trigger.kind == "patch" else needed_energy(trigger, images)
+        sizes[sought] = min(size, sizes.get(sought, math.inf))
+    return sizes
+
+
+def needed_energy(trigger: RecoveredTrigger, images: ImageSet) -> float:
+    """Return the mean of ||x' - x||_2^2 / C over images, in pixels; a trigger that does not fire needed more than it has."""
+    x = as_float(at_most(images, ENERGY_IMAGES).images)
+    energy = (trigger(x) - x).square().flatten(1).sum(1).mean() / x.shape[1]
+    return float(energy) / max(trigger.attack_success_rate, 0.05)
