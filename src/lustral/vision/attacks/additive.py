@@ -130,7 +130,7 @@ class Additive:
         steps: steps of Adam; "l0" chooses the pixels after half of them.
         batch_size: images per step.
         learning_rate: of Adam, on the [0, 1] scale.
-        seed: draws the images of each step.
+        pattern_seed: draws the images of each step.
         surrogate: how the clean model is trained.
     """
 
@@ -145,7 +145,7 @@ class Additive:
     steps: int = 60
     batch_size: int = 64
     learning_rate: float = 0.05
-    seed: int = 0
+    pattern_seed: int = 0
     surrogate: Surrogate = field(default_factory=Surrogate)
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ class Additive:
 
         def search_pattern() -> Mapping[str, Tensor]:
             surrogate = clean_classifier(clean, self.surrogate, assets=assets, on_progress=on_progress)
-            stream = child(self.seed, "additive", "images")
+            stream = child(self.pattern_seed, "additive", "images")
 
             def draw() -> tuple[Tensor, Tensor]:
                 chosen = torch.randint(len(clean), (self.batch_size,), generator=stream).to(clean.device)
@@ -219,7 +219,7 @@ class Additive:
             "target_label": self.target_label,
             "mode": self.mode,
             "batch_size": self.batch_size,
-            "seed": self.seed,
+            "seed": self.pattern_seed,
             "versions": versions_of(self),
             **search,
         }
