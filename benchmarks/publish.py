@@ -37,7 +37,7 @@ from lustral.tables.rows import BENIGN, RATES, UNDEFENDED, load_cells
 ROOT = Path(__file__).resolve().parent.parent
 WORKED = 0.5  # attack success rate above which a victim counts in means
 COLUMNS = ("data", "arch", "attack", "poison_rate", "target_label", "seed", "defence", "clean_images")
-SEARCHERS = ("baeraser", "mesa", "neural_cleanse")  # leave a model as it was where they find no trigger
+SEARCHERS = ("auto", "baeraser", "mesa", "neural_cleanse")  # leave a model as it was where they find no trigger
 MOST_LOSS = 0.03  # accuracy that a recommended eraser may cost on average
 LITTLE_LOSS = 0.015  # the same where accuracy comes first
 LARGE_LOSS = 0.15  # the same where few clean images make every eraser costly

@@ -38,6 +38,7 @@ from lustral.vision.purifiers import (
     RNP,
     SAU,
     TSBD,
+    Auto,
     BaEraser,
     BNRefresh,
     FinePruning,
@@ -87,6 +88,7 @@ DETECTORS: dict[str, type[Detector]] = {
 
 PURIFIERS: dict[str, type[Purifier]] = {
     "anp": ANP,
+    "auto": Auto,
     "baeraser": BaEraser,
     "bn_refresh": BNRefresh,
     "clp": CLP,
@@ -104,6 +106,16 @@ PURIFIERS: dict[str, type[Purifier]] = {
     "rnp": RNP,
     "sau": SAU,
     "tsbd": TSBD,
+}
+
+WHEN_TO_USE: dict[str, str] = {  # what `lustral erase --list` says beside a purifier; not every one is anybody's choice
+    "auto": "first: it scans, and unlearns every trigger that is found; --anyway where none is",
+    "baeraser": "the published loop of auto, for patches",
+    "bn_refresh": "as a control",
+    "d_br": "with the training set at hand",
+    "fine_tuning": "as a control",
+    "ft_sam": "a scan names nothing, and doubt remains",
+    "fst": "a scan names nothing, and doubt remains",
 }
 
 SIFTERS: dict[str, type[Sifter]] = {

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lustral.api.opening import draw_clean, found_order
 from lustral.api.progress import Bars, StageLines
-from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS
+from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, WHEN_TO_USE
 from lustral.cli import main
 from lustral.cli.arguments import (
     TOP_FLAGS,
@@ -43,7 +43,7 @@ from lustral.vision.detectors.weighing import NULL, SearchedLabel
 from lustral.vision.erasing import TAKEN_OVER, takes_untrusted
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import Classifier, build_classifier, load_model, save_model
-from lustral.vision.purifiers import BNRefresh, Mesa
+from lustral.vision.purifiers import Auto, BNRefresh, Mesa
 from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict, Victim
 from lustral.vision.sources import load_source
 from toy import clean_images, mask_evidence, mask_verdict
@@ -186,6 +186,7 @@ def understand(line: str) -> Any:
         ("erase m.pt --method mesa --data cifar10 --out o --epochs 5 --json", Erase),
         ("erase m.pt --data cifar10 --out o --verdict s/result.json --no-audit", Erase),
         ("erase m.pt --data cifar10 --out o --method mesa --detector.inverter.steps 9 --false-alarm-rate 0.02", Erase),
+        ("erase m.pt --data cifar10 --out o --method auto --anyway --reactivate --rounds 1 --epochs 3", Erase),
         ("evaluate victim", Evaluate),
         ("evaluate victim --model erased/model.safetensors --data digits --json", Evaluate),
         ("demo", Demo),
@@ -266,6 +267,12 @@ def test_the_scan_of_an_eraser_follows_its_inverter() -> None:
     assert apart == MaxEntropy(hidden=5)
 
 
+def test_short_flags_of_auto_are_of_its_rounds() -> None:
+    settings = understand("erase m.pt --data d --out o --method auto --anyway --epochs 3 --rho 1").settings
+    assert (settings.anyway, settings.trainer.epochs, settings.generic.rho) == (True, 3, 1.0)
+    assert settings.generic.trainer.epochs == Auto().generic.trainer.epochs
+
+
 def test_the_data_sets_recipe_is_the_trainers_default() -> None:
     line = ["implant", "badnets", "--data", "d", "--out", "o", "--epochs", "3", "--size", "2"]
     command = parse_implant(line, Trainer(epochs=77, batch_size=9))
@@ -281,8 +288,8 @@ def test_the_data_sets_recipe_is_the_trainers_default() -> None:
         ("scan m.pt --data d --sed 3", "--sed"),
         ("scan m.pt --data d --seed three", "three"),
         ("erase m.pt --data d --out o --method baeresar", "did you mean 'baeraser'"),
-        ("erase m.pt --data d --out o --form prose", "prose"),
-        ("erase m.pt --data d --out o --method sau --verdict=s", "sau starts from no scan.*baeraser or mesa"),
+        ("erase m.pt --data d --out o --method baeraser --form prose", "prose"),
+        ("erase m.pt --data d --out o --method sau --verdict=s", "sau starts from no scan.*auto or baeraser or mesa"),
         ("erase m.pt --data d --out o --target-labels 3", "target-labels"),
         ("erase m.pt --data d --out o --batch-norm none", "none"),
         ("implant badnet --data d --out o", "badnet"),
@@ -313,6 +320,8 @@ def test_purifiers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(entry["does"] for entry in listed.values())
     assert {name: entry["needs"] for name, entry in listed.items()} == {n: kind.needs for n, kind in PURIFIERS.items()}
     assert listed["sau"]["passes"] == PURIFIERS["sau"].cost_passes
+    assert set(WHEN_TO_USE) <= set(PURIFIERS)
+    assert {name: entry["when"] for name, entry in listed.items() if entry["when"]} == WHEN_TO_USE
     assert run("erase", "--list") == 0
     assert "baeraser" in capsys.readouterr().out
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lustral.catalog import DETECTORS, INVERTERS
-from lustral.catalog import PURIFIERS as LISTED
+from lustral.catalog import DETECTORS, INVERTERS, PURIFIERS
 from lustral.cli.tables import defender_table
 from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
@@ -41,6 +40,7 @@ from lustral.vision.purifiers import (
     RNP,
     SAU,
     TSBD,
+    Auto,
     BaEraser,
     BNRefresh,
     FinePruning,
@@ -49,7 +49,6 @@ from lustral.vision.purifiers import (
     NeuralCleanse,
     NeuralPolarizer,
 )
-from lustral.vision.purifiers.auto import Auto
 from lustral.vision.records import DefenderView, ImageSet, Purified, Verdict, Victim
 from passes import counting
 from toy import (
@@ -64,7 +63,6 @@ from toy import (
     toy_trainer,
 )
 
-PURIFIERS = {**LISTED, "auto": Auto}  # which waits for the numbers of its card
 CLAIM_ERASING = ("anp", "auto", "baeraser", "cnpd", "d_br", "i_bau", "mesa", "neural_polarizer", "rnp", "sau", "tsbd")
 MOST_LEFT = 0.40  # of 0.95 and more; over seeds and instruction sets erasers left 0.16 at most, fine-tuning 0.99
 FURTHER_SEEDS = {"rnp": (2, 3, 4)}  # to average with: cutting greedily leaves 0.3 or 29 %, by the last bits of a victim

@@ -32,7 +32,7 @@ from lustral.api.results import (
 )
 from lustral.api.training_sets import open_training_set
 from lustral.bench.workbench import StoreAssets
-from lustral.catalog import ATTACKS, PURIFIERS
+from lustral.catalog import ATTACKS, PURIFIERS, WHEN_TO_USE
 from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
 from lustral.cli.console import Screen
 from lustral.cli.exporting import (
@@ -240,13 +240,19 @@ def module_line(kind: type) -> str:
 def list_purifiers(screen: Screen) -> int:
     """Explain each purifier in a line, with what it needs beyond clean images and what it costs."""
     lines = {name: (inspect.getdoc(kind) or "").partition("\n")[0] for name, kind in PURIFIERS.items()}
-    table = Table("method", "what it does", "needs", "cost", title="lustral erase --method")
+    table = Table("method", "what it does", "when", "needs", "cost", title="lustral erase --method")
     table.caption = "cost: passes of each of 2,500 clean images through the network and back"
     for name, line in lines.items():
-        table.add_row(name, line, PURIFIERS[name].needs, str(PURIFIERS[name].cost_passes))
+        when, needs = WHEN_TO_USE.get(name, ""), PURIFIERS[name].needs
+        table.add_row(name, line, when, needs, str(PURIFIERS[name].cost_passes))
     screen.show(table)
     records = {
-        name: {"does": line, "needs": PURIFIERS[name].needs, "passes": PURIFIERS[name].cost_passes}
+        name: {
+            "does": line,
+            "when": WHEN_TO_USE.get(name, ""),
+            "needs": PURIFIERS[name].needs,
+            "passes": PURIFIERS[name].cost_passes,
+        }
         for name, line in lines.items()
     }
     screen.record({"schema": RESULT_SCHEMA, "methods": records})
@@ -336,7 +342,9 @@ def demo(command: Demo, argv: Sequence[str], screen: Screen) -> int:
     aside.show(Text.assemble(("3. The defender erases what was found", "bold"), ", and scans again."))
     taken = Scanning(verdict=found / RESULT_FILE)
     return erase(
-        Erase(suspect=suspect, out=command.out, settings=BaEraser(), scanning=taken, common=common), argv, screen
+        Erase(suspect=suspect, out=command.out, method="baeraser", settings=BaEraser(), scanning=taken, common=common),
+        argv,
+        screen,
     )
 
 

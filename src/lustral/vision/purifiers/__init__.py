@@ -1,6 +1,7 @@
 """Purifiers turn a backdoored model and a few clean images into a clean model."""
 
 from lustral.vision.purifiers.anp import ANP
+from lustral.vision.purifiers.auto import Auto
 from lustral.vision.purifiers.baeraser import BaEraser
 from lustral.vision.purifiers.bn_refresh import BNRefresh
 from lustral.vision.purifiers.clp import CLP
@@ -31,6 +32,7 @@ __all__ = [
     "RNP",
     "SAU",
     "TSBD",
+    "Auto",
     "BNRefresh",
     "BaEraser",
     "FinePruning",
