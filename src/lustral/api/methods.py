@@ -12,7 +12,7 @@ from lustral.catalog import DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.records import OnProgress, Progress
 
 DEFAULT_DETECTOR = "mask_area"
-DEFAULT_PURIFIER = "baeraser"
+DEFAULT_PURIFIER = "auto"
 DEFAULT_SIFTER = "combined"
 DEFAULT_SAFE_TRAINER = "sift_first"
 

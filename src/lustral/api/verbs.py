@@ -200,7 +200,7 @@ def erase(
     """
     name, purifier = chosen("purifier", method)
     if verdict is not None and not takes_verdict(purifier):
-        raise ValueError(f"{name} starts from no scan; expected no verdict: leave it out, or choose method='baeraser'")
+        raise ValueError(f"{name} starts from no scan; expected no verdict: leave it out, or choose method='auto'")
     if mean is None and std is None and isinstance(model, nn.Module) and not isinstance(model, Classifier):
         mean, std = constants_of(verdict)
     given = GivenData(clean=clean, classes=classes, image_size=image_size, resize=resize)
