@@ -10,8 +10,11 @@ from typing import Any
 from lustral.api.progress import shown_on, standard_error
 from lustral.catalog import DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.records import OnProgress, Progress
+from lustral.vision.detectors import MaskArea
+from lustral.vision.erasing import scan_method
+from lustral.vision.interfaces import Detector, Purifier
 
-DEFAULT_DETECTOR = "mask_area"
+DEFAULT_DETECTOR = "cascade"
 DEFAULT_PURIFIER = "auto"
 DEFAULT_SIFTER = "combined"
 DEFAULT_SAFE_TRAINER = "sift_first"
@@ -74,3 +77,9 @@ def reporting(on_progress: OnProgress | None, progress: bool) -> Iterator[OnProg
                 on_progress(report)
 
         yield both
+
+
+def default_detector(purifier: Purifier) -> Detector:
+    """Return the detector that scans and audits for a purifier where none is given: of its own search, where it has one."""
+    kind = DETECTORS[scan_method(purifier)]
+    return MaskArea(inverter=purifier.inverter) if kind is MaskArea and hasattr(purifier, "inverter") else kind()

@@ -25,7 +25,7 @@ from lustral.api.calls import (
     title_of,
 )
 from lustral.api.data import Data, named
-from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER, chosen, reporting
+from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER, chosen, default_detector, reporting
 from lustral.api.model_files import given_files, require_copyable
 from lustral.api.opening import GivenData, Opened, model_file, require_victims_images
 from lustral.api.results import (
@@ -41,7 +41,6 @@ from lustral.core.cost import CostMeter
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.core.records import OnProgress
-from lustral.vision.detectors import MaskArea
 from lustral.vision.erasing import erase as run_eraser
 from lustral.vision.erasing import takes_verdict
 from lustral.vision.evaluation import Evaluation, check_task
@@ -183,7 +182,7 @@ def erase(
         verdict: what ``scan`` returned for this model, or the folder or result.json that it was saved to; None scans first,
             where the method starts from a scan.
         method: a name, or a purifier with its settings, e.g. ``SAU(epochs=20)``.
-        detector: scans and audits; None is ``MaskArea`` with the method's own search.
+        detector: scans and audits; None is ``Cascade`` for ``Auto``, and ``MaskArea`` with the method's own search for others.
         audit: scan the new model too, where the method starts from a scan.
         untrusted: the set that the model was trained on, for a method that looks at it.
         mean: as for ``scan``; None takes over what ``verdict`` was made with.
@@ -208,7 +207,7 @@ def erase(
     require_copyable(opened.loaded)
     view, files = granted(opened.view, verdict, untrusted, given), given_files(opened.loaded)
     if detector is None and takes_verdict(purifier):
-        detector = MaskArea(inverter=purifier.inverter) if hasattr(purifier, "inverter") else MaskArea()
+        detector = default_detector(purifier)
     with reporting(on_progress, progress) as report:
         purified = run_eraser(
             purifier, view, detector=detector, audit=audit, generator=child(seed, "erase"), on_progress=report

@@ -13,6 +13,7 @@ from lustral.bench.plan import data_label
 from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
 from lustral.core.settings import describe
 from lustral.tables.rows import BENIGN
+from lustral.vision.erasing import scan_method
 from lustral.vision.victims import NO_ATTACK
 
 _ROOMS: dict[str, dict[str, Any]] = {  # what each kind of defence is called, and its methods; no name is in two
@@ -22,7 +23,6 @@ _ROOMS: dict[str, dict[str, Any]] = {  # what each kind of defence is called, an
     "safe trainer": SAFE_TRAINERS,
 }
 DEFENCES: Mapping[str, type] = ChainMap(*_ROOMS.values())
-SCAN_METHOD = "mask_area"  # the detector that purifiers start from
 OWN_COLUMNS = ("target_label", "poison_rate")  # settings of attacks that are columns of every table
 
 
@@ -67,10 +67,11 @@ def attack_label(victim: Mapping[str, Any]) -> str:
 def defence_label(defence: Mapping[str, Any], scan: Mapping[str, Any] | None = None) -> str:
     """Return a defence's name with what differs from its defaults; ``scan`` is the specification of the one it starts from."""
     label = _label(defence["method"], defence["settings"], DEFENCES[defence["method"]], ())
-    by = SCAN_METHOD if scan is None else defence_label(scan["defence"])
+    usual = scan_method(DEFENCES[defence["method"]])
+    by = usual if scan is None else defence_label(scan["defence"])
     told = "" if defence.get("audit", True) else " audit=False"
     told += " own_model=True" if defence.get("own_model", False) else ""
-    return f"{label}{'' if by == SCAN_METHOD else f' scan: {by}'}{told}"
+    return f"{label}{'' if by == usual else f' scan: {by}'}{told}"
 
 
 def _label(method: str, settings: Mapping[str, Any], kind: Any, apart: Iterable[str]) -> str:

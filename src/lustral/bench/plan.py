@@ -118,7 +118,8 @@ class DefenceTable(_Table):
         label: what tables call it; the method's name with what differs from its defaults if left out.
         settings: fields of the method that differ from its defaults.
         grid: fields with a list of values each; every combination is a defence.
-        scan: fields of the detector (mask_area) that differ from its defaults, for a purifier that starts from a scan.
+        scan: fields of the detector (cascade for auto, else mask_area) that differ from its defaults, for a purifier that starts
+            from a scan.
         audit: scan the result of such a purifier too.
         own_model: keep the victim's model from a sifter, which then trains its own where it looks at one.
         clean: clean budgets, instead of the plan's; 0 is none, for sifters and safe trainers.

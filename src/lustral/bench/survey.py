@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from lustral.bench.columns import DEFENCES, OWN_COLUMNS, SCAN_METHOD
+from lustral.bench.columns import DEFENCES, OWN_COLUMNS
 from lustral.bench.plan import AttackTable, DataTable, DefenceTable, Plan, PlanError
 from lustral.bench.sources import Sources
 from lustral.bench.trust import TrustError
@@ -15,7 +15,7 @@ from lustral.catalog import ATTACKS, DETECTORS, SAFE_TRAINERS, SIFTERS
 from lustral.core.settings import SettingsError, build, describe, merge, suggest
 from lustral.core.versions import versions_of
 from lustral.training import Trainer, default_trainer
-from lustral.vision.erasing import takes_verdict
+from lustral.vision.erasing import scan_method, takes_verdict
 from lustral.vision.models import look_at, parse_architecture
 from lustral.vision.records import ImageSet
 from lustral.vision.sources import DataSource, SourceError
@@ -115,7 +115,7 @@ class Survey:
         if entry.own_model and entry.method not in SIFTERS:
             self.complain(f"{where}: it is no sifter, so it looks at no model of its own; take `own_model` away")
         try:
-            detector = build(DETECTORS[SCAN_METHOD], entry.scan) if scans else None
+            detector = build(DETECTORS[scan_method(DEFENCES[entry.method])], entry.scan) if scans else None
         except SettingsError as error:
             for line in str(error).splitlines():
                 self.complain(f"{where}: scan: {line}")

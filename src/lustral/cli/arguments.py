@@ -18,8 +18,8 @@ from lustral.cli.exporting import ModelExports, ScanExports
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
 from lustral.cli.untrusted.arguments import Sift, Train, UntrustedData
 from lustral.training import Augment, Trainer
-from lustral.vision.detectors import MaskArea
-from lustral.vision.erasing import takes_untrusted, takes_verdict
+from lustral.vision.detectors import Cascade, MaskArea
+from lustral.vision.erasing import scan_method, takes_untrusted, takes_verdict
 from lustral.vision.victims import NO_ATTACK
 
 Settings = TypeVar("Settings")
@@ -126,18 +126,41 @@ class Scan(Generic[Settings]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scanning:
+class FromScan:
     """How a method that starts from a scan gets it.
 
     Attributes:
         verdict: result.json of `lustral scan --out` on this model, or its folder: then nothing is searched again.
-        detector: of the scan and the audit. Where no flag of its inverter is given, it has the method's.
         audit: scan the erased model too, with fresh randomness.
     """
 
     verdict: Path | None = None
-    detector: Annotated[MaskArea, tyro.conf.AvoidSubcommands] = field(default_factory=MaskArea)
     audit: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scanning(FromScan):
+    """How a method gets the scan for small masks that it starts from.
+
+    Attributes:
+        detector: of the scan and the audit. Where no flag of its inverter is given, it has the method's.
+    """
+
+    detector: Annotated[MaskArea, tyro.conf.AvoidSubcommands] = field(default_factory=MaskArea)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeScanning(FromScan):
+    """How a method gets the scan for triggers of any kind that it starts from.
+
+    Attributes:
+        detector: of the scan and the audit.
+    """
+
+    detector: Annotated[Cascade, tyro.conf.AvoidSubcommands] = field(default_factory=Cascade)
+
+
+SCANNING: Mapping[str, type[FromScan]] = {"mask_area": Scanning, "cascade": CascadeScanning}  # by ``scan_method``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +279,7 @@ TOP_FLAGS = {
         Implant,
         Scan,
         Scanning,
+        CascadeScanning,
         Erase,
         Sift,
         Train,
@@ -301,7 +325,7 @@ def parse(argv: Sequence[str]) -> Command:
     method = named_method(argv, DEFAULT_PURIFIER if verb == "erase" else DEFAULT_DETECTOR)
     detector = look_up("detector", method if verb == "scan" else DEFAULT_DETECTOR, DETECTORS)
     purifier = look_up("purifier", method if verb == "erase" else DEFAULT_PURIFIER, PURIFIERS)
-    scanning = Scanning if takes_verdict(purifier) else NoScanning
+    scanning: type = SCANNING[scan_method(purifier)] if takes_verdict(purifier) else NoScanning
     if verb == "erase":
         require_fitting_flags(argv, method, purifier)
     kinds: Mapping[str, Any] = {

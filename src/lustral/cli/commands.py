@@ -33,7 +33,19 @@ from lustral.api.results import (
 from lustral.api.training_sets import open_training_set
 from lustral.bench.workbench import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS, WHEN_TO_USE
-from lustral.cli.arguments import Benign, Demo, Erase, Evaluate, Implant, Scan, Scanning, Suspect, parse, parse_implant
+from lustral.cli.arguments import (
+    Benign,
+    Demo,
+    Erase,
+    Evaluate,
+    FromScan,
+    Implant,
+    Scan,
+    Scanning,
+    Suspect,
+    parse,
+    parse_implant,
+)
 from lustral.cli.console import Screen
 from lustral.cli.exporting import (
     prepare_exports,
@@ -370,7 +382,7 @@ def provenance(
 
 def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:
     """Return how an eraser gets and makes scans, ready for JSON; nothing of one that starts from no scan, and of a scan."""
-    if not (isinstance(command, Erase) and isinstance(command.scanning, Scanning)):
+    if not (isinstance(command, Erase) and isinstance(command.scanning, FromScan)):
         return {}
     taken = command.scanning.verdict
     record = dataclasses.asdict(command.scanning) | {"verdict": None if taken is None else str(taken)}

@@ -28,6 +28,11 @@ def takes_verdict(purifier: Purifier | type) -> bool:
     return bool(getattr(purifier, "takes_verdict", False))
 
 
+def scan_method(purifier: object) -> str:
+    """Return the detector's name in the catalog that a purifier, or its class, starts from by default."""
+    return str(getattr(purifier, "scans_by", "mask_area"))
+
+
 def takes_untrusted(purifier: Purifier | type) -> bool:
     """Say whether a purifier, or its class, learns from the training set of unknown origin."""
     return bool(getattr(purifier, "takes_untrusted", False))

@@ -224,8 +224,8 @@ class Purifier(Protocol):
     """Erases a backdoor. ``lustral.vision.erasing.erase`` runs one with everything around it.
 
     A class that starts from a scan says so with ``takes_verdict: ClassVar[bool] = True``; its ``purify`` needs
-    ``view.verdict``. One that learns from the training set says so with ``takes_untrusted: ClassVar[bool] = True``, and needs
-    ``view.untrusted``.
+    ``view.verdict``. ``scans_by: ClassVar[str]`` names the detector, where it is not "mask_area". One that learns from the
+    training set says so with ``takes_untrusted: ClassVar[bool] = True``, and needs ``view.untrusted``.
 
     Attributes:
         version: counts changes of what the class computes.

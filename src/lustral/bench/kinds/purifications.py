@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lustral.bench.cells import Cell, Need, Outcome, make_cell
-from lustral.bench.columns import SCAN_METHOD, defence_columns
+from lustral.bench.columns import defence_columns
 from lustral.bench.kinds.scans import scan_spec
 from lustral.bench.recording import as_json, evidence, recovered_picture, without_per_class
 from lustral.catalog import DETECTORS, PURIFIERS
@@ -21,7 +21,7 @@ from lustral.core.records import OnProgress
 from lustral.core.settings import build
 from lustral.core.versions import versions_of
 from lustral.store.store import DETAIL_FILE, MODEL_FILE, RECOVERED_PICTURE, Kind
-from lustral.vision.erasing import TAKEN_OVER, erase, takes_untrusted
+from lustral.vision.erasing import TAKEN_OVER, erase, scan_method, takes_untrusted
 from lustral.vision.evaluation import Evaluation, compare_evaluations
 from lustral.vision.models import Classifier, arch_of, save_model
 from lustral.vision.records import DefenderView, Verdict
@@ -120,7 +120,12 @@ def purification_spec(meeting: Meeting) -> dict[str, Any]:
     if defence.scan is not None:
         own["audit"] = defence.entry.audit
         scan["scan"] = scan_spec(
-            victim, SCAN_METHOD, defence.scan, meeting.clean_images, meeting.seed, defence.scan_versions
+            victim,
+            scan_method(PURIFIERS[defence.entry.method]),
+            defence.scan,
+            meeting.clean_images,
+            meeting.seed,
+            defence.scan_versions,
         )
     return {
         "kind": "purification",

@@ -110,6 +110,7 @@ class Auto:
     needs: ClassVar[str] = "nothing"
     cost_passes: ClassVar[float] = 60
     takes_verdict: ClassVar[bool] = True
+    scans_by: ClassVar[str] = "cascade"
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
     faint: MaxEntropy = field(
