@@ -124,3 +124,11 @@ def test_statistics_between_the_ends_are_those_of_the_clean_images_without_dropo
     for share, end in ((0.0, given), (1.0, repaired)):
         state = at_share(given, repaired, share, DARK).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in copy.deepcopy(end).state_dict().items())
+
+
+def test_of_silent_points_the_most_accurate_and_then_the_most_repaired() -> None:
+    # a(s) = 1 - 2 s, b(s) = -0.9 + s: nothing fires from s = 0.1 on; only at s = 1 black is called 1.
+    found = point(Line(*GIVEN), Line(-1.0, 0.1), DARK, floor=0.7)
+    assert found.share == 0.9
+    assert (found.measured.clean_accuracy, found.measured.recovered_asr) == (1.0, 0.0)
+    assert "the most accurate" in found.notes[0]

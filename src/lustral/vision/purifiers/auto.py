@@ -3,11 +3,12 @@
 BaEraser's loop (Liu et al., INFOCOM 2022, arXiv 2201.09538), for triggers of every kind: with clean images (x, y), recovered
 triggers G_1 .. G_n of the named labels c_i and the received model f_0, minimise
 
-    CE(f(x), y) + w_d KL(f_0(x) || f(x)) + w_r CE(f(G_i(x)), y),      x in the last term not of class c_i,  i drawn for each batch
+    w_d KL(f_0(x) || f(x)) + w_r KL(f_0(x) || f(G_i(x))),      x in the last term not of class c_i,  i drawn for each batch
 
-and search again, until a fresh search needs a far larger trigger. Three things are added:
+and search again, until a fresh search needs a far larger trigger. What the received model says of an image is what it shall say
+of it with a trigger: labels, which a few hundred images overfit, are not learnt. Three things are added:
 
-* a learning rate found on the network by a range test (``lustral.vision.repair.rates``);
+* the least learning rate that does it: rates rise, each from the received weights, until no recovered trigger fires;
 * path-aware steps (PAM: Min, Qin, Zhang, Shen, Cheng, NeurIPS 2024, arXiv 2410.09838, section 5): a share of the steps takes its
   gradient at weights part of the way back to the received ones, theta + s (theta_0 - theta), so that no short way leads back to
   the backdoor;
@@ -32,13 +33,13 @@ from torch.nn import functional as F
 from lustral.core.history import Part
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
-from lustral.training import Trainer, fine_tuning_recipe, frozen
+from lustral.training import Trainer, TrainingDiverged, fine_tuning_recipe, frozen
 from lustral.vision.images import as_float, at_most, check_holdout
 from lustral.vision.inverters.mask_search import MaskSearch
 from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, TriggerKind
 from lustral.vision.repair.heads import fresh_head, linear_head, rescale
-from lustral.vision.repair.interpolation import least_firing_point
+from lustral.vision.repair.interpolation import SILENT, least_firing_point
 from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun, returned_unchanged
 from lustral.vision.repair.selection import (
@@ -55,6 +56,7 @@ Sought = tuple[int, TriggerKind]
 """A label, and the kind of trigger to search for it."""
 
 ENERGY_IMAGES = 256  # that the energy of a trigger is measured on
+RISING = (64.0, 16.0, 4.0, 1.0, 0.25)  # what the trainer's rate is divided by, try by try
 ANYWAY = "To train it all the same, without a label: `anyway` (`--anyway`)."
 WITHOUT_LABEL = "The scan named no label: the model was trained without one, which erases less surely."
 
@@ -94,7 +96,7 @@ class Auto:
         grown: a label counts as erased when fresh searches need this many times what the scan's triggers do: pixels of area for
             patches, of energy (the squared change) for faint ones.
         trainer: one round; its rate is the middle of what is tried.
-        rate: "found" on the network, or "given": the trainer's.
+        rate: "found": the least of four that silences the triggers; or "given": the trainer's.
         least_steps: small clean sets get more epochs, until a round has this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one standard
             error.
@@ -121,7 +123,7 @@ class Auto:
     distil_weight: float = 2.0
     path_share: float = 0.5
     back: float = 0.5
-    grown: float = 8.0
+    grown: float = 3.0
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(6, weight_decay=0.0))
     rate: RateChoice = "found"
     least_steps: int = 90
@@ -230,10 +232,8 @@ class Auto:
         given, held_out = repair.view.model, repair.held_out
         wanted = {sought: self.grown * size for sought, size in needed_sizes(bank, held_out).items()}
         loss = TriggerUnlearning(self, repair, bank)
-        trainer, told = repair.with_rate(
-            self.rate, self.trainer.fitted_to_size(len(repair.fit), self.least_steps), lambda: loss
-        )
-        notes = [*told]
+        trainer = self.trainer.fitted_to_size(len(repair.fit), self.least_steps)
+        notes = list[str]()
         model, kept, divisor = given, -1, 1.0
         for number in range(1, self.rounds + 1):
             selection = Selection(
@@ -245,7 +245,11 @@ class Auto:
             )
             if number == 1:
                 selection.note_given(given)
-            divisor = retry_at_lower_rates(selection, self._training(repair, model, trainer, loss, selection), divisor)
+            train = self._training(repair, model, trainer, loss, selection)
+            if number == 1 and self.rate == "found":
+                divisor = least_rate(selection, train)
+            else:
+                divisor = retry_at_lower_rates(selection, train, divisor)
             if kept >= 0 and not selection.admissible:
                 break  # a further round costs too much: what there is stays
             assert selection.best_model is not None
@@ -262,7 +266,7 @@ class Auto:
                 )
                 break
             bank += fresh
-        return model, kept, (*notes, *retry_notes(selection, divisor, self.accuracy_loss))
+        return model, kept, (*notes, *rate_notes(self.trainer.learning_rate / divisor, selection, self.accuracy_loss))
 
     def _training(
         self, repair: PurifyRun, model: nn.Module, trainer: Trainer, loss: TriggerUnlearning, selection: Selection
@@ -322,14 +326,43 @@ class TriggerUnlearning:
             logits = classify(seen).float()
             clean, triggered = logits[: len(x)], logits[len(x) :]
             held = F.kl_div(clean.log_softmax(1), answers, log_target=True, reduction="batchmean")
-            loss = F.cross_entropy(clean, y) + settings.distil_weight * held
+            loss = settings.distil_weight * held
             if len(triggered):
-                loss = loss + settings.relearn_weight * F.cross_entropy(triggered, y[rows])
+                silent = F.kl_div(triggered.log_softmax(1), answers[rows], log_target=True, reduction="batchmean")
+                loss = loss + settings.relearn_weight * silent
             return loss
 
         if looks_back < settings.path_share:
             return loss_part_of_the_way(student, loss_of, self._origin, settings.back * share)
         return loss_of(student)
+
+
+def least_rate(selection: Selection, train: Callable[[float], None]) -> float:
+    """Train at rising rates, each time from the same weights, until the recovered triggers are silent; return the last divisor.
+
+    A rate at which the training diverges, or at which no epoch holds the accuracy, is the last too: higher ones do no better.
+    """
+    for divisor in RISING:
+        selection.parts["rate_divisor"] = divisor
+        seen = len(selection.history)
+        try:
+            train(divisor)
+        except TrainingDiverged:
+            if selection.best is None:
+                raise
+            return divisor
+        epochs = [entry for entry in selection.history[seen:] if (entry.clean_accuracy or 0.0) >= selection.floor]
+        if not epochs or min(entry.recovered_asr or 0.0 for entry in epochs) <= SILENT:
+            return divisor
+    return divisor
+
+
+def rate_notes(rate: float, selection: Selection, accuracy_loss: float) -> tuple[str, ...]:
+    """Say which rate it was, and what it cost where that is more than asked for."""
+    return (
+        f"The learning rate was {rate:.1e}, the least that silenced the triggers.",
+        *retry_notes(selection, 1.0, accuracy_loss),
+    )
 
 
 def head_of(model: nn.Module, images: Tensor) -> str | None:
