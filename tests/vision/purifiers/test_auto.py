@@ -225,11 +225,9 @@ def test_the_loss_against_a_plain_formula(toy_view: DefenderView) -> None:
     log_f, log_0 = student(x).log_softmax(1), toy_view.model(x).float().log_softmax(1)
     held = (log_0.exp() * (log_0 - log_f)).sum(1).mean()
     stamped = student(true_trigger()(x[rows])).log_softmax(1)
-    right = -log_f[torch.arange(len(x)), y].mean()
-    relearnt = -stamped[torch.arange(int(rows.sum())), y[rows]].mean()
-    assert got.item() == pytest.approx(
-        float((right + 2.0 * held + 0.5 * relearnt).detach()), rel=2e-2
-    )  # bfloat16 of the teacher
+    asked = log_0[rows]  # what the received model says without the trigger
+    silent = (asked.exp() * (asked - stamped)).sum(1).mean()
+    assert got.item() == pytest.approx(float((2.0 * held + 0.5 * silent).detach()), rel=2e-2)  # bfloat16 of the teacher
 
 
 def test_what_triggers_need_is_area_or_energy() -> None:
