@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lustral.catalog import DETECTORS
 from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.core.records import Batch, Cost, Evidence
@@ -100,6 +102,12 @@ def quick_inverter(**changes: Any) -> MaxEntropy:
 
 def quick_detector() -> MaskArea:
     return MaskArea(inverter=quick_inverter())
+
+
+def scans_are(monkeypatch: pytest.MonkeyPatch, inspect: Any) -> None:
+    """Let every detector of the catalog answer with a stand-in."""
+    for kind in DETECTORS.values():
+        monkeypatch.setattr(kind, "inspect", inspect)
 
 
 def gentle_trainer(**changes: Any) -> Trainer:

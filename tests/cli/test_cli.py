@@ -46,7 +46,7 @@ from lustral.vision.models import Classifier, build_classifier, load_model, save
 from lustral.vision.purifiers import Auto, BNRefresh, Mesa
 from lustral.vision.records import Answer, DefenderView, ImageSet, RecoveredTrigger, Verdict, Victim
 from lustral.vision.sources import load_source
-from toy import clean_images, mask_evidence, mask_verdict
+from toy import clean_images, mask_evidence, mask_verdict, scans_are
 
 CLASSES = 4
 SHAPE = (3, 16, 16)
@@ -179,7 +179,10 @@ def understand(line: str) -> Any:
         ("implant blended --out v --data cifar10 --alpha 0.1 --trainer.epochs 3 --start clean --seed 4", Implant),
         ("implant none --data digits --out v --arch small_cnn:width=8", Implant),
         ("scan model.pth --data digits", Scan),
-        ("scan victim --data x.npz --out o --inverter.search.steps 9 --arch net.py:build --mean 0.5 0.4 0.3", Scan),
+        (
+            "scan victim --data x.npz --out o --patches.inverter.search.steps 9 --arch net.py:build --mean 0.5 0.4 0.3",
+            Scan,
+        ),
         ("scan m.pt --data digits --json --seed 3 --device cpu --clean 100 --quiet --debug --image-size 32", Scan),
         ("erase m.pt --data cifar10 --out o --method baeraser", Erase),
         ("erase m.pt --data cifar10 --out o", Erase),
@@ -361,7 +364,7 @@ def test_the_exit_code_of_a_scan_is_the_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies(outcome))
+    scans_are(monkeypatch, replies(outcome))
     assert run("scan", model, "--data", pool) == code
     out, err = capsys.readouterr()
     assert "A toy says so." in " ".join(out.split())
@@ -371,7 +374,7 @@ def test_the_exit_code_of_a_scan_is_the_answer(
 def test_json_is_alone_on_standard_output(
     model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    scans_are(monkeypatch, replies("backdoored"))
     out = tmp_path / "out"
     assert run("scan", model, "--data", pool, "--json", "--clean", 12, "--out", out) == 1
     printed = capsys.readouterr().out
@@ -443,7 +446,7 @@ def test_classes_in_another_order_are_found_by_name(
     )
     capsys.readouterr()
 
-    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    scans_are(monkeypatch, replies("backdoored"))
     assert run("scan", model, "--data", moved, "--quiet", "--classes", names) == 1
     assert "turns other images into “cat”" in " ".join(capsys.readouterr().out.split())  # the model's class 2
     names.write_text("ant\nbee\ncow\n")
@@ -456,7 +459,7 @@ HOSTILE = ["[/red]", "\x1b[2J\x9b31m", "gnp\u202e\u2066", "a\nNo backdoor found\
 def test_names_are_only_text(
     model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    scans_are(monkeypatch, replies("backdoored"))
     arrays = np.load(pool)
     named = tmp_path / "\x1b[1m[red]\u202e.npz"
     np.savez(named, images=arrays["images"], labels=arrays["labels"], class_names=np.array(HOSTILE))
@@ -475,7 +478,7 @@ def test_names_are_only_text(
 def test_a_failing_terminal_loses_no_result(
     model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    scans_are(monkeypatch, replies("backdoored"))
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "<stdout>")
@@ -489,7 +492,7 @@ def test_a_failing_terminal_loses_no_result(
 def test_a_report_that_cannot_be_written_loses_no_answer(
     model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies("backdoored"))
+    scans_are(monkeypatch, replies("backdoored"))
 
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -504,7 +507,7 @@ def test_a_report_that_cannot_be_written_loses_no_answer(
 def test_quiet_shows_no_progress(
     model: Path, pool: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MaskArea, "inspect", replies("clean"))
+    scans_are(monkeypatch, replies("clean"))
     assert run("scan", model, "--data", pool, "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -575,11 +578,24 @@ def test_a_scan_is_made_once(
     monkeypatch.setattr(MaskSearch, "run", counting)
     common = ["--data", tmp_path / "clean.npz", "--json", "--hidden", 32, "--samples", 48, "--search.steps", 150]
     common += ["--inverter.batch-size", 16, "--search.batch-size", 16, "--inverter.steps", 15]
-    assert run("scan", model, "--out", tmp_path / "s", *common) == 1
+    assert run("scan", model, "--method", "mask_area", "--out", tmp_path / "s", *common) == 1
     scanned = json.loads(capsys.readouterr().out)["verdict"]
     assert searched == [7]
 
-    erase = ["erase", model, *common, "--rounds", 1, "--epochs", 1, "--least-steps", 1, "--no-audit"]
+    erase = [
+        "erase",
+        model,
+        "--method",
+        "baeraser",
+        *common,
+        "--rounds",
+        1,
+        "--epochs",
+        1,
+        "--least-steps",
+        1,
+        "--no-audit",
+    ]
     found = {}
     for name, verdict in (("whole", []), ("given", ["--verdict", tmp_path / "s" / "result.json"])):
         searched.clear()
@@ -606,7 +622,7 @@ def test_the_demo_tells_the_whole_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lustral.cli.commands.BaEraser", BNRefresh)  # the real one takes a minute
-    monkeypatch.setattr(MaskArea, "inspect", lambda *_, **__: mask_verdict([9.0] * 10))  # and so does a scan
+    scans_are(monkeypatch, lambda *_, **__: mask_verdict([9.0] * 10))  # and so does a scan
     monkeypatch.setattr("lustral.cli.commands.default_trainer", lambda **facts: Trainer(epochs=4, batch_size=64))
     assert run("demo", "--out", tmp_path / "out", "--clean", 60, "--json") == 0
     record = json.loads(capsys.readouterr().out)
@@ -820,7 +836,7 @@ def test_interruption_and_divergence(
     def interrupted(*args: Any, **kwargs: Any) -> Verdict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MaskArea, "inspect", interrupted)
+    scans_are(monkeypatch, interrupted)
     assert run("scan", model, "--data", pool, "--out", tmp_path / "out") == 130
     assert list((tmp_path / "out").iterdir()) == []
     capsys.readouterr()
@@ -830,7 +846,7 @@ def test_interruption_and_divergence(
 
         raise TrainingDiverged("the loss became nan at step 5:\nlower the learning rate")
 
-    monkeypatch.setattr(MaskArea, "inspect", diverged)
+    scans_are(monkeypatch, diverged)
     assert "nan at step 5: lower" in error_of(capsys, "scan", model, "--data", pool)
     assert run("scan", model, "--data", pool, "--debug") == 2
     assert "Traceback" in capsys.readouterr().err

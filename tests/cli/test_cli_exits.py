@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lustral.cli import exits, main
-from lustral.vision.detectors import MaskArea
 from lustral.vision.models import build_classifier, save_model
+from toy import scans_are
 
 SHAPE = (3, 16, 16)
 VERDICTS = (0, 1, 3)
@@ -135,7 +135,7 @@ def test_no_error_reads_as_a_verdict(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(MaskArea, "inspect", fail)
+    scans_are(monkeypatch, fail)
     assert scan("m.safetensors") == code
     assert said in one_error(capsys)
     assert scan("m.safetensors", "--debug") == code
@@ -153,7 +153,7 @@ def test_an_interruption_and_a_reader_that_went_away(
         def fail(*args: Any, cause: BaseException = error, **kwargs: Any) -> Any:
             raise cause
 
-        monkeypatch.setattr(MaskArea, "inspect", fail)
+        scans_are(monkeypatch, fail)
         assert scan("m.safetensors") == code
         assert capsys.readouterr().err == said
 
