@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from lustral.api.methods import default_detector
 from lustral.catalog import PURIFIERS
 from lustral.core.files import write_json_atomic
 from lustral.core.randomness import child
 from lustral.training import default_trainer
 from lustral.vision.attacks import BadNets
-from lustral.vision.detectors import MaskArea
 from lustral.vision.erasing import erase
 from lustral.vision.records import DefenderView
 from lustral.vision.sources import load_source
@@ -59,7 +59,8 @@ def main() -> None:
     view = DefenderView(model=victim.model, clean=train.subset(drawn), untrusted=untrusted)
     passes = json.loads(RESULT.read_text())["passes"] if chosen else {}
     for name in chosen or PURIFIERS:
-        cost = erase(PURIFIERS[name](), view, detector=MaskArea(), generator=child(0, "erase")).cost
+        purifier = PURIFIERS[name]()
+        cost = erase(purifier, view, detector=default_detector(purifier), generator=child(0, "erase")).cost
         passes[name] = round(cost.image_passes / CLEAN, 1)
         print(f"{name:18} {passes[name]:7.1f} passes {cost.seconds:7.1f} s", flush=True)
     write_json_atomic(RESULT, {"clean_images": CLEAN, "passes": dict(sorted(passes.items()))})

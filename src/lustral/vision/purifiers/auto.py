@@ -110,7 +110,7 @@ class Auto:
 
     version: ClassVar[int] = 1
     needs: ClassVar[str] = "nothing"
-    cost_passes: ClassVar[float] = 60
+    cost_passes: ClassVar[float] = 61
     takes_verdict: ClassVar[bool] = True
     scans_by: ClassVar[str] = "cascade"
 
