@@ -96,7 +96,23 @@ def test_a_scan_is_that_of_the_command_line(
     save_model(file, model, arch="small_cnn:width=8", image_shape=(3, 12, 12))
     np.savez(data, images=CLEAN.images.numpy(), labels=CLEAN.labels.numpy())
     quick = ["--search.steps", "4", "--search.batch-size", "8", "--steps", "2", "--hidden", "4", "--samples", "3"]
-    main(["scan", str(file), "--data", str(data), "--clean", "70", "--device", "cpu", "--json", "--quiet", *quick])
+    main(
+        [
+            "scan",
+            str(file),
+            "--method",
+            "mask_area",
+            "--data",
+            str(data),
+            "--clean",
+            "70",
+            "--device",
+            "cpu",
+            "--json",
+            "--quiet",
+            *quick,
+        ]
+    )
     theirs = json.loads(capsys.readouterr().out)
     inverter = MaxEntropy(steps=2, hidden=4, samples=3, search=MaskSearch(steps=4, batch_size=8))
     opened = lustral.open_model(file)
