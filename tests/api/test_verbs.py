@@ -219,7 +219,7 @@ def test_a_model_that_does_not_fit_is_refused_with_a_reason(plain: nn.Module, mo
         (plain, CLEAN, {"mean": MEAN}, "expected mean and std together"),
         (model, CLEAN, {"mean": MEAN, "std": STD}, "a Classifier has its own normalisation"),
         (plain, CLEAN, {"method": "mask_aera"}, "unknown detector 'mask_aera'; did you mean 'mask_area'"),
-        (plain, CLEAN, {"method": MaskArea}, r"or an object with inspect\(...\) such as MaskArea\(\)"),
+        (plain, CLEAN, {"method": MaskArea}, r"or an object with inspect\(...\) such as Cascade\(\)"),
         (plain, CLEAN, {"classes": ("a", "b")}, "do not name their classes"),
     ]
     for given, data, more, said in cases:

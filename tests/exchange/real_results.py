@@ -23,9 +23,10 @@ from lustral.vision.records import ImageSet, Sifted, TrainingView, Victim
 from lustral.vision.victims import save_victim
 from toy import tinted_images, toy_images
 
-QUICK = (
+SHORT = (
     "--hidden 32 --samples 48 --search.steps 150 --inverter.batch-size 16 --search.batch-size 16 --inverter.steps 15"
 )
+QUICK = f"--method mask_area {SHORT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def make_results(place: Path, backdoored: Victim) -> Results:
     files = "--cyclonedx {0}/{1}.cdx.json --attestation {0}/{1}.intoto.json"
     lines = {
         "scan": f"{model} --out {place}/scan --sarif {place}/scan.sarif {files.format(place, 'scan')} {QUICK}",
-        "erase": f"{model} --out {place}/erase {files.format(place, 'erase')} --verdict {place}/scan {QUICK} --epochs 1 "
+        "erase": f"{model} --out {place}/erase {files.format(place, 'erase')} --verdict {place}/scan --method baeraser {SHORT} --epochs 1 "
         "--rounds 1 --least-steps 1",
         "plain": f"{model} --out {place}/plain --method bn_refresh {files.format(place, 'plain')}",
         "sift": f"{pictures} --out {place}/sift --method corner --arch small_cnn:width=4 --sarif {place}/sift.sarif",
