@@ -88,8 +88,8 @@ def make_results(place: Path, backdoored: Victim) -> Results:
     files = "--cyclonedx {0}/{1}.cdx.json --attestation {0}/{1}.intoto.json"
     lines = {
         "scan": f"{model} --out {place}/scan --sarif {place}/scan.sarif {files.format(place, 'scan')} {QUICK}",
-        "erase": f"{model} --out {place}/erase {files.format(place, 'erase')} --verdict {place}/scan --method baeraser {SHORT} --epochs 1 "
-        "--rounds 1 --least-steps 1",
+        "erase": f"{model} --out {place}/erase {files.format(place, 'erase')} --verdict {place}/scan "
+        f"--method baeraser {SHORT} --epochs 1 --rounds 1 --least-steps 1",
         "plain": f"{model} --out {place}/plain --method bn_refresh {files.format(place, 'plain')}",
         "sift": f"{pictures} --out {place}/sift --method corner --arch small_cnn:width=4 --sarif {place}/sift.sarif",
         "train": f"{pictures} --out {place}/train --method plain --arch small_cnn:width=4 --epochs 1",

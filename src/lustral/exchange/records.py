@@ -80,6 +80,8 @@ class Trigger(Part):
     """How much its samples differ, in pixels of full contrast."""
     num_samples: Count
     """Samples that were kept."""
+    kind: Literal["patch", "faint"] = "patch"
+    """Searched as the smallest mask, or as the faintest change of the whole image."""
 
 
 class Verdict(Part):
