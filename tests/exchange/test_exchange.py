@@ -326,6 +326,29 @@ def test_records_hold_what_their_schema_says_and_nothing_else(name: str, results
         assert not strict.is_valid({name: value for name, value in written.items() if name != key})
 
 
+@pytest.mark.parametrize("attack", ["badnets", "none"])
+def test_an_implanted_model_is_described(
+    attack: str, results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"implant {attack} --data {results.folder / 'toy.npz'} --out {tmp_path} --arch small_cnn:width=2 --epochs 1"
+    assert main([*line.split(), "--json", "--quiet", "--device", "cpu"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    strict = jsonschema.Draft202012Validator(closed(schema_of("implant")))
+    strict.validate(record)
+    for key in record:
+        assert not strict.is_valid({name: value for name, value in record.items() if name != key})
+    assert record["schema"] == records.SCHEMA
+    assert (record["num_poisoned"] > 0) == (attack == "badnets")
+
+
+def test_what_a_recovered_trigger_does_is_measured_before_and_after(results: Results) -> None:
+    (rates,) = results.printed["erase"]["recovered"]
+    assert rates["class"] == "eel"
+    assert rates["before"]["n"] == rates["after"]["n"] == 240  # 280 clean images of seven classes, without its own
+    assert rates["before"]["value"] > 0.9 > rates["after"]["value"]
+    assert results.printed["plain"]["recovered"] == []
+
+
 def test_files_and_classes_are_part_of_the_record(results: Results) -> None:
     record = results.printed["scan"]
     assert record["classes"] == ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]

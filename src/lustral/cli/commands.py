@@ -120,7 +120,8 @@ def implant(command: Implant[Any], argv: Sequence[str], screen: Screen) -> int:
     victims.save_victim(out, victim, test)
     attack = victim.provenance["attack"]
     screen.show(metrics_table({attack: victim.metrics}, f"{attack} on {source.name}"), f"Written to {out}")
-    screen.record({"schema": RESULT_SCHEMA, "out": str(out), **victim.provenance, "metrics": victim.metrics})
+    record = {**victim.provenance, "schema": RESULT_SCHEMA, "command": shown_command(argv), "out": str(out)}
+    screen.record({**record, "metrics": victim.metrics})
     return 0
 
 

@@ -438,7 +438,45 @@ class EvaluateResult(Result):
     """The two evaluations compared."""
 
 
+class ImplantResult(Result):
+    """What `lustral implant` trained: a victim, or a benign model."""
+
+    out: str
+    """Folder of the victim."""
+    attack: str
+    """Name of the attack; "none" of a benign model."""
+    settings: dict[str, Any]
+    """All settings of the attack, defaults filled in."""
+    data: str
+    """The training images, as they were named."""
+    arch: str
+    """The network's architecture."""
+    trainer: dict[str, Any]
+    """All settings of the training."""
+    fine_tuned_from_clean: bool
+    """Whether it started from a model that was given."""
+    seed: int
+    """Every random draw derives from it."""
+    num_training_images: Count
+    """Images it was trained on."""
+    num_poisoned: Count
+    """Of them, those with the trigger and the attacker's label."""
+    num_cover: Count
+    """Of them, those with the trigger and their own label."""
+    image_shape: list[int]
+    """Channels, height, width."""
+    num_classes: Count
+    """How many classes it knows."""
+    class_names: list[str]
+    """Their names, where the data have some."""
+    versions: dict[str, str]
+    """Of lustral, torch and python."""
+    metrics: Evaluation
+    """The new model, measured with the true trigger."""
+
+
 RESULTS: dict[str, type[Result]] = {
+    "implant": ImplantResult,
     "scan": ScanResult,
     "erase": EraseResult,
     "sift": SiftResult,

@@ -20,7 +20,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema_of(command: str) -> dict[str, Any]:
-    """Return the JSON Schema of the record of a command: "scan", "erase", "sift", "train" or "evaluate".
+    """Return the JSON Schema of the record of a command: "implant", "scan", "erase", "sift", "train" or "evaluate".
 
     >>> schema_of("scan")["$id"]
     'urn:lustral:schema:scan:2'
