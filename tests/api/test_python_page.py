@@ -83,7 +83,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = names["found"]
     assert found.verdict.clean_accuracy == 1.0
     assert "that of ImageNet fits best: the model is right on 100.0% of 70 clean images" in found.verdict.notes[0]
-    assert found._repr_html_().count("<img") == 9
+    assert found._repr_html_().count("<img") == 7  # of one trigger, as it was found: the model is not accused
     assert {path.name for path in Path("erased").iterdir()} == {"model.pt", "report.html", "result.json"}
     assert Path("again/model.pth").is_file()
     assert len(list(Path("left").rglob("*.png"))) == 70

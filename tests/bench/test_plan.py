@@ -238,11 +238,11 @@ def test_all_problems_at_once() -> None:
             {"method": "badnet"},
             {"method": "blended", "settings": {"alpha": 3}},
         ],
-        defences=[{"method": "mesa", "settings": {"rate": 1}}, {"method": "bn_refresh"}],
+        defences=[{"method": "mesa", "settings": {"speed": 1}}, {"method": "bn_refresh"}],
         exclude=[{"reason": "dear", "arch": "small_cn"}],
     )
     for part in (
-        "defences[1] mesa: unknown setting 'rate'",
+        "defences[1] mesa: unknown setting 'speed'",
         "attacks[2] badnet: unknown attack",
         "attacks[3] blended: expected a blending weight",
         "exclude 'dear': arch 'small_cn' is not in the plan; did you mean 'small_cnn'?",

@@ -67,11 +67,12 @@ def flags_of(kind: type, prefix: str = "") -> Iterator[str]:
 
 def words() -> dict[tuple[str, ...], Words]:
     """Return what may follow each command, by its path: () for ``lustral``, ("bench", "run") for that."""
-    from lustral.api.methods import DEFAULT_DETECTOR
+    from lustral.api.methods import DEFAULT_DETECTOR, DEFAULT_PURIFIER
     from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
     from lustral.cli import arguments
     from lustral.cli.bench_arguments import Action
     from lustral.cli.untrusted.arguments import Sift, Train
+    from lustral.vision.erasing import scan_method
     from lustral.vision.sources import source_names
     from lustral.vision.victims import NO_ATTACK
 
@@ -81,7 +82,7 @@ def words() -> dict[tuple[str, ...], Words]:
     shapes: dict[str, tuple[type, ...]] = {
         "demo": (arguments.Demo,),
         "scan": (arguments.Scan, DETECTORS[DEFAULT_DETECTOR]),
-        "erase": (arguments.Erase, arguments.Scanning),
+        "erase": (arguments.Erase, arguments.SCANNING[scan_method(PURIFIERS[DEFAULT_PURIFIER])]),
         "sift": (Sift,),
         "train": (Train,),
         "evaluate": (arguments.Evaluate,),

@@ -72,16 +72,16 @@ def listed_methods() -> dict[str, dict[str, Any]]:
 def listed_rooms() -> dict[str, str]:
     """Return which table of the catalog lists each method, e.g. "SIFTERS", read from the source.
 
-    >>> listed_rooms()["badnets"]
-    'ATTACKS'
+    >>> listed_rooms()["badnets"], listed_rooms()["fst"]
+    ('ATTACKS', 'PURIFIERS')
     """
     tree = ast.parse(files("lustral").joinpath("catalog.py").read_text(encoding="utf-8"))
     return {
         ast.literal_eval(name): line.target.id
         for line in tree.body
         if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Dict) and isinstance(line.target, ast.Name)
-        for name in line.value.keys
-        if name is not None
+        for name, method in zip(line.value.keys, line.value.values, strict=True)
+        if name is not None and isinstance(method, ast.Name)  # a class, and no sentence about one
     }
 
 

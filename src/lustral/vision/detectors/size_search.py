@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Generator
 
@@ -34,6 +35,8 @@ class SizeSearch:
         small_share: share of the image; when the median label's mask needs less, every label is suspiciously easy to reach.
         holdout: share of the clean images kept from the search to measure success on.
     """
+
+    version: ClassVar[int] = 1
 
     inverter: MaxEntropy = field(default_factory=MaxEntropy)
     least_success: float = 0.75

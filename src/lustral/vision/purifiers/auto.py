@@ -71,6 +71,8 @@ class WithoutLabel:
         alpha: of FST's inner product with the received head; 0.1 in its authors' code.
     """
 
+    version: ClassVar[int] = 1
+
     trainer: Trainer = field(default_factory=lambda: fine_tuning_recipe(20))
     rho: float = 2.0
     alpha: float = 0.1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Generator, nn
@@ -37,6 +38,8 @@ class Waking:
         poisoned_images: with a recovered trigger and its label, among the clean ones; 5 in the paper.
         trainer: the retuning.
     """
+
+    version: ClassVar[int] = 1
 
     poisoned_images: int = 5
     trainer: Trainer = field(default_factory=default_tuning)
