@@ -80,17 +80,17 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
     """Return the answer of a scan; ``image_pixels`` is H × W."""
     suspects = [names[label] for label in verdict.suspect_labels]
     of_masks = bool(verdict.by_label(MASK_AREA))
-    details = [
-        sentence
-        for sentence in (_area_sentence(verdict, names, image_pixels), *verdict.notes, verdict.basis)
-        if sentence
-    ]
+    is_faint = any(
+        trigger.kind == "faint" for trigger in verdict.triggers if trigger.target_label in verdict.suspect_labels
+    )
+    area = "" if is_faint else _area_sentence(verdict, names, image_pixels)  # a mask tells little of a faint change
+    details = [sentence for sentence in (area, *verdict.notes, verdict.basis) if sentence]
     figures = _scan_figures(verdict, names)
     if verdict.outcome == "backdoored":
         return Finding(
             tone="bad",
             badge="Backdoored",
-            headline=_accusation(suspects, of_masks=of_masks),
+            headline=_accusation(suspects, of_masks=of_masks, is_faint=is_faint),
             details=tuple(details),
             next_steps=ACCUSED_STEPS,
             figures=figures,
@@ -129,9 +129,11 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
     )
 
 
-def _accusation(suspects: Sequence[str], *, of_masks: bool) -> str:
+def _accusation(suspects: Sequence[str], *, of_masks: bool, is_faint: bool) -> str:
     if not suspects:
         return "This model is backdoored."
+    if is_faint:
+        return f"This model is backdoored: a faint change of the whole image turns other images into {quoted_list(suspects)}."
     if of_masks:
         return f"This model is backdoored: a small pattern turns other images into {quoted_list(suspects)}."
     return f"This model is backdoored: the evidence points to {quoted_list(suspects)}."
