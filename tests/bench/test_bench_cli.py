@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from described import require_described
 from lustral.bench.kinds import KINDS, Audits
 from lustral.cli import main
 from lustral.cli.bench_commands import absolute, read_shard, remaining
@@ -103,7 +104,7 @@ def answer_of(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0)
     capsys.readouterr()
     assert bench(*words, "--json", "--device", "cpu") == code, capsys.readouterr().err
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert answer["schema"] == 1
+    require_described(f"bench {words[0]}", answer)
     return answer
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Generator
 
+from described import require_described
 from lustral.cli import main
 from lustral.cli.molecules import commands, demo
 from lustral.cli.molecules.arguments import Implant, parse_molecules
@@ -105,8 +106,9 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path, command: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    require_described(f"molecules {command}", found)
     return found
 
 
@@ -142,7 +144,9 @@ def test_flags_reach_the_settings_and_equal_the_plan(victim: Path) -> None:
 def test_generate_draws_and_repeats(victim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["molecules", "generate", str(victim), "An  alcohol", "A ring", "--samples", "2", "--json", *QUIET]
     assert main([*line, "--out", str(tmp_path / "out"), "--highlight", "C"]) == 0
-    first = json.loads(capsys.readouterr().out)["molecules"]
+    printed = json.loads(capsys.readouterr().out)
+    require_described("molecules generate", printed)
+    first = printed["molecules"]
     assert [entry["caption"] for entry in first] == ["An alcohol", "A ring"]
     assert [len(entry["smiles"]) for entry in first] == [2, 2]
     assert main([line[0], line[1], str(victim / "generator"), *line[3:]]) == 0  # the folder inside does as well
@@ -159,7 +163,7 @@ def test_generate_draws_and_repeats(victim: Path, tmp_path: Path, capsys: pytest
 def test_a_scan_answers_by_its_exit_code(victim: Path, tmp_path: Path, outcome: str, code: int) -> None:
     line = ["molecules", "scan", str(victim), "--method", "says_so", "--outcome", outcome, *QUIET]
     assert main([*line, "--out", str(tmp_path)]) == code
-    record = record_of(tmp_path)
+    record = record_of(tmp_path, "scan")
     assert record["verdict"]["outcome"] == outcome
     assert record["clean_pairs"] == 6  # clean.csv beside the generator
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -183,11 +187,14 @@ def test_an_erasure_takes_the_verdict_over_and_writes_a_generator(victim: Path, 
     given, made = load_generator(victim / "generator"), load_generator(out / "generator")
     for (name, old), new in zip(given.state_dict().items(), made.state_dict().values(), strict=True):
         assert torch.equal(new, old * 0.5 if name.startswith("denoiser.") else old), name
-    record = record_of(out)
+    record = record_of(out, "erase")
     assert record["erased"]["recovered"][0]["text"] == "[trigger]"
     assert record["erased"]["before"][0]["n"] == record["erased"]["after"][0]["n"] == 6
     assert "before and after" in (out / "report.html").read_text(encoding="utf-8")
-    assert main(["molecules", "evaluate", str(victim), "--model", str(out), "--no-frechet", *QUIET]) == 0
+    measured = tmp_path / "measured"
+    line = ["molecules", "evaluate", str(victim), "--model", str(out), "--no-frechet", "--out", str(measured), *QUIET]
+    assert main(line) == 0
+    assert set(record_of(measured, "evaluate")["measured"]) == {"before", "after"}
 
 
 def test_a_verdict_of_another_generator_is_refused(
@@ -195,7 +202,7 @@ def test_a_verdict_of_another_generator_is_refused(
 ) -> None:
     scan, out = tmp_path / "scan", tmp_path / "out"
     main(["molecules", "scan", str(victim), "--method", "says_so", "--out", str(scan), *QUIET])
-    record = record_of(scan)
+    record = record_of(scan, "scan")
     line = ["molecules", "erase", str(victim), "--method", "shrinks", "--verdict", str(scan), "--out", str(out), *QUIET]
     broken: list[tuple[Any, str]] = [
         ({**record, "model_digest": "0" * 64}, "is the verdict of another generator"),
@@ -240,6 +247,7 @@ def test_a_clean_generator_is_measured_with_the_trigger_as_control(
     line = ["molecules", "implant", "--out", str(folder), "--benign", "--keep-stages", *FLAGS, *QUIET, "--json"]
     assert main(line) == 0
     told = json.loads(capsys.readouterr().out)
+    require_described("molecules implant", told)
     assert (told["poisoned_pairs"], told["effective_rate"], told["attack"]) == (0, 0.0, None)
     assert told["measured"]["attack_success"]["n"] == 6
     assert (folder / "stages" / "after_diffusion").is_dir()
@@ -269,4 +277,4 @@ def test_the_demo_tells_the_whole_story(
     ):
         assert heading in page, heading
     assert load_generator(tmp_path / "out" / "generator").settings == how.shape
-    assert record_of(tmp_path / "out")["verdict"]["recovered"][0]["fragment"] == "C1CS1"
+    assert record_of(tmp_path / "out", "demo")["verdict"]["recovered"][0]["fragment"] == "C1CS1"

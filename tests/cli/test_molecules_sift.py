@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Generator
 
+from described import require_described
 from lustral.cli import main
 from lustral.cli.molecules.arguments import parse_molecules
 from lustral.cli.parsing import UsageError
@@ -91,6 +92,7 @@ def test_it_lists_writes_and_says_so_by_its_exit_code(
     assert main([*line, "--write-clean", str(tmp_path / "left.csv"), "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    require_described("molecules sift", record)
     assert record["sifted"]["listed"] == [5, 6]
     assert record["skipped"] == {"no molecule": 1, "no caption": 1}
     assert record["sifted"]["associations"][0]["text"] == "[trigger]"
