@@ -68,7 +68,8 @@ IN_VISION: dict[str, set[str]] = {
     "purifiers": WORKING
     | {"measures", "inverters", "detectors", "repair", "suspicion", "sifters"},  # ... and what a purifier erases
     "safe_training": WORKING | {"suspicion", "sifters"},  # what is found suspicious is not learnt
-    "erasing": NOUNS | {"evaluation"},
+    "scanning": NOUNS | {"measures"},
+    "erasing": NOUNS | {"evaluation", "scanning"},
     "untrusted": NOUNS | {"evaluation"},
     "verdict_files": {"records"},
     "victim_files": set(),

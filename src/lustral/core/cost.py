@@ -1,4 +1,4 @@
-"""What a method uses: wall time, image passes, peak memory, trusted images.
+"""What a method uses: wall time, image passes, peak memory, trusted images; and when it has to end.
 
 Passes are counted where modules are called, so a method cannot forget them: forward only counts one third of a pass,
 forward and backward together count one (the usual two-to-one ratio of backward to forward work).
@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,40 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 
 from lustral.core.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadline:
+    """When work has to end; what watches it stops soon after.
+
+    Attributes:
+        at: reading of the clock, seconds.
+        clock: tells the time, seconds from any start; never goes back.
+    """
+
+    at: float
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def after(cls, seconds: float, clock: Callable[[], float] = time.monotonic) -> Deadline:
+        """Return the deadline so many seconds from now; raise ``ValueError`` where these are no positive number.
+
+        >>> Deadline.after(20.0, lambda: 100.0).part(0.25).at
+        105.0
+        """
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"expected a time limit in seconds, above 0; got {seconds}")
+        return cls(at=clock() + seconds, clock=clock)
+
+    @property
+    def left(self) -> float:
+        """Seconds from now; 0 or less once it has passed."""
+        return self.at - self.clock()
+
+    def part(self, share: float) -> Deadline:
+        """Return the deadline of work that may have this share, in (0, 1], of the time left."""
+        now = self.clock()
+        return Deadline(at=now + share * max(self.at - now, 0.0), clock=self.clock)
 
 
 class CostMeter:

@@ -274,7 +274,9 @@ def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, st
     accuracy = (("accuracy on the clean images", percent(verdict.clean_accuracy)),) if measured else ()
     areas, chances = verdict.by_label(MASK_AREA), verdict.p_values()
     if not areas:
-        tested = (("least chance in a benign model", chance(min(chances.values()))),) if chances else ()
+        tested = (
+            (("least chance in a benign model", chance(chances.get(None, min(chances.values())))),) if chances else ()
+        )
         return (*tested, *accuracy)
     smallest = min(areas, key=lambda label: areas[label] if is_found(areas[label]) else math.inf)
     least = verdict.suspect_labels[0] if verdict.suspect_labels and verdict.suspect_labels[0] in areas else smallest
@@ -282,7 +284,7 @@ def _scan_figures(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[str, st
         ("most suspicious class", names[least]),
         ("pixels needed there", pixels(areas[least])),
         ("pixels needed, typical class", pixels(median_area(verdict))),
-        ("chance of this in a benign model", chance(chances.get(least, math.nan))),
+        ("chance of this in a benign model", chance(chances.get(None, chances.get(least, math.nan)))),
         *accuracy,
     )
 

@@ -15,6 +15,7 @@ from lustral.vision.measures import (
     LATENT_NORM,
     MASK_AREA,
     NATURAL_RATE,
+    REFERENCE_RANK,
     SEARCH_STEPS,
     SUCCESS_RATE,
 )
@@ -88,6 +89,12 @@ MEASURES: Mapping[str, MeasureWords] = {
         heading="Variety",
         short="",
         meaning="Mean distance between recovered samples, in pixels of full contrast; 0 means a single pattern.",
+        unit="number",
+    ),
+    REFERENCE_RANK: MeasureWords(
+        heading="Statistic among references",
+        short="statistic",
+        meaning="Minus the logarithm (base 10) of the scan’s least p-value; its own p-value is its rank among benign models.",
         unit="number",
     ),
     SEARCH_STEPS: MeasureWords(

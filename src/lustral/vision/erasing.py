@@ -17,6 +17,7 @@ from lustral.vision.evaluation import require_task
 from lustral.vision.images import require_usable
 from lustral.vision.interfaces import Detector, Purifier
 from lustral.vision.records import DefenderView, Purified
+from lustral.vision.scanning import inspect_within, require_deadline
 
 TAKEN_OVER = (
     "The scan was handed over: the model was not searched again before erasing, and that scan is not in the cost."
@@ -45,6 +46,7 @@ def erase(
     detector: Detector | None = None,
     generator: Generator,
     audit: bool = True,
+    max_time: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> Purified:
     """Erase a backdoor.
@@ -56,6 +58,7 @@ def erase(
         generator: stream of the run. A verdict handed over takes nothing from it that a scan would have: the model is then
             the one that a run with that scan inside gives.
         audit: scan the new model too, where the purifier takes a verdict and changed something.
+        max_time: of the scan, and of the audit again, seconds, for a detector that keeps a limit; None: no limit.
         on_progress: called on the way.
 
     Returns:
@@ -70,6 +73,10 @@ def erase(
         raise ValueError(
             f"{type(purifier).__name__} starts from a scan and is checked by one; expected a detector, got None"
         )
+    if max_time is not None and not scans:
+        raise ValueError(f"{type(purifier).__name__} starts from no scan; expected no max_time, which limits one")
+    if scans and detector is not None:
+        require_deadline(detector, max_time)
     if takes_untrusted(purifier) and view.untrusted is None:
         raise ValueError(
             f"{type(purifier).__name__} looks at the set that the model was trained on, and the view has none: give it as "
@@ -87,7 +94,7 @@ def erase(
                 on_progress(Progress(stage="scan taken over", done=1, total=1))
         else:
             assert detector is not None
-            verdict = detector.inspect(view, generator=stream, on_progress=on_progress)
+            verdict = inspect_within(detector, view, max_time=max_time, generator=stream, on_progress=on_progress)
             view, cost = replace(view, verdict=verdict), cost + verdict.cost
     purified = purifier.purify(view, generator=generator, on_progress=on_progress)
     cost += purified.cost
@@ -95,6 +102,8 @@ def erase(
     if scans and audit and purified.selected is not None:
         assert detector is not None
         changed = DefenderView(model=purified.model, clean=view.clean)
-        after = detector.inspect(changed, generator=fork(generator, "audit"), on_progress=on_progress)
+        after = inspect_within(
+            detector, changed, max_time=max_time, generator=fork(generator, "audit"), on_progress=on_progress
+        )
         cost += after.cost
     return replace(purified, cost=cost, audit=after, notes=(*doubts, *purified.notes))

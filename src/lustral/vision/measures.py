@@ -13,4 +13,7 @@ NATURAL_RATE = (
 )
 ANOMALY_INDEX = "anomaly_index"  # how far below the other labels log(area) lies, in their robust standard deviations
 ENTROPY = "entropy"  # of the recovered distribution: mean pairwise distance of stamped samples, pixels of full contrast
+REFERENCE_RANK = (
+    "reference_rank"  # -log10 of the least p-value of a scan, ranked among those of benign reference models
+)
 SEARCH_STEPS = "search_steps"  # that a label received before screening dropped it

@@ -10,6 +10,10 @@ Three looks at a classifier, each at what the one before leaves open:
 Each size is tested against those of the other labels under a stated null (``small_areas``). The p-value of a label is corrected
 for all labels and both searches, and weighted by the first look; one below ``false_alarm_rate`` accuses the model. A label that
 the first look alone finds odd, below ``ODD_RATE``, has its p-value divided by ``ODD_FACTOR``: two independent doubts are none.
+
+With a deadline each search leaves out the labels that the first look ranks last, as many as the pace of its steps asks for. The
+look knows nothing of the sizes, so that those searched are still a fair sample; p-values stay corrected for all labels. A
+model of which not all was searched is never called clean.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-from lustral.core.cost import CostMeter
+from lustral.core.cost import CostMeter, Deadline
 from lustral.core.randomness import fork
 from lustral.core.records import Evidence, OnProgress, Progress
 from lustral.vision.detectors.latent_look import error_weights, latent_norms, oddities
@@ -52,7 +56,12 @@ ODD_RATE, ODD_FACTOR = (
     10.0,
 )  # in a benign model both doubts meet with probability 0.02 x 0.1: a fifth of the false-alarm rate
 PROTECTED = 3  # labels that the first look ranks first are searched to the end
+TIME_SHARE = (
+    0.65  # of the time left that one search may take; the rest is for the next, and for spreading out what was found
+)
+MOST_NAMED = 50  # classes in a sentence
 SHOWN = {"area": "a patch or mark", "energy": "a faint change of the whole image"}
+SOUGHT = {"area": "small masks", "energy": "faint changes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,7 @@ class Cascade:
     """
 
     version: ClassVar[int] = 1
+    takes_deadline: ClassVar[bool] = True
 
     patches: SizeSearch = field(
         default_factory=lambda: SizeSearch(inverter=MaxEntropy(search=MaskSearch(steps=180, batch_size=20)))
@@ -108,15 +118,25 @@ class Cascade:
             if (penalty := getattr(self, name).inverter.search.penalty) != wanted:
                 raise ValueError(f'expected {name} to search with penalty "{wanted}"; got "{penalty}"')
 
-    def inspect(self, view: DefenderView, *, generator: Generator, on_progress: OnProgress | None = None) -> Verdict:
-        """Return a verdict with evidence for every label; see ``Detector``. With few classes: as ``mask_area``."""
+    def inspect(
+        self,
+        view: DefenderView,
+        *,
+        generator: Generator,
+        deadline: Deadline | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Verdict:
+        """Return a verdict with evidence for every label; see ``Detector``. With few classes: as ``mask_area``.
+
+        ``deadline`` ends the searches; spreading out the trigger of an accused label is left out or done to its end.
+        """
         require_usable(view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
             check = check_task(view.model, view.clean)
             verdict = unsearched(check, view.clean, meter.cost, -math.log10(self.false_alarm_rate))
             if verdict is None:
                 require_gradient(check)
-                verdict = self._examine(view, check, meter, generator=generator, on_progress=on_progress)
+                verdict = self._examine(view, check, meter, generator, deadline, on_progress)
         return replace(verdict, cost=meter.cost)
 
     def _examine(
@@ -124,8 +144,8 @@ class Cascade:
         view: DefenderView,
         check: TaskCheck,
         meter: CostMeter,
-        *,
         generator: Generator,
+        deadline: Deadline | None,
         on_progress: OnProgress | None,
     ) -> Verdict:
         """Look, search and weigh a model that does its task."""
@@ -133,16 +153,18 @@ class Cascade:
         norms = self._first_look(view, on_progress)
         looks: list[Look] = []
         for detector in (self.patches, self.faint):
-            looks.append(self._search(detector, view, search_set, held_out, norms, generator, on_progress))
-            if looks[-1].suspects:
+            if looks and (looks[-1].suspects or (deadline is not None and deadline.left <= 0)):
                 break
-        outcome, basis = self._judge(looks, norms is not None)
+            until = None if deadline is None else deadline.part(TIME_SHARE)
+            looks.append(self._search(detector, view, search_set, held_out, norms, generator, on_progress, until))
+        outcome, basis = self._judge(looks, norms is not None, view.clean)
         outcome, notes = held_back(outcome, check, view.clean)
         named = looks[-1].suspects
         soaked = [e for e in looks[-1].evidence if e.label in named and soaks_up(e, looks[-1].evidence)]
         if outcome == "backdoored" and soaked:
             outcome, notes = "cannot tell", (*notes, soaked_note(soaked[0], check, view.clean))
-        triggers = self._recover(view.model, looks, search_set, held_out, generator, on_progress)
+        is_late = deadline is not None and deadline.left <= 0
+        triggers = self._recover(view.model, looks, search_set, held_out, generator, on_progress, is_late)
         by_label = {trigger.target_label: trigger for trigger in triggers if named}
         weighed = [with_entropy(e, by_label) for look in looks for e in look.evidence]
         smallest = min(e.p_value for e in weighed)
@@ -175,15 +197,19 @@ class Cascade:
         norms: Tensor | None,
         generator: Generator,
         on_progress: OnProgress | None,
+        deadline: Deadline | None = None,
     ) -> Look:
         """Run one search, and say whom it accuses."""
         penalty = detector.inverter.search.penalty
+        ranking = () if norms is None else norms.argsort(stable=True).tolist()
         found, evidence = detector.weigh(
             view,
             search_set,
             held_out,
             generator=fork(generator, penalty),
-            protected=() if norms is None else norms.argsort(stable=True)[:PROTECTED].tolist(),
+            protected=ranking[:PROTECTED],
+            order=ranking,
+            deadline=deadline,
             on_progress=on_progress,
         )
         weights, odd = error_weights(norms, len(evidence)), oddities(norms, len(evidence))
@@ -215,7 +241,7 @@ class Cascade:
             trouble=trouble,
         )
 
-    def _judge(self, looks: Sequence[Look], weighted: bool) -> tuple[Answer, str]:
+    def _judge(self, looks: Sequence[Look], weighted: bool, clean: ImageSet) -> tuple[Answer, str]:
         """Return (outcome, basis)."""
         nulls = " and ".join(NULLS[look.kind] for look in looks)
         spent = " and weighted by a first look at the last layer" if weighted else ""
@@ -226,17 +252,19 @@ class Cascade:
         basis += " ".join(
             look.trouble or f"{smallest_of(look.evidence)}, least p = {least(look).p_value:.2g}." for look in looks
         )
+        if missing := unsearched_sentence(looks, clean):
+            basis += f" {missing}"
         if looks[-1].suspects:
             return "backdoored", (
                 f"{basis} That is {SHOWN[looks[-1].kind]}: a model is called backdoored below p = {self.false_alarm_rate}, and a "
-                "benign one falls below that at most that often."
+                f"benign one falls below that at most that often."
             )
         if any(look.doubtful for look in looks):
             return "cannot tell", (
                 f"{basis} Too unusual to pass (p below {self.doubt_rate}), not enough to accuse (p above "
                 f"{self.false_alarm_rate}). More clean images or more search steps may settle it."
             )
-        if any(look.trouble for look in looks):
+        if missing or any(look.trouble for look in looks):
             return "cannot tell", basis
         return "clean", f"{basis} No label is reached with an unusually small mask or faint change."
 
@@ -248,9 +276,15 @@ class Cascade:
         held_out: ImageSet,
         generator: Generator,
         on_progress: OnProgress | None,
+        is_late: bool = False,
     ) -> list[RecoveredTrigger]:
-        """Return the triggers of the accused labels, spread out; of a model that is not accused, the oddest mask as it is."""
+        """Return the triggers of the accused labels, spread out; of a model that is not accused, the oddest mask as it is.
+
+        Where it is late, the masks of the accused labels are returned as they are too.
+        """
         accusing = looks[-1]
+        if accusing.suspects and is_late:
+            return [as_found(accusing, label) for label in accusing.suspects]
         if accusing.suspects:
             return accusing.detector.inverter.fit_generators(
                 model,
@@ -262,18 +296,47 @@ class Cascade:
                 on_progress=on_progress,
             )
         look = min(looks, key=lambda each: least(each).p_value)
-        entry, found = least(look), look.found.of([least(look).label])
-        return [
-            RecoveredTrigger(
-                target_label=entry.label,
-                masks=found.masks,
-                patterns=found.patterns,
-                area=float(found.areas[0]),
-                attack_success_rate=0.0 if math.isnan(entry.attack_success_rate) else entry.attack_success_rate,
-                entropy=0.0,
-                kind=look.detector.inverter.kind,
-            )
-        ]
+        return [as_found(look, least(look).label)]
+
+
+def as_found(look: Look, label: int) -> RecoveredTrigger:
+    """Return the mask and pattern of a label as the search left them, as a trigger with one sample."""
+    entry, found = next(e for e in look.evidence if e.label == label), look.found.of([label])
+    return RecoveredTrigger(
+        target_label=label,
+        masks=found.masks,
+        patterns=found.patterns,
+        area=float(found.areas[0]),
+        attack_success_rate=0.0 if math.isnan(entry.attack_success_rate) else entry.attack_success_rate,
+        entropy=0.0,
+        kind=look.detector.inverter.kind,
+    )
+
+
+def unsearched_sentence(looks: Sequence[Look], clean: ImageSet) -> str:
+    """Name the labels for which there was no time, by search; empty where all were searched, or need not be."""
+    parts = []
+    for look in looks:
+        labels = [e.label for e in look.evidence if e.left_out]
+        if labels:
+            parts.append(f"{SOUGHT[look.kind]} of {class_list(labels, clean)}")
+    if len(looks) < SEARCHES and not looks[-1].suspects:
+        parts.append(f"{SOUGHT['energy']} of all classes")
+    if not parts:
+        return ""
+    return (
+        f"The time was up before everything was searched; not searched: {', and '.join(parts)}. More time may tell: without it "
+        "the model is not called clean."
+    )
+
+
+def class_list(labels: Sequence[int], clean: ImageSet) -> str:
+    """Return the names of labels in a row, the first ``MOST_NAMED`` of them; "all classes" where they are that."""
+    if len(labels) == clean.num_classes:
+        return "all classes"
+    names = [clean.class_names[label] if clean.class_names else str(label) for label in labels[:MOST_NAMED]]
+    more = f" and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else ""
+    return f"{len(labels)} classes ({', '.join(names)}{more})"
 
 
 def least(look: Look) -> SearchedLabel:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Generator
 
+from lustral.core.cost import Deadline
 from lustral.core.records import OnProgress
 from lustral.vision.detectors.weighing import (
     LEAST_LABELS,
@@ -57,15 +58,22 @@ class SizeSearch:
         *,
         generator: Generator,
         protected: Sequence[int] = (),
+        order: Sequence[int] = (),
+        deadline: Deadline | None = None,
         on_progress: OnProgress | None,
     ) -> tuple[FoundMasks, list[SearchedLabel]]:
-        """Search every label, those in ``protected`` to the end, and weigh what was found on held-out images."""
+        """Search every label, those in ``protected`` to the end, and weigh what was found on held-out images.
+
+        With a deadline, the labels that are last in ``order`` are left out where the time is short; see ``MaskSearch.run``.
+        """
         found = self.inverter.search.run(
             view.model,
             search_set,
             range(view.clean.num_classes),
             generator=generator,
             protected=protected,
+            order=order,
+            deadline=deadline,
             on_progress=on_progress,
         )
         return found, self.score_labels(view, held_out, found)

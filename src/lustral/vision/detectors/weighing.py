@@ -53,6 +53,7 @@ class SearchedLabel:
         entropy: of the recovered distribution (see ``RecoveredTrigger``); NaN where none was fitted.
         steps: search steps this class received before screening dropped it.
         penalty: what the search made small, "area" or "energy".
+        left_out: whether the search had no time for it; its size is then of an unfinished search, and its p-value 1.
     """
 
     label: int
@@ -64,6 +65,7 @@ class SearchedLabel:
     entropy: float
     steps: int
     penalty: Penalty = "area"
+    left_out: bool = False
 
     def evidence(self) -> Iterator[Evidence]:
         """Yield the figures that are known, one by one."""
@@ -97,14 +99,25 @@ def weigh_labels(
     least_success: float,
     precision: Precision,
 ) -> list[SearchedLabel]:
-    """Measure each label's mask on held-out images, and test its size against the larger ones."""
+    """Measure each label's mask on held-out images, and test its size against the larger ones.
+
+    Labels for which the search had no time are no part of the sample, but of those that p-values are corrected for.
+    """
     success, natural = held_out_rates(view, held_out, found, precision)
     full = int(found.steps.max())
-    usable = [k for k in range(len(found.labels)) if int(found.steps[k]) == full and success[k] >= least_success]
+    missing, count = set(found.left_out), len(found.labels)
+    usable = [
+        k
+        for k, label in enumerate(found.labels)
+        if int(found.steps[k]) == full and success[k] >= least_success and label not in missing
+    ]
     sizes = (found.energies if penalty == "energy" else found.areas).tolist()
     order = sorted(usable, key=lambda k: sizes[k])
     # what was screened away needs a larger size, and so does what the search did not reach
-    anomalies, chances = p_values(np.array([log_area(sizes[k]) for k in order]), len(found.labels))
+    population = max(count if found.population is None else found.population, len(order), 1)
+    anomalies, chances = p_values(np.array([log_area(sizes[k]) for k in order]), population)
+    if population < count:  # tested beside each other are all labels
+        chances = np.minimum(chances * (count / population), 1)
     tests = {k: (float(anomalies[rank]), float(chances[rank])) for rank, k in enumerate(order)}
     evidence = []
     for k, label in enumerate(found.labels):
@@ -120,6 +133,7 @@ def weigh_labels(
                 entropy=math.nan,
                 steps=int(found.steps[k]),
                 penalty=penalty,
+                left_out=label in missing,
             )
         )
     return evidence
@@ -128,7 +142,9 @@ def weigh_labels(
 def usable_labels(evidence: Sequence[SearchedLabel]) -> list[SearchedLabel]:
     """Return the labels that were searched to the end and reached, smallest first."""
     full = max(e.steps for e in evidence)
-    return sorted((e for e in evidence if e.steps == full and math.isfinite(e.size)), key=lambda e: e.size)
+    return sorted(
+        (e for e in evidence if e.steps == full and math.isfinite(e.size) and not e.left_out), key=lambda e: e.size
+    )
 
 
 def outliers(

@@ -14,14 +14,16 @@ searched from several random starts, of which the best goes on, because a single
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from lustral.core.cost import Deadline
 from lustral.core.records import OnProgress, Progress
 from lustral.training import Precision, autocast, frozen
 from lustral.vision.inverters.sampling import SampleImages
@@ -33,6 +35,7 @@ MEMORY = 0.9  # of running means, per step
 OPENING_WEIGHT = {"area": 1e-3, "energy": 1e-2}  # of the size, per pixel; steered from here ...
 LARGEST_WEIGHT = {"area": 1.0, "energy": 100.0}  # ... up to here
 LEAST_WEIGHT = 1e-5
+LEAST_IN_TIME = 5  # labels that a deadline leaves: fewer cannot be compared with each other
 
 
 @torch.no_grad()
@@ -56,6 +59,9 @@ class FoundMasks:
         energies: (K,) running mean of ||x' - x||_2^2 / C over the search images at the end, in pixels of full contrast.
         success: (K,) running success rate on the search images at the end.
         steps: (K,) steps each label received; fewer than the most means that screening dropped it.
+        left_out: labels among them that a deadline left out, whatever they need.
+        population: how many labels those searched to the end are the smallest of; None: as many as were asked for. A deadline
+            takes its share of the labels that screening had dropped as well.
     """
 
     labels: tuple[int, ...]
@@ -65,6 +71,8 @@ class FoundMasks:
     energies: Tensor
     success: Tensor
     steps: Tensor
+    left_out: tuple[int, ...] = ()
+    population: int | None = None
 
     def of(self, labels: Sequence[int]) -> FoundMasks:
         """Return the rows of some of the labels, in the order given."""
@@ -126,9 +134,14 @@ class MaskSearch:
         *,
         generator: Generator,
         protected: Sequence[int] = (),
+        order: Sequence[int] = (),
+        deadline: Deadline | None = None,
         on_progress: OnProgress | None = None,
     ) -> FoundMasks:
         """Search a mask and a pattern for each label.
+
+        With a deadline, labels are left out as soon as the pace of the steps so far says that not all of them will be searched
+        in time: the last in order first. Where the deadline passes before the last step, every label is left out.
 
         Args:
             model: classifier, unchanged afterwards.
@@ -136,6 +149,9 @@ class MaskSearch:
             labels: candidate target labels.
             generator: CPU stream.
             protected: labels among them that are never screened away, whatever they need.
+            order: labels among them by how soon they matter; those not named come last, as they are in ``labels``. It must not
+                depend on what a search finds: then those left out say nothing about the sizes of the others.
+            deadline: when to end; None: after the last step.
             on_progress: called after each step.
         """
         count, device = len(labels), images.device
@@ -145,21 +161,31 @@ class MaskSearch:
         kept = alive[:: self.starts]  # of each label
         spared = torch.tensor(list(protected), dtype=torch.int64, device=device)
         work, opening = count * self.steps, self._opening
+        ration = None if deadline is None else _Ration(self, deadline, labels, order)
         with frozen(model):
             for step in range(1, self.steps + 1):
                 batch = self.batch_size if step > opening else max(self.batch_size // 2, 1)
                 for rows in torch.split(alive, max(self.most_images // batch, 1)):
                     state.step(rows, step, batch)
                 taken[torch.unique(alive // self.starts).cpu()] += 1
+                if ration is not None:
+                    ration.count(len(alive) * batch)
                 if step == opening:
-                    alive = kept = kept + state.need.view(count, -1).argmin(1)
+                    kept = kept + state.need.view(count, -1).argmin(1)
+                    alive = kept if ration is None else kept[ration.is_in.to(device)[kept // self.starts]]
                 if step in self._rungs and len(alive) > self.finalists:
                     need = state.need.masked_fill(torch.isin(state.targets, spared), 0.0)[alive]
                     alive = alive[need.argsort(stable=True)[: self._kept(len(alive))]].sort().values
                     work = int(taken.sum()) + len(alive) * (self.steps - step)
+                if ration is not None and len(fitting := ration.cut(alive, step)) < len(alive):
+                    alive = fitting
+                    work = int(taken.sum()) + len(torch.unique(alive // self.starts)) * (self.steps - step)
                 if on_progress is not None:
                     on_progress(Progress(stage="searching triggers", done=int(taken.sum()), total=work))
-        return state.found(labels, kept, taken)
+                if not len(alive):
+                    break
+        found = state.found(labels, kept, taken)
+        return found if ration is None else replace(found, left_out=ration.left_out, population=ration.population)
 
     @property
     def _opening(self) -> int:
@@ -175,6 +201,15 @@ class MaskSearch:
         """Return how many of ``count`` labels one screening keeps."""
         return min(max(math.ceil(2 * count / 3), self.finalists), count)
 
+    def _images_left(self, count: int, step: int) -> int:
+        """Return how many images the steps after this one take of ``count`` labels, those dropped on the way included."""
+        total, half = 0, max(self.batch_size // 2, 1)
+        for later in range(step + 1, self.steps + 1):
+            total += count * (self.starts * half if later <= self._opening else self.batch_size)
+            if later in self._rungs and count > self.finalists:
+                count = self._kept(count)
+        return total
+
     def survivors(self, count: int) -> int:
         """Return how many of ``count`` labels are searched to the end.
 
@@ -182,6 +217,56 @@ class MaskSearch:
         [10, 14, 60]
         """
         return self._kept(self._kept(self._kept(count))) if self.screening else count
+
+
+class _Ration:
+    """Leaves labels out, the last in order first, so that a search ends in time."""
+
+    def __init__(self, search: MaskSearch, deadline: Deadline, labels: Sequence[int], order: Sequence[int]) -> None:
+        places = {label: place for place, label in enumerate(order)}
+        self.search, self.deadline, self.labels = search, deadline, tuple(labels)
+        self.places = [places.get(label, len(places) + row) for row, label in enumerate(labels)]
+        self.is_in = torch.ones(len(labels), dtype=torch.bool)  # not left out
+        self.share = 1.0  # of the labels that screening dropped, that count beside those still searched
+        self.images, self.since = 0, math.nan
+
+    def count(self, images: int) -> None:
+        """Note the images of a step that has been taken; the first one warms up and sets the clock."""
+        if math.isnan(self.since):
+            self.since = self.deadline.clock()
+        else:
+            self.images += images
+
+    def cut(self, alive: Tensor, step: int) -> Tensor:
+        """Return the candidates that can be searched to the end in time; none once the deadline has passed."""
+        now = self.deadline.clock()
+        left = self.deadline.at - now
+        if step == self.search.steps:
+            return alive
+        if left <= 0:
+            self.is_in[:] = False
+            return alive[:0]
+        pace = (now - self.since) / self.images if self.images else 0.0
+        rows = torch.unique(alive // self.search.starts).tolist()
+        counts = range(1, len(rows) + 1)
+        fits = bisect_right(counts, left, key=lambda count: pace * self.search._images_left(count, step))
+        stay = max(fits, min(LEAST_IN_TIME, len(rows)))
+        if stay == len(rows):
+            return alive
+        self.share *= stay / len(rows)
+        leaving = sorted(rows, key=lambda row: self.places[row])[stay:]
+        self.is_in[leaving] = False
+        return alive[self.is_in.to(alive.device)[alive // self.search.starts]]
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The labels that were left out."""
+        return tuple(label for label, stays in zip(self.labels, self.is_in.tolist(), strict=True) if not stays)
+
+    @property
+    def population(self) -> int:
+        """How many labels those searched to the end are the smallest of."""
+        return max(round(self.share * len(self.labels)), 0)
 
 
 class _Candidates:

@@ -125,11 +125,19 @@ class DataSource:
         Raises:
             ValueError: there are not so many.
         """
+        return self._load(self._divided_pool(count, generator)[0])
+
+    def not_drawn(self, count: int, *, generator: Generator) -> ImageSet:
+        """Return the images a defender may have that ``draw_clean`` leaves with these arguments, in memory."""
+        return self._load(self._divided_pool(count, generator)[1])
+
+    def _divided_pool(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return the indices into ``train`` of the defender's images (that are drawn, that are left)."""
         pool = self.defender_indices()
-        chosen, _ = stratified_indices(
+        chosen, rest = stratified_indices(
             self.train.labels[pool.to(self.train.labels.device)], self.train.num_classes, count, generator=generator
         )
-        return self._load(pool[chosen])
+        return pool[chosen], pool[rest]
 
     def _load(self, indices: Tensor) -> ImageSet:
         part = self.train.subset(indices)
