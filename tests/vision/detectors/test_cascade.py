@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.vision.detectors import Cascade
-from lustral.vision.detectors.cascade import ODD_FACTOR, SEARCHES, Look
+from lustral.vision.detectors.cascade import ODD_FACTOR, SEARCHES, TWO_DOUBTS, Look
 from lustral.vision.detectors.latent_look import error_weights, latent_norms, least_steps, margins, oddities
 from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.weighing import SearchedLabel
@@ -140,6 +140,8 @@ def test_p_values_are_corrected_and_weighted(toy_view: DefenderView, monkeypatch
     both = searched(cascade, monkeypatch, toy_view, 0.02, odd)
     assert both.evidence[4].p_value == pytest.approx(0.02 * SEARCHES / (0.4 * NUM_CLASSES) / ODD_FACTOR)
     assert both.suspects == (4,)
+    sentences = [cascade._judge([look], True, toy_view.clean)[1] for look in (both, plain)]
+    assert [TWO_DOUBTS in sentence for sentence in sentences] == [True, False]
     assert searched(cascade, monkeypatch, toy_view, 0.02, None).suspects == ()
 
 

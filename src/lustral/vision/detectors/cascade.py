@@ -62,6 +62,7 @@ TIME_SHARE = (
 MOST_NAMED = 50  # classes in a sentence
 SHOWN = {"area": "a patch or mark", "energy": "a faint change of the whole image"}
 SOUGHT = {"area": "small masks", "energy": "faint changes"}
+TWO_DOUBTS = " Dividing p by ten where two doubts meet adds up to a fifth to that rate."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,8 @@ class Look:
     suspects: tuple[int, ...]
     doubtful: tuple[int, ...]
     trouble: str | None
+    odd: tuple[int, ...] = ()
+    """Labels whose p-value was divided by ``ODD_FACTOR``."""
 
     @property
     def kind(self) -> str:
@@ -239,6 +242,7 @@ class Cascade:
             suspects=suspects,
             doubtful=doubtful,
             trouble=trouble,
+            odd=tuple(e.label for e, chance in zip(evidence, odd, strict=True) if chance <= ODD_RATE),
         )
 
     def _judge(self, looks: Sequence[Look], weighted: bool, clean: ImageSet) -> tuple[Answer, str]:
@@ -257,7 +261,7 @@ class Cascade:
         if looks[-1].suspects:
             return "backdoored", (
                 f"{basis} That is {SHOWN[looks[-1].kind]}: a model is called backdoored below p = {self.false_alarm_rate}, and a "
-                f"benign one falls below that at most that often."
+                f"benign one falls below that at most that often.{TWO_DOUBTS if looks[-1].odd else ''}"
             )
         if any(look.doubtful for look in looks):
             return "cannot tell", (
