@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +18,14 @@ from lustral.api.calls import (
     Model,
     Names,
     Place,
+    ReferenceModels,
     Size,
     about,
+    compared_models,
     constants_of,
     granted,
     opened_for,
+    scan_settings,
     title_of,
 )
 from lustral.api.data import Data, named
@@ -48,6 +52,7 @@ from lustral.vision.evaluation.metrics import NOT_FINITE, accuracy, per_class_ac
 from lustral.vision.interfaces import Detector, Purifier
 from lustral.vision.models import Classifier, LoadedModel, load_model
 from lustral.vision.records import ImageSet, Verdict, Victim
+from lustral.vision.scanning import against_references, inspect_within
 from lustral.vision.sources import in_class_order
 from lustral.vision.victims import load_victim
 
@@ -102,6 +107,9 @@ def scan(
     data: Data,
     *,
     method: str | Detector = DEFAULT_DETECTOR,
+    max_time: float | None = None,
+    references: ReferenceModels | None = None,
+    train_references: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     clean: int | None = None,
@@ -119,6 +127,11 @@ def scan(
         model: see ``Model``.
         data: clean images and their labels, see ``lustral.api.data.Data``; of a set with a test split, its reserve.
         method: a name, or a detector with its settings, e.g. ``MaskArea(false_alarm_rate=0.01)``.
+        max_time: seconds after which ``cascade`` stops searching; equal seeds need not give equal results then. Labels that were
+            not searched are named, and the answer is then never "clean".
+        references: benign models of the same classes, or a folder of them: an accusation stands only if it is more than theirs;
+            see ``lustral.vision.scanning``. Files are read as the model's; networks in memory get its normalisation.
+        train_references: train so many benign models of the same architecture instead, on the images that the scan leaves.
         mean: per channel on the [0, 1] scale, that a network without normalisation expects to be subtracted. Where it is None,
             usual ones are tried on the images, and the result's notes say which was taken.
         std: likewise, that it expects to be divided by.
@@ -141,14 +154,33 @@ def scan(
     given = GivenData(clean=clean, classes=classes, image_size=image_size, resize=resize)
     opened = opened_for(model, data, given, mean=mean, std=std, seed=seed, device=device)
     files = given_files(opened.loaded)
+    record = about(opened, "lustral.scan", model, data, name, detector, seed, files)
+    if max_time is not None:
+        record["max_time"] = max_time
     with reporting(on_progress, progress) as report:
-        verdict: Verdict = detector.inspect(opened.view, generator=child(seed, "scan"), on_progress=report)
+        compared = compared_models(
+            opened,
+            detector,
+            references=references,
+            train_references=train_references,
+            written={"mean": mean, "std": std},
+            seed=seed,
+            how=scan_settings(record),
+            max_time=max_time,
+            on_progress=report,
+        )
+        verdict = inspect_within(
+            detector, opened.view, max_time=max_time, generator=child(seed, "scan"), on_progress=report
+        )
+    if compared is not None:
+        record["references"] = compared.to_dict()
+        verdict = against_references(verdict, compared)
     return ScanResult(
         verdict=replace(verdict, notes=(*opened.notes, *verdict.notes)),
         model=opened.view.model,
         clean=opened.view.clean,
         title=title_of(model, opened),
-        about=about(opened, "lustral.scan", model, data, name, detector, seed, files),
+        about=record,
         true_trigger=opened.true_trigger,
         files=files,
     )
@@ -162,6 +194,7 @@ def erase(
     method: str | Purifier = DEFAULT_PURIFIER,
     detector: Detector | None = None,
     audit: bool = True,
+    max_time: float | None = None,
     untrusted: Data | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -184,6 +217,7 @@ def erase(
         method: a name, or a purifier with its settings, e.g. ``SAU(epochs=20)``.
         detector: scans and audits; None is ``Cascade`` for ``Auto``, and ``MaskArea`` with the method's own search for others.
         audit: scan the new model too, where the method starts from a scan.
+        max_time: of the scan, and of the audit again, as for ``scan``.
         untrusted: the set that the model was trained on, for a method that looks at it.
         mean: as for ``scan``; None takes over what ``verdict`` was made with.
         std: likewise.
@@ -210,14 +244,18 @@ def erase(
         detector = default_detector(purifier)
     with reporting(on_progress, progress) as report:
         purified = run_eraser(
-            purifier, view, detector=detector, audit=audit, generator=child(seed, "erase"), on_progress=report
+            purifier,
+            view,
+            detector=detector,
+            audit=audit,
+            max_time=max_time,
+            generator=child(seed, "erase"),
+            on_progress=report,
         )
     before, after = true_evaluations(opened, purified.model, seed=seed)
     record = about(opened, "lustral.erase", model, data, name, purifier, seed, files)
     if takes_verdict(purifier):
-        in_memory = None if verdict is None else HANDED_OVER
-        taken = os.fspath(verdict) if isinstance(verdict, str | os.PathLike) else in_memory
-        record["scanning"] = {"verdict": taken, "detector": settings_record(detector), "audit": audit}
+        record["scanning"] = how_scanned(verdict, detector, audit=audit, max_time=max_time)
     if untrusted is not None:
         record["untrusted"] = named(untrusted)
     return EraseResult(
@@ -232,6 +270,16 @@ def erase(
         true_trigger=opened.true_trigger,
         files=files,
     )
+
+
+def how_scanned(
+    verdict: ScanResult | Verdict | Place | None, detector: Detector | None, *, audit: bool, max_time: float | None
+) -> dict[str, Any]:
+    """Return how an eraser got its scan and made its audit, ready for JSON."""
+    in_memory = None if verdict is None else HANDED_OVER
+    taken = os.fspath(verdict) if isinstance(verdict, str | os.PathLike) else in_memory
+    limit = {} if max_time is None else {"max_time": max_time}
+    return {"verdict": taken, "detector": settings_record(detector), "audit": audit, **limit}
 
 
 def evaluate(

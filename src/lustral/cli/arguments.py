@@ -114,6 +114,11 @@ class Scan(Generic[Settings]):
         out: folder for report.html, result.json and pictures of the recovered triggers.
         method: how to look.
         settings: of the method.
+        max_time: seconds after which cascade stops searching; classes that were not searched are named, and the answer is then
+            never "clean".
+        references: folder of benign models of the same classes, read as the model is: an accusation stands only if it is more
+            than theirs. 99 are needed for p = 1 %.
+        train_references: train so many benign models of the same architecture instead, on the clean images that --clean leaves.
         exports: files for other tools.
     """
 
@@ -121,6 +126,9 @@ class Scan(Generic[Settings]):
     out: Path | None = None
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DETECTORS) + "}")] = DEFAULT_DETECTOR
     settings: Annotated[Settings, FLAT, tyro.conf.AvoidSubcommands]
+    max_time: float | None = None
+    references: Path | None = None
+    train_references: int | None = None
     exports: Annotated[ScanExports, FLAT] = ScanExports()
     common: Annotated[Common, FLAT] = Common()
 
@@ -154,9 +162,11 @@ class CascadeScanning(FromScan):
     """How a method gets the scan for triggers of any kind that it starts from.
 
     Attributes:
+        max_time: seconds after which the scan stops searching, and the audit again.
         detector: of the scan and the audit.
     """
 
+    max_time: float | None = None
     detector: Annotated[Cascade, tyro.conf.AvoidSubcommands] = field(default_factory=Cascade)
 
 

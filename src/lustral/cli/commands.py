@@ -30,7 +30,6 @@ from lustral.api.results import (
     true_evaluations,
     write_scan,
 )
-from lustral.api.training_sets import open_training_set
 from lustral.bench.workbench import StoreAssets
 from lustral.catalog import ATTACKS, PURIFIERS, WHEN_TO_USE
 from lustral.cli.arguments import (
@@ -53,7 +52,7 @@ from lustral.cli.exporting import (
     write_erase_exports,
     write_scan_exports,
 )
-from lustral.cli.opening import open_suspect, pick_device
+from lustral.cli.opening import compare_first, granted_view, open_suspect, pick_device
 from lustral.cli.tables import (
     cost_sentence,
     defender_table,
@@ -80,9 +79,10 @@ from lustral.vision.models.architecture import innermost
 from lustral.vision.models.files.safety import FileFacts, safety_record
 from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import BaEraser
-from lustral.vision.records import DefenderView, Verdict, Victim
+from lustral.vision.records import Verdict, Victim
+from lustral.vision.scanning import against_references, inspect_within
 from lustral.vision.sources import load_source, source_names
-from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA, read_verdict
+from lustral.vision.verdict_files import RESULT_FILE, RESULT_SCHEMA
 
 EXIT_CODES = {"clean": 0, "backdoored": 1, "cannot tell": 3}  # of ``scan``
 
@@ -132,16 +132,24 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
         opened = open_suspect(command.suspect, seed=command.common.seed, device=pick_device(command.common.device))
     files = given_files(opened.loaded)
     out = None if command.out is None else prepare_folder(command.out)
+    about = provenance(command, argv, opened, files)
+    compared = compare_first(command, opened, about, screen)
     with screen.progress() as on_progress:
-        verdict: Verdict = command.settings.inspect(
-            opened.view, generator=child(command.common.seed, "scan"), on_progress=on_progress
+        verdict: Verdict = inspect_within(
+            command.settings,
+            opened.view,
+            max_time=command.max_time,
+            generator=child(command.common.seed, "scan"),
+            on_progress=on_progress,
         )
+    if compared is not None:
+        about, verdict = about | {"references": compared.to_dict()}, against_references(verdict, compared)
     result = ScanResult(
         verdict=verdict,
         model=opened.view.model,
         clean=opened.view.clean,
         title=str(command.suspect.model),
-        about=provenance(command, argv, opened, files),
+        about=about,
         true_trigger=opened.true_trigger,
         files=files,
     )
@@ -216,16 +224,6 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         screen.show(*shown)
         screen.record(record)
     return 0
-
-
-def granted_view(command: Erase[Any, Any], opened: Opened, taken: Path | None) -> DefenderView:
-    """Return what a purifier may look at: the opened view, with the scan and the training set that a line hands over."""
-    view = opened.view if taken is None else dataclasses.replace(opened.view, verdict=read_verdict(taken, opened.view))
-    if command.untrusted is None:
-        return view
-    size, resize = command.suspect.image_size, command.suspect.resize
-    training_set = open_training_set(command.untrusted, view.clean, image_size=size, resize=resize)
-    return dataclasses.replace(view, untrusted=training_set)
 
 
 def list_attacks(screen: Screen) -> int:
@@ -382,8 +380,10 @@ def provenance(
 
 
 def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:
-    """Return how an eraser gets and makes scans, ready for JSON; nothing of one that starts from no scan, and of a scan."""
-    if not (isinstance(command, Erase) and isinstance(command.scanning, FromScan)):
+    """Return how an eraser gets and makes scans, ready for JSON; nothing of one that starts from no scan; a scan's limit."""
+    if isinstance(command, Scan):
+        return {} if command.max_time is None else {"max_time": command.max_time}
+    if not isinstance(command.scanning, FromScan):
         return {}
     taken = command.scanning.verdict
     record = dataclasses.asdict(command.scanning) | {"verdict": None if taken is None else str(taken)}

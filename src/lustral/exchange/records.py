@@ -208,11 +208,47 @@ class ModelRun(Run):
     """What opening the given files would do."""
 
 
+class Reference(Part):
+    """What a scan said of one benign model."""
+
+    name: str
+    """Its file, or its number."""
+    weights: Digest
+    """SHA-256 of its weights."""
+    statistic: float | None
+    """Of its most suspicious class: minus the logarithm (base 10) of the least p-value."""
+    outcome: Literal["backdoored", "clean", "cannot tell"]
+    """The answer that it would have got."""
+    accuracy: Share | None
+    """On the clean images; null: not measured."""
+
+
+class References(Part):
+    """Benign models, scanned before the model itself; alone in references.json of --out."""
+
+    models: list[Reference]
+    """Each of them."""
+    level: Share
+    """False-alarm rate that the detector states."""
+    threshold: float
+    """Statistic that the model's must exceed, or the accusation is withdrawn."""
+    least_p_value: Share
+    """The smallest p-value that so many references allow."""
+    how: dict[str, Any]
+    """What their scans share with the model's."""
+    digest: Digest
+    """SHA-256 of the rest, as JSON with sorted keys and no blanks."""
+
+
 class ScanResult(ModelRun):
     """What `lustral scan` found."""
 
     verdict: Verdict
     """The answer."""
+    max_time: float | None = None
+    """Seconds after which searching stopped; null: no limit."""
+    references: References | None = None
+    """What the model was compared with, fixed before it was scanned."""
     handover: Handover | None = None
     """Written with --out: what `lustral erase --verdict` checks."""
 
@@ -281,6 +317,8 @@ class Scanning(Part):
     """Settings of the detector."""
     audit: bool
     """Whether the new model was scanned."""
+    max_time: float | None = None
+    """Seconds after which each scan stopped searching; null: no limit."""
 
 
 class BeforeAfter(Part):
