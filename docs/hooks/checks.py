@@ -51,7 +51,9 @@ def broken_links(site: Path, ignored: str | None = None) -> list[str]:
             target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
             target = target / "index.html" if target.is_dir() else target
             there = target.exists() and target.is_relative_to(site)
-            known = found.get(target)
+            known = (
+                None if "=" in parts.fragment else found.get(target)
+            )  # name=value is a filter that the page's script reads
             if not there or (parts.fragment and known and unquote(parts.fragment) not in known.anchors | {"__top"}):
                 problems.append(f"{page.relative_to(site)}: {link}")
     return problems

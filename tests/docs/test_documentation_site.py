@@ -44,7 +44,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     page(
         tmp_path,
         "sub/a.html",
-        '<h2 id="here"></h2><a href="../">up</a><a href="#gone">3</a><a href="../../out.html">4</a>',
+        '<h2 id="here"></h2><a href="../">up</a><a href="#gone">3</a><a href="../../out.html">4</a><a href="#defence=x">5</a>',
     )
     assert script("checks").broken_links(tmp_path) == [
         "index.html: no.png",
@@ -139,6 +139,16 @@ def test_the_kept_results_become_a_leaderboard(tmp_path: Path) -> None:
     shown = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out" / "cells").glob("*.html"))
     assert "erased" in shown
     assert "55.6" in shown, "the share of poisoned images listed, 5 of 9"
+
+
+def test_every_address_of_the_kept_leaderboard_leads_somewhere(tmp_path: Path) -> None:
+    script("leaderboard").write_leaderboard(
+        ROOT / "benchmarks" / "results", tmp_path / "pages", ROOT / "tests" / "cards"
+    )
+    assert "table.html#" in (tmp_path / "pages" / "index.html").read_text(encoding="utf-8") + "".join(
+        path.read_text(encoding="utf-8") for path in (tmp_path / "pages" / "methods").glob("*.html")
+    )
+    assert script("checks").broken_links(tmp_path) == []
 
 
 @pytest.mark.slow
