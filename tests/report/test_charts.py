@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lustral.core.history import HistoryEntry
-from lustral.report.charts import curves
+from lustral.report.figures.charts import curves
 
 
 def test_curves_put_shares_losses_and_the_rest_apart() -> None:

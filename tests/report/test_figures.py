@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lustral.report.area_bars import LogScale, area_chart, median_area
+from lustral.report.figures.area_bars import LogScale, area_chart, median_area
 from lustral.vision.figures import close_up, over_checkerboard, png, stamp_sheet
 from toy import mask_verdict
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lustral.core.history import HistoryEntry
 from lustral.core.records import Cost
-from lustral.report.histogram import NUM_BINS, histogram
+from lustral.report.figures.histogram import NUM_BINS, histogram
 from lustral.report.sift_page import SiftReport, write_sift_report, write_train_report
 from lustral.report.untrusted_findings import sift_finding, train_finding
 from lustral.vision.figures import contact_sheet

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lustral.core.history import FIGURES
-from lustral.report.area_bars import is_found, median_area
+from lustral.report.figures.area_bars import is_found, median_area
 from lustral.report.words import chance, number, percent, pixels, points, quoted, quoted_list
 from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
 from lustral.vision.measures import MASK_AREA, SUCCESS_RATE

@@ -21,7 +21,7 @@ from lustral.core.history import MISSING, HistoryEntry, history_table
 from lustral.core.records import Cost
 from lustral.molecules.records import Association
 from lustral.report import words
-from lustral.report.charts import LineChart, curves
+from lustral.report.figures.charts import LineChart, curves
 from lustral.report.findings import Finding
 from lustral.report.rendering import page_environment
 

@@ -17,9 +17,9 @@ from lustral.core.history import MISSING, history_table
 from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.report import words
-from lustral.report.area_bars import BarChart, area_chart, audit_chart
-from lustral.report.charts import curves
 from lustral.report.evidence import evidence_table
+from lustral.report.figures.area_bars import BarChart, area_chart, audit_chart
+from lustral.report.figures.charts import curves
 from lustral.report.findings import Finding, erase_finding, scan_finding
 from lustral.report.rendering import page_environment
 from lustral.vision.evaluation import Evaluation, compare_evaluations

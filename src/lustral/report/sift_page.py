@@ -16,9 +16,9 @@ from lustral.core.files import write_text_atomic
 from lustral.core.history import history_table
 from lustral.core.records import Cost
 from lustral.report import words
-from lustral.report.charts import curves
+from lustral.report.figures.charts import curves
+from lustral.report.figures.histogram import Histogram, histogram
 from lustral.report.findings import Finding
-from lustral.report.histogram import Histogram, histogram
 from lustral.report.page import LARGEST_PIXELATED, PictureRow
 from lustral.report.rendering import page_environment
 from lustral.report.untrusted_findings import sift_finding, train_finding

@@ -13,7 +13,7 @@ from typing import Any
 
 from lustral.core.files import canonical
 from lustral.core.history import MISSING, HistoryEntry, history_table, read_history
-from lustral.report.charts import curves
+from lustral.report.figures.charts import curves
 from lustral.report.words import (
     MEASURES,
     RATES,

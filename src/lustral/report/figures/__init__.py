@@ -1,0 +1,1 @@
+"""What pages and terminals draw: curves, bars, histograms, clouds of points, small pictures."""
