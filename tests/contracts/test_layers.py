@@ -64,6 +64,7 @@ IN_VISION: dict[str, set[str]] = {
     "detectors": WORKING | {"measures", "inverters"},  # what an inverter finds is what a detector weighs ...
     "repair": WORKING | {"inverters"},
     "suspicion": WORKING,
+    "insight": WORKING,
     "sifters": WORKING | {"suspicion"},
     "purifiers": WORKING
     | {"measures", "inverters", "detectors", "repair", "suspicion", "sifters"},  # ... and what a purifier erases

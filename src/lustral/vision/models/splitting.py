@@ -116,6 +116,37 @@ def split_at(model: nn.Module, images: Tensor, name: str | None = None) -> Split
     return Split(name=name, shape=(channels, height, width), head_modules=modules, head_tensors=tensors | buffers)
 
 
+def last_map(model: nn.Module, images: Tensor) -> str | None:
+    """Return the last module that hands all of an image on as one map of several pixels; None where there is no late one.
+
+    In a convolutional network it is what global pooling, or the first linear layer, is given. The map has to come after at least
+    half of the layers: the patches of a transformer are a map too, but nothing has been decided there.
+
+    >>> vgg = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> last_map(vgg, torch.zeros(1, 3, 8, 8))
+    '1'
+
+    Args:
+        model: classifier.
+        images: (B, C, H, W) float32 in [0, 1]; one is enough.
+
+    Raises:
+        ValueError: the network passes no gradients to its images, or uses no layer with weights.
+    """
+    calls, wiring = _calls(model, images), trace(model, images)
+    _require_gradients(model, images)
+    layers = [calls[name].ended for name in wiring.layers if name in calls]
+    for name in reversed(_candidates(calls, wiring)):
+        call = calls[name]
+        height, width = (call.shape or (0, 0, 0, 0))[2:]
+        if sum(ended <= call.ended for ended in layers) < LEAST_STEM * len(layers):
+            return None
+        is_spatial = height * width > 1 and height <= images.shape[2] and width <= images.shape[3]
+        if is_spatial and _separates(model, images, name):
+            return name
+    return None
+
+
 def copy_stem(source: nn.Module, target: nn.Module, split: Split) -> None:
     """Write all tensors of ``source`` but those of the head into ``target``, a network of the same architecture, in place."""
     own = {**dict(source.named_parameters()), **dict(source.named_buffers())}
