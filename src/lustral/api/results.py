@@ -20,10 +20,10 @@ from lustral.core.randomness import child
 from lustral.core.rates import Rate
 from lustral.core.records import Cost
 from lustral.report.evaluation_finding import evaluation_finding
+from lustral.report.figures.pictures import PictureRow
 from lustral.report.findings import Finding, erase_finding, scan_finding
 from lustral.report.notebook import notebook_html
 from lustral.report.page import (
-    PictureRow,
     ReportData,
     trigger_pictures,
     write_erase_report,
@@ -33,6 +33,7 @@ from lustral.report.page import (
 from lustral.vision.evaluation import Evaluation, attack_metrics, clean_accuracy, compare_evaluations, evaluate
 from lustral.vision.figures import stamp_sheet
 from lustral.vision.images import as_float, as_uint8, at_most
+from lustral.vision.insight import Insight, look_inside
 from lustral.vision.models import Classifier, LoadedModel
 from lustral.vision.models.files.safety import FileFacts, safety_record
 from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict, Victim
@@ -131,6 +132,7 @@ class EraseResult:
         after: the new model, measured likewise.
         true_trigger: the attacker's, for pictures.
         files: what opening the given model's files would do, without opening them.
+        unseen: images that the eraser did not see, for the figures of the page; None takes the clean images.
     """
 
     purified: Purified = field(repr=False)
@@ -143,6 +145,7 @@ class EraseResult:
     after: Evaluation | None = None
     true_trigger: Trigger | None = field(default=None, repr=False)
     files: tuple[FileFacts, ...] = field(default=(), repr=False)
+    unseen: ImageSet | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Classifier:
@@ -180,6 +183,25 @@ class EraseResult:
         triggers = () if self.verdict is None else self.verdict.triggers
         return tuple(recovered_rates(trigger, self.given.model, self.model, self.clean) for trigger in triggers)
 
+    @cached_property
+    def insight(self) -> Insight | None:
+        """What changed inside the network, on a bounded number of images; None where nothing did."""
+        trigger: Trigger | None = self.true_trigger
+        target = None
+        if trigger is None and self.verdict is not None and self.verdict.triggers:
+            found = first_trigger(self.verdict).to(self.clean.device)
+            trigger, target = found, found.target_label
+        images = self.clean if self.unseen is None else self.unseen.to(self.clean.device)
+        return look_inside(
+            self.given.model,
+            self.model,
+            images,
+            trigger=trigger,
+            target=target,
+            has_true_trigger=self.true_trigger is not None,
+            are_unseen=self.unseen is not None,
+        )
+
     @property
     def finding(self) -> Finding:
         """The answer in words."""
@@ -194,6 +216,7 @@ class EraseResult:
             {"class": names[rates.label], "before": rates.before.to_dict(), "after": rates.after.to_dict()}
             for rates in self.recovered
         ]
+        record["weight_line"] = None if self.insight is None else line_record(self.insight)
         if self.before is not None and self.after is not None:
             record |= {"before": self.before.to_dict(), "after": self.after.to_dict(), "change": self.change}
         return plain(record)
@@ -206,7 +229,7 @@ class EraseResult:
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the page of evidence, one HTML file that needs nothing else, and return its path."""
-        write_erase_report(path, self.page)
+        write_erase_report(path, dataclasses.replace(self.page, insight=self.insight))
         return Path(path)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -298,6 +321,12 @@ class EvaluationResult:
     def _repr_html_(self) -> str:
         """Show the answer in a notebook."""
         return notebook_html(self.finding, notes=self.notes)
+
+
+def first_trigger(verdict: Verdict) -> RecoveredTrigger:
+    """Return the recovered trigger of the most suspicious class that has one, or else the first one."""
+    by_label = {trigger.target_label: trigger for trigger in reversed(verdict.triggers)}
+    return next((by_label[label] for label in verdict.suspect_labels if label in by_label), verdict.triggers[0])
 
 
 def plain(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,6 +461,18 @@ def true_evaluations(
     test = opened.test.to(opened.view.clean.device)
     given, new = (true_evaluation(opened.victim, m, test, seed=seed) for m in (opened.view.model, model))
     return given, new
+
+
+def line_record(insight: Insight) -> dict[str, Any] | None:
+    """Return the losses between two models, ready for JSON; None where there is no line."""
+    if insight.line is None:
+        return None
+    about = {
+        "images": insight.num_images,
+        "are_unseen": insight.are_unseen,
+        "has_true_trigger": insight.has_true_trigger,
+    }
+    return about | {name: list(losses) for name, losses in vars(insight.line).items()}
 
 
 def purified_record(purified: Purified) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from lustral.api.training_sets import OpenedSet
 from lustral.core.characters import visible
 from lustral.core.files import prepare_folder, write_bytes_atomic, write_json_atomic
 from lustral.core.rates import Rate
+from lustral.report.figures.pictures import picture_row
 from lustral.report.findings import Finding
 from lustral.report.notebook import notebook_html
-from lustral.report.page import LARGEST_PIXELATED, PictureRow
 from lustral.report.sift_page import SiftReport, write_sift_report, write_train_report
 from lustral.report.untrusted_findings import sift_finding, train_finding
-from lustral.vision.figures import contact_sheet, data_uri, png
+from lustral.vision.figures import contact_sheet
 from lustral.vision.images import as_uint8
 from lustral.vision.models import Classifier, arch_of, save_model
 from lustral.vision.records import Sifted, Trained
@@ -135,12 +135,7 @@ class SiftResult:
         top = most_suspicious(self.sifted, IN_NOTEBOOK)
         caption = "the most suspicious of the listed images" if self.flagged.any() else "the highest scores"
         images = as_uint8(fetch(self.opened.view.untrusted, top))
-        row = PictureRow(
-            caption=caption,
-            pictures=tuple(data_uri(png(image)) for image in images),
-            is_pixelated=max(images.shape[-2:]) <= LARGEST_PIXELATED,
-        )
-        return notebook_html(self.finding, notes=self.sifted.notes, rows=[row])
+        return notebook_html(self.finding, notes=self.sifted.notes, rows=[picture_row(caption, images)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -256,8 +256,7 @@ def erase(
     record = about(opened, "lustral.erase", model, data, name, purifier, seed, files)
     if takes_verdict(purifier):
         record["scanning"] = how_scanned(verdict, detector, audit=audit, max_time=max_time)
-    if untrusted is not None:
-        record["untrusted"] = named(untrusted)
+    record |= {} if untrusted is None else {"untrusted": named(untrusted)}
     return EraseResult(
         purified=replace(purified, notes=(*opened.notes, *purified.notes)),
         given=opened.loaded,
@@ -269,6 +268,7 @@ def erase(
         after=after,
         true_trigger=opened.true_trigger,
         files=files,
+        unseen=opened.test,
     )
 
 

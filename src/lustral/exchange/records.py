@@ -341,6 +341,23 @@ class RecoveredRate(Part):
     """Of the new model."""
 
 
+class WeightLine(Part):
+    """The loss on the straight line from the given to the new weights."""
+
+    images: Count
+    """Clean images that it was measured on."""
+    are_unseen: bool
+    """Whether the eraser saw none of them."""
+    has_true_trigger: bool
+    """Whether the triggered ones carry the attacker's trigger; false: a recovered one, or there are none."""
+    shares: Annotated[list[Share], Field(min_length=2, max_length=1000)]
+    """Of the way, from 0 to 1."""
+    clean: list[float | None]
+    """Mean cross-entropy of the clean images, for each share; null: no number."""
+    triggered: list[float | None]
+    """Likewise of triggered images, by their true classes; empty: no trigger is known."""
+
+
 class EraseResult(ModelRun):
     """What `lustral erase` did."""
 
@@ -356,6 +373,8 @@ class EraseResult(ModelRun):
     """What opening the new files would do."""
     recovered: list[RecoveredRate] = []
     """What the triggers of the scan do to the given and the new model."""
+    weight_line: WeightLine | None = None
+    """The loss between the given and the new weights; null: there is no line between them."""
     scanning: Scanning | None = None
     """Of a method that starts from a scan."""
     untrusted: str | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lustral.report.figures.pictures import PictureRow
 from lustral.report.findings import Finding
-from lustral.report.page import PictureRow
 from lustral.report.rendering import page_environment
 
 

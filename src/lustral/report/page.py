@@ -20,17 +20,19 @@ from lustral.report import words
 from lustral.report.evidence import evidence_table
 from lustral.report.figures.area_bars import BarChart, area_chart, audit_chart
 from lustral.report.figures.charts import curves
+from lustral.report.figures.insight import insight_figures
+from lustral.report.figures.pictures import PictureRow, picture_row
 from lustral.report.findings import Finding, erase_finding, scan_finding
 from lustral.report.rendering import page_environment
 from lustral.vision.evaluation import Evaluation, compare_evaluations
-from lustral.vision.figures import close_up, data_uri, over_checkerboard, png
+from lustral.vision.figures import close_up, over_checkerboard
 from lustral.vision.images import as_float, as_uint8
+from lustral.vision.insight import Insight
 from lustral.vision.measures import MASK_AREA
 from lustral.vision.models.files.safety import FileFacts
 from lustral.vision.records import ImageSet, Purified, RecoveredTrigger, Trigger, Verdict
 
 NUM_SAMPLES = 6  # pictures per row
-LARGEST_PIXELATED = 96  # pixels; larger pictures are scaled smoothly
 CURVES = ("clean_accuracy", "recovered_asr", "area")  # figures of a history that are drawn; the table has all
 
 
@@ -50,6 +52,8 @@ class ReportData:
         controls: other methods' results on the same model, by name.
         files: what opening the model's files would do, without opening them.
         provenance: everything needed to repeat the run: command, settings, seed, versions, file hashes. JSON-ready.
+        insight: what an erasure changed inside the network.
+        missing: what a page that is made from a saved record cannot show, in sentences.
     """
 
     title: str
@@ -63,21 +67,14 @@ class ReportData:
     controls: Mapping[str, Evaluation] = field(default_factory=dict)
     files: tuple[FileFacts, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    insight: Insight | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of all classes, safe to show; "class 3" where the set has none."""
         names = self.clean.class_names or tuple(f"class {label}" for label in range(self.clean.num_classes))
         return tuple(visible(name) for name in names)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureRow:
-    """A row of pictures: what they are, their PNG data URIs, and whether to enlarge them with hard edges."""
-
-    caption: str
-    pictures: tuple[str, ...]
-    is_pixelated: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +162,8 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
         curves=curves(purified.history, purified.selected, CURVES) if purified else [],
         with_triggers=purified is not None and any(entry.recovered_asr is not None for entry in purified.history),
         history=history_table(purified.history if purified else ()),
+        insight=insight_figures(data.insight, names) if data.insight else None,
+        missing=data.missing,
         audit=_audit(verdict, purified, names),
         controls=_controls(data),
         files=data.files,
@@ -175,25 +174,29 @@ def _render(kind: str, finding: Finding, data: ReportData, verdict: Verdict | No
 
 def trigger_pictures(found: RecoveredTrigger, data: ReportData, suspects: Sequence[int]) -> TriggerPictures:
     """Return the pictures of one recovered trigger, and what to say of them; ``suspects`` are the labels that are accused."""
-    found, name = found.to("cpu"), data.class_names[found.target_label]
-    masks, patterns = found.masks[:NUM_SAMPLES], found.patterns[:NUM_SAMPLES]
-    clean = _sample_images(data.clean, found.target_label)
-    rows = [
-        _picture_row("recovered trigger, see-through where grey checks show", over_checkerboard(masks, patterns)),
-        _picture_row("close-up of the same samples", close_up(masks, patterns)),
-        _picture_row("clean images", clean),
-        _picture_row("the same images with the recovered trigger", as_uint8(found(as_float(clean)))),
-    ]
-    if data.true_trigger is not None:
-        true = as_uint8(data.true_trigger(as_float(clean)))
-        rows.append(_picture_row("the same images with the attacker’s true trigger, for comparison", true))
+    name = data.class_names[found.target_label]
     is_suspect = found.target_label in suspects
     return TriggerPictures(
         heading=f"Towards {words.quoted(name)}" + ("" if is_suspect else " (not flagged)"),
-        rows=tuple(row for row in rows if row.pictures),
+        rows=tuple(row for row in _trigger_rows(found.to("cpu"), data) if row.pictures) if found.masks.numel() else (),
         facts=f"{len(found.masks)} samples, {words.pixels(found.area)} needed; works on "
         f"{words.percent(found.attack_success_rate, 0)} of held-out images of other classes.",
     )
+
+
+def _trigger_rows(found: RecoveredTrigger, data: ReportData) -> list[PictureRow]:
+    masks, patterns = found.masks[:NUM_SAMPLES], found.patterns[:NUM_SAMPLES]
+    clean = _sample_images(data.clean, found.target_label)
+    rows = [
+        picture_row("recovered trigger, see-through where grey checks show", over_checkerboard(masks, patterns)),
+        picture_row("close-up of the same samples", close_up(masks, patterns)),
+        picture_row("clean images", clean),
+        picture_row("the same images with the recovered trigger", as_uint8(found(as_float(clean)))),
+    ]
+    if data.true_trigger is not None:
+        true = as_uint8(data.true_trigger(as_float(clean)))
+        rows.append(picture_row("the same images with the attacker’s true trigger, for comparison", true))
+    return rows
 
 
 def _sample_images(clean: ImageSet, target_label: int) -> Tensor:
@@ -208,14 +211,6 @@ def _sample_images(clean: ImageSet, target_label: int) -> Tensor:
         seen[label] += 1
     chosen = [index for _, index in sorted(zip(turns, others, strict=True))][:NUM_SAMPLES]
     return clean.images[torch.tensor(chosen, dtype=torch.int64).to(clean.device)].cpu()
-
-
-def _picture_row(caption: str, images: Tensor) -> PictureRow:
-    return PictureRow(
-        caption=caption,
-        pictures=tuple(data_uri(png(image)) for image in images),
-        is_pixelated=max(images.shape[-2:]) <= LARGEST_PIXELATED,
-    )
 
 
 def _measures(data: ReportData) -> list[Measure]:

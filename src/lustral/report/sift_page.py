@@ -18,8 +18,8 @@ from lustral.core.records import Cost
 from lustral.report import words
 from lustral.report.figures.charts import curves
 from lustral.report.figures.histogram import Histogram, histogram
+from lustral.report.figures.pictures import LARGEST_PIXELATED, PictureRow, picture_row
 from lustral.report.findings import Finding
-from lustral.report.page import LARGEST_PIXELATED, PictureRow
 from lustral.report.rendering import page_environment
 from lustral.report.untrusted_findings import sift_finding, train_finding
 from lustral.vision.figures import data_uri, png
@@ -235,11 +235,7 @@ def _pairs(found: SharedTraits) -> tuple[PictureRow, ...]:
 
 
 def _row(caption: str, images: Tensor) -> PictureRow:
-    return PictureRow(
-        caption=caption,
-        pictures=tuple(data_uri(png(image)) for image in as_uint8(images)),
-        is_pixelated=max(images.shape[-2:]) <= LARGEST_PIXELATED,
-    )
+    return picture_row(caption, as_uint8(images))
 
 
 def _parts(sifted: Sifted) -> list[tuple[str, str, str, str]]:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lustral.core.randomness import child
 from lustral.vision.evaluation import predict
 from lustral.vision.images import as_uint8
-from lustral.vision.insight import feature_map, grad_cam, look_inside, principal_plane, weight_line
 from lustral.vision.insight import before_after as module
+from lustral.vision.insight import feature_map, grad_cam, look_inside, principal_plane, weight_line
 from lustral.vision.models import build_classifier
 from lustral.vision.models.splitting import last_map
 from lustral.vision.records import ImageSet, Victim
@@ -194,9 +194,7 @@ def test_large_images_are_fewer() -> None:
 
 def test_features_of_a_network_of_one_layer_are_its_pixels() -> None:
     net, clean = nn.Sequential(nn.Flatten(), nn.Linear(432, 7)), toy_images(14, seed=1)
-    stamped = ImageSet(
-        images=as_uint8(true_trigger()(clean.images.float() / 255)), labels=clean.labels, num_classes=7
-    )
+    stamped = ImageSet(images=as_uint8(true_trigger()(clean.images.float() / 255)), labels=clean.labels, num_classes=7)
     found = feature_map(net, net, clean, stamped, target=2)
     pixels = torch.cat([clean.images, stamped.images]).flatten(1).float() / 255
     expected, shown = principal_plane(pixels)

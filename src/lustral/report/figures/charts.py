@@ -96,33 +96,63 @@ def _chart(
     *,
     is_shares: bool,
 ) -> LineChart:
-    known = [value for values in series.values() for value in values if value is not None]
+    return line_chart(
+        title,
+        {name: (FIGURES[name].words, values) for name, values in series.items()},
+        [str(entry.count) if i else entry.counted for i, entry in enumerate(history)],
+        parts=part_texts(history),
+        selected=selected,
+        is_shares=is_shares,
+    )
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, tuple[str, Sequence[float | None]]],
+    x_texts: Sequence[str],
+    *,
+    parts: Sequence[str] = (),
+    selected: int | None = None,
+    is_shares: bool = False,
+) -> LineChart:
+    """Draw lines over evenly spaced places.
+
+    Args:
+        title: what the axis measures.
+        series: for each name in the style sheet the name for a reader, and a number for each place; what is no drawable number
+            leaves a gap. At least one number is drawable.
+        x_texts: of the places; of many, every second or third is shown.
+        parts: what part of the whole each place belongs to, or nothing.
+        selected: index of the place that was kept.
+        is_shares: whether the numbers are fractions, with an axis in percent.
+    """
+    drawn = {name: [_drawable(value) for value in values] for name, (_, values) in series.items()}
+    known = [value for values in drawn.values() for value in values if value is not None]
     to_y, y_ticks = _percent_axis() if is_shares and min(known) >= 0 and max(known) <= 1 else _axis(known)
-    count = len(history)
+    count = len(x_texts)
 
     def to_x(index: float) -> float:
         return round(1 + 98 * index / (count - 1), 2) if count > 1 else 50.0
 
     lines, texts = [], []
-    for name, values in series.items():
+    for name, values in drawn.items():
         places = [None if value is None else f"{to_x(i):g} {to_y(value):g}" for i, value in enumerate(values)]
         strokes = "".join(
             f"{'M' if i == 0 or places[i - 1] is None else 'L'}{place}" for i, place in enumerate(places) if place
         )
         dots = "".join(f"M{place}h0" for place in places if place)
-        lines.append(Line(name, FIGURES[name].words, strokes, dots))
+        lines.append(Line(name, series[name][0], strokes, dots))
         present = [value for value in values if value is not None]
-        texts.append(f"{FIGURES[name].words} from {present[0]:.4g} to {present[-1]:.4g}")
+        if present:
+            texts.append(f"{series[name][0]} from {present[0]:.4g} to {present[-1]:.4g}")
     stride = math.ceil(count / MOST_X_LABELS)
     return LineChart(
         title=title,
         lines=tuple(lines),
         grid="".join(f"M0 {y:g}H100" for y, _ in y_ticks),
         y_ticks=y_ticks,
-        x_ticks=tuple(
-            (to_x(i), str(entry.count) if i else entry.counted) for i, entry in enumerate(history) if i % stride == 0
-        ),
-        parts=_parts(part_texts(history), to_x),
+        x_ticks=tuple((to_x(i), text) for i, text in enumerate(x_texts) if i % stride == 0),
+        parts=_parts(parts, to_x),
         selected=to_x(selected) if selected is not None and 0 <= selected < count else None,
         description=f"Line chart over {count} measurements: {'; '.join(texts)}.",
     )
