@@ -59,6 +59,7 @@ from lustral.cli.tables import (
     finding_text,
     metrics_table,
     verdict_table,
+    weights_sentence,
 )
 from lustral.core.files import prepare_folder, write_json_atomic
 from lustral.core.randomness import child
@@ -70,14 +71,12 @@ from lustral.vision.erasing import erase as run_eraser
 from lustral.vision.evaluation import compare_evaluations
 from lustral.vision.models import (
     Classifier,
-    LoadedModel,
     load_model,
     parse_architecture,
     runs_user_code,
 )
 from lustral.vision.models.architecture import innermost
 from lustral.vision.models.files.safety import FileFacts, safety_record
-from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.purifiers import BaEraser
 from lustral.vision.records import Verdict, Victim
 from lustral.vision.scanning import against_references, inspect_within
@@ -157,6 +156,7 @@ def scan(command: Scan[Any], argv: Sequence[str], screen: Screen) -> int:
     shown: list[RenderableType] = [weights_sentence(command.suspect.model, opened.loaded)]
     if verdict.evidence:
         shown.append(verdict_table(verdict, result.page.class_names))
+    shown += screen.trigger_pictures(verdict, result.page)
     shown += [finding_text(result.finding), cost_sentence(verdict.cost)]
     try:
         if out is not None:
@@ -201,6 +201,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         after=after,
         true_trigger=opened.true_trigger,
         files=files,
+        unseen=opened.test,
     )
     record = result.to_dict()
     file = write_erased(out, model, opened.loaded, record)
@@ -211,6 +212,7 @@ def erase(command: Erase[Any, Any], argv: Sequence[str], screen: Screen) -> int:
         shown.append(f"Scan: taken over from {taken}")
     elif purified.verdict is not None and purified.verdict.evidence:
         shown.append(verdict_table(purified.verdict, result.page.class_names))
+    shown += screen.trigger_pictures(purified.verdict, result.page)
     shown.append(defender_table(result.accuracies, purified))
     if before is not None and after is not None:
         shown.append(metrics_table({"before": before, "after": after}, "Measured with the true trigger", result.change))
@@ -388,11 +390,6 @@ def scanning_record(command: Scan[Any] | Erase[Any, Any]) -> dict[str, Any]:
     taken = command.scanning.verdict
     record = dataclasses.asdict(command.scanning) | {"verdict": None if taken is None else str(taken)}
     return {"scanning": record}
-
-
-def weights_sentence(path: Path, loaded: LoadedModel) -> str:
-    """Say which weights of a file were read; the names are the file's own."""
-    return f"Read: the weights {'' if loaded.weights == TOP else f'{loaded.weights} '}in {path}"
 
 
 def shown_command(argv: Sequence[str]) -> str:

@@ -16,6 +16,8 @@ from lustral.core.files import json_ready
 
 if TYPE_CHECKING:  # it brings torch along, which tables and pages do not need
     from lustral.core import records
+    from lustral.report.page import ReportData
+    from lustral.vision.records import Verdict
 
 
 WIDE = 160  # columns of a table that goes to a file or a pipe
@@ -60,6 +62,14 @@ class Screen:
             for part in parts:
                 line = Text(visible(part), no_wrap=True) if isinstance(part, str) else part
                 self._out.print(line, soft_wrap=isinstance(line, Text) and line.no_wrap is True)
+
+    def trigger_pictures(self, verdict: Verdict | None, page: ReportData) -> list[RenderableType]:
+        """Return small pictures of recovered triggers, for a terminal that can show them; nothing with --json or --quiet."""
+        from lustral.report.figures.half_blocks import can_draw, trigger_panels
+
+        if verdict is None or self._json or self._hidden or self._quiet or not can_draw(self._out):
+            return []
+        return trigger_panels(verdict.triggers, verdict.suspect_labels, page.clean, page.class_names, self._out.width)
 
     def record(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON, with --json only; numbers that are not finite become null."""

@@ -35,7 +35,7 @@ class Common:
         seed: every random draw derives from it; equal seeds repeat a run exactly on one device.
         device: "auto" takes a GPU where there is one; or "cpu", "cuda", "cuda:1".
         json: print one JSON object on standard output and nothing else there.
-        quiet: show no progress.
+        quiet: show no progress, and no pictures in a terminal with colours; NO_COLOR leaves out the pictures too.
         debug: show the traceback of an error.
     """
 

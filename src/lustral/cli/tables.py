@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,8 @@ from lustral.report.evidence import evidence_table
 from lustral.report.findings import Finding
 from lustral.report.words import duration, percent
 from lustral.vision.evaluation import Evaluation
+from lustral.vision.models import LoadedModel
+from lustral.vision.models.files.weight_sets import TOP
 from lustral.vision.records import Purified, Verdict
 
 MOST_ROWS = 20  # classes shown; the JSON has them all
@@ -109,3 +112,8 @@ def cost_sentence(cost: Cost) -> str:
     """Return what a method used, in a sentence."""
     used = f"{cost.image_passes:,.0f} image passes and {cost.clean_images:,} clean images"
     return f"It took {duration(cost.seconds)}, {used}."
+
+
+def weights_sentence(path: Path, loaded: LoadedModel) -> str:
+    """Say which weights of a file were read; the names are the file's own."""
+    return f"Read: the weights {'' if loaded.weights == TOP else f'{loaded.weights} '}in {path}"

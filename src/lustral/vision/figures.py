@@ -45,23 +45,33 @@ def close_up(masks: Tensor, patterns: Tensor) -> Tensor:
     Returns:
         (S, C, M, M) uint8; no images at all where that square would be more than half the picture's shorter side.
     """
+    window = close_window(masks)
+    if window is None:
+        return masks.new_empty((0, patterns.shape[1], 1, 1), dtype=torch.uint8)
+    return over_checkerboard(masks[..., *window], patterns[..., *window])
+
+
+def close_window(masks: Tensor) -> tuple[slice, slice] | None:
+    """Return the rows and columns of the one square that holds nearly all opacity of masks (S, 1, H, W).
+
+    None where it would be more than half the picture's shorter side, or where nothing is opaque.
+    """
     height, width = masks.shape[-2:]
     opacity = masks.mean((0, 1))
     spans = []
     for profile in (opacity.sum(1), opacity.sum(0)):
         inside = (profile > CLOSE_UP_SHARE * profile.max()).nonzero().flatten()
         if not len(inside):
-            return masks.new_empty((0, patterns.shape[1], 1, 1), dtype=torch.uint8)
+            return None
         spans.append((int(inside[0]), int(inside[-1]) + 1))
     side = max(end - start for start, end in spans) + 2
     if side > min(height, width) // 2:
-        return masks.new_empty((0, patterns.shape[1], 1, 1), dtype=torch.uint8)
+        return None
     top, left = (
         min(max((start + end - side) // 2, 0), size - side)
         for (start, end), size in zip(spans, (height, width), strict=True)
     )
-    window = (..., slice(top, top + side), slice(left, left + side))
-    return over_checkerboard(masks[window], patterns[window])
+    return slice(top, top + side), slice(left, left + side)
 
 
 def over_checkerboard(masks: Tensor, patterns: Tensor) -> Tensor:
