@@ -16,6 +16,7 @@ from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTER
 from lustral.cli.bench_arguments import Bench
 from lustral.cli.exporting import ModelExports, ScanExports
 from lustral.cli.parsing import FLAT, Common, Switch, UsageError, run_tyro
+from lustral.cli.saved.arguments import Report
 from lustral.cli.untrusted.arguments import Sift, Train, UntrustedData
 from lustral.training import Augment, Trainer
 from lustral.vision.detectors import Cascade, MaskArea
@@ -251,7 +252,9 @@ class Molecules:
     common: Annotated[Common, FLAT] = Common()
 
 
-Command = Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | Evaluate | Demo | Molecules | Bench
+Command = (
+    Implant[Any] | Scan[Any] | Erase[Any, Any] | Sift[Any] | Train[Any] | Evaluate | Report | Demo | Molecules | Bench
+)
 
 
 UNTRUSTED: Mapping[str, tuple[Any, str, Mapping[str, type], str]] = {  # verb: its flags, its methods, the default one
@@ -345,6 +348,7 @@ def parse(argv: Sequence[str]) -> Command:
         "sift": Sift[NoScanning],
         "train": Train[NoScanning],
         "evaluate": Evaluate,
+        "report": Report,
         "implant": Implant[_attacks()],  # type: ignore[misc]
         "molecules": Molecules,
         "bench": Bench,

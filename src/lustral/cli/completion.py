@@ -71,6 +71,7 @@ def words() -> dict[tuple[str, ...], Words]:
     from lustral.catalog import ATTACKS, DETECTORS, PURIFIERS, SAFE_TRAINERS, SIFTERS
     from lustral.cli import arguments
     from lustral.cli.bench_arguments import Action
+    from lustral.cli.saved.arguments import Report
     from lustral.cli.untrusted.arguments import Sift, Train
     from lustral.vision.erasing import scan_method
     from lustral.vision.sources import source_names
@@ -86,6 +87,7 @@ def words() -> dict[tuple[str, ...], Words]:
         "sift": (Sift,),
         "train": (Train,),
         "evaluate": (arguments.Evaluate,),
+        "report": (Report,),
         "implant": (arguments.Implant,),
     }
     found: dict[tuple[str, ...], Words] = {(): Words(commands=(*VERBS, COMPLETION), flags=("--help",))}

@@ -76,6 +76,8 @@ def run(argv: Sequence[str]) -> int:
     from lustral.cli import commands
     from lustral.cli.arguments import Demo, Erase, Evaluate, Implant, Scan, parse
     from lustral.cli.console import Screen
+    from lustral.cli.saved import commands as saved_commands
+    from lustral.cli.saved.arguments import Report
     from lustral.cli.untrusted import commands as untrusted_commands
     from lustral.cli.untrusted.arguments import Sift, Train
 
@@ -100,6 +102,8 @@ def run(argv: Sequence[str]) -> int:
             return untrusted_commands.train(command, argv, screen)
         case Evaluate():
             return commands.evaluate(command, argv, screen)
+        case Report():
+            return saved_commands.report(command, argv, screen)
         case Demo():
             return commands.demo(command, argv, screen)
     raise AssertionError(f"no command for {command}")

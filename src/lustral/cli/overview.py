@@ -19,6 +19,7 @@ VERBS = {
     "sift": "List the suspicious images of a training set. Exit code 0: none listed, 1: poisoned images listed, 2: error.",
     "train": "Train a model on a set of unknown origin without learning its backdoor.",
     "evaluate": "Measure a victim with its true trigger, and an erased model beside it.",
+    "report": "Render the page of a scan or an erasure again from its result.json.",
     "implant": "Train a backdoored model, for experiments.",
     "molecules": "Find, show and erase backdoors in text-guided molecule generation; `lustral molecules --help` lists its "
     "commands.",

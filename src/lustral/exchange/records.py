@@ -532,6 +532,15 @@ class ImplantResult(Result):
     """The new model, measured with the true trigger."""
 
 
+class ReportResult(Result):
+    """What `lustral report` wrote."""
+
+    page: str
+    """The page."""
+    missing: list[str]
+    """What the record does not hold, so that the page cannot show it."""
+
+
 RESULTS: dict[str, type[Result]] = {
     "implant": ImplantResult,
     "scan": ScanResult,
@@ -539,4 +548,5 @@ RESULTS: dict[str, type[Result]] = {
     "sift": SiftResult,
     "train": TrainResult,
     "evaluate": EvaluateResult,
+    "report": ReportResult,
 }

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from lustral.core.characters import visible
 from lustral.core.digests import weights_digest
@@ -177,6 +177,45 @@ def read_verdict(path: Path, view: DefenderView) -> Verdict:
     if handover.model != weights_digest(view.model):
         raise VerdictError(f"{path}: this verdict is of another model, by the digest of its weights; scan this one")
     _check_labels(path, said, view.clean.num_classes)
+    return _as_verdict(said, _read_triggers(path, handover.triggers, said.triggers, view.clean))
+
+
+def saved_verdict(path: Path, content: object, clean: ImageSet, digest: str | None) -> tuple[Verdict, str]:
+    """Read the verdict of a record for showing it, whatever the model.
+
+    Args:
+        path: the file of the record, for messages; triggers are read from the file beside it.
+        content: the verdict in it.
+        clean: any set of images of the right shape and classes; an empty one will do.
+        digest: SHA-256 of the triggers' file; None where none was written.
+
+    Returns:
+        The verdict, and a sentence on why its triggers have no pixels: their samples are then of no size (H = W = 0). Empty where
+        they have.
+
+    Raises:
+        VerdictError: it is damaged.
+    """
+    try:
+        said = _Verdict.model_validate(content)
+    except ValidationError as error:
+        raise VerdictError(f"{path}: verdict: {_first(error)}") from error
+    _check_labels(path, said, clean.num_classes)
+    if not said.triggers:
+        return _as_verdict(said, ()), ""
+    try:
+        if digest is not None:
+            return _as_verdict(said, _read_triggers(path, digest, said.triggers, clean)), ""
+        problem = "they are written with --out alone, and not printed."
+    except (OSError, VerdictError) as error:
+        problem = visible(str(error))
+    empty = {part.num_samples: torch.zeros(part.num_samples, 1, 0, 0) for part in said.triggers}
+    return _as_verdict(
+        said, tuple(_as_trigger(p, empty[p.num_samples], empty[p.num_samples]) for p in said.triggers)
+    ), problem
+
+
+def _as_verdict(said: _Verdict, triggers: tuple[RecoveredTrigger, ...]) -> Verdict:
     return Verdict(
         outcome=said.outcome,
         suspect_labels=tuple(said.suspect_labels),
@@ -193,10 +232,22 @@ def read_verdict(path: Path, view: DefenderView) -> Verdict:
             )
             for figure in said.evidence
         ),
-        triggers=_read_triggers(path, handover.triggers, said.triggers, view.clean),
+        triggers=triggers,
         cost=Cost(**said.cost.model_dump()),
         clean_accuracy=said.clean_accuracy,
         notes=tuple(map(visible, said.notes)),
+    )
+
+
+def _as_trigger(said: _Trigger, masks: Tensor, patterns: Tensor) -> RecoveredTrigger:
+    return RecoveredTrigger(
+        target_label=said.target_label,
+        masks=masks,
+        patterns=patterns,
+        area=math.inf if said.area is None else said.area,
+        attack_success_rate=math.nan if said.attack_success_rate is None else said.attack_success_rate,
+        entropy=math.nan if said.entropy is None else said.entropy,
+        kind=said.kind,
     )
 
 
@@ -249,9 +300,7 @@ def _read_record(path: Path) -> _Record:
         read = _Record.model_validate(record)
         right = scan_digest(record) == read.handover.scan
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise VerdictError(f"{path}: {place}: {first['msg']}; got {shortened(first['input'])}; {AGAIN}") from error
+        raise VerdictError(f"{path}: {_first(error)}; {AGAIN}") from error
     except (ValueError, RecursionError) as error:
         raise VerdictError(f"{path}: its settings cannot be read ({shortened(str(error))}); {AGAIN}") from error
     if not right:
@@ -259,6 +308,12 @@ def _read_record(path: Path) -> _Record:
             f"{path}: its settings or seed are not those that it was written with, by their digest; {AGAIN}"
         )
     return read
+
+
+def _first(error: ValidationError) -> str:
+    """Say what the first thing is that is wrong with a record, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}; got {shortened(first['input'])}"
 
 
 def _check_labels(path: Path, said: _Verdict, num_classes: int) -> None:
@@ -320,17 +375,7 @@ def _read_triggers(
                     f"{file}: {part} of label {trigger.target_label}: expected numbers in [0, 1]; {AGAIN}"
                 )
             parts.append(tensor.to(clean.device))
-        found.append(
-            RecoveredTrigger(
-                target_label=trigger.target_label,
-                masks=parts[0],
-                patterns=parts[1],
-                area=math.inf if trigger.area is None else trigger.area,
-                attack_success_rate=math.nan if trigger.attack_success_rate is None else trigger.attack_success_rate,
-                entropy=math.nan if trigger.entropy is None else trigger.entropy,
-                kind=trigger.kind,
-            )
-        )
+        found.append(_as_trigger(trigger, parts[0], parts[1]))
     if tensors:
         raise VerdictError(f"{file}: tensors that {path.name} does not name: {shortened(sorted(tensors))}; {AGAIN}")
     return tuple(found)

@@ -1,0 +1,1 @@
+"""``lustral report``: a page from a saved result."""
