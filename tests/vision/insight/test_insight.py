@@ -176,12 +176,27 @@ def test_what_cannot_be_seen_is_said(backdoored: Victim, retrained: nn.Module) -
     right = images.subset(predict(backdoored.model, images) == images.labels)
     idle = look_inside(backdoored.model, retrained, right, trigger=lambda images, **_: images.clone(), target=4)
     assert idle is not None
-    assert (idle.heat, idle.left_out) == (None, (module.NOT_FIRED,))
+    assert (idle.heat, idle.left_out) == (None, (f"Where the networks look cannot be shown: {module.NOT_FIRED}",))
     other = nn.Sequential(nn.Flatten(), nn.Linear(432, 7))
     changed = look_inside(backdoored.model, other, images, trigger=true_trigger(), target=4)
     assert changed is not None
     assert changed.left_out == (module.NO_LINE, module.NO_MAP)
     assert changed.features is not None
+
+
+def test_a_network_that_fails_is_said_and_nothing_is_lost(
+    backdoored: Victim, retrained: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel for this\nand a trace")
+
+    monkeypatch.setattr(module, "feature_map", fails)
+    monkeypatch.setattr(module, "weight_line", fails)
+    seen = look_inside(backdoored.model, retrained, toy_images(70, seed=5), trigger=true_trigger(), target=4)
+    assert seen is not None
+    assert seen.heat is not None
+    said = "cannot be shown: no kernel for this"
+    assert seen.left_out == (f"The loss between the weights {said}", f"The map of the features {said}")
 
 
 def test_large_images_are_fewer() -> None:

@@ -6,6 +6,8 @@ large ones, through both models and seven between them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ MOST_IMAGES = 96  # of one kind, clean or triggered
 LEAST_IMAGES = 16
 MOST_PIXELS = 96 * 64 * 64  # of one kind; larger images are fewer
 MOST_HEAT = 6  # images with heat maps
+MOST_CHARACTERS = 300  # of a reason
 
 NO_TRIGGER = "No trigger is known, neither a true nor a recovered one: only clean images are shown."
 NO_MAP = "This network has no late layer with a map of the image, so where it looks cannot be shown (Grad-CAM)."
@@ -83,23 +86,24 @@ def look_inside(
     """
     if not len(images) or not differ(given, new):
         return None
-    clean, left_out = few(images), []
+    clean, left_out = few(images), list[str]()
     triggered: ImageSet | None = None
     if trigger is not None:
         target, triggered = stamped(given, clean, trigger, target)
-    if triggered is None:
+    if triggered is None or target is None:
         left_out.append(NO_TRIGGER)
-    line = weight_line(given, new, clean, triggered) if has_line(given, new) else None
-    if line is None:
-        left_out.append(NO_LINE)
-    heat, features = None, None
+    line: WeightLine | None = None
+    features: FeatureMap | None = None
+    heat: HeatMaps | None = None
+    with saying(left_out, "The loss between the weights"):
+        line = weight_line(given, new, clean, triggered) if has_line(given, new) else None
+        left_out += [NO_LINE] if line is None else []
     if triggered is not None and target is not None:
-        try:
+        with saying(left_out, "The map of the features"):
             features = feature_map(given, new, clean, triggered, target)
+        with saying(left_out, "Where the networks look"):
             heat = heat_maps(given, new, triggered)
             left_out += [NO_MAP] if heat is None else []
-        except ValueError as error:  # no layer with weights, no gradients, no answer changed
-            left_out.append(str(error))
     return Insight(
         num_images=len(clean),
         are_unseen=are_unseen,
@@ -110,6 +114,19 @@ def look_inside(
         line=line,
         left_out=tuple(left_out),
     )
+
+
+@contextmanager
+def saying(left_out: list[str], what: str) -> Iterator[None]:
+    """Say what a network does not allow to be shown: an erased model must not be lost for a picture.
+
+    What torch cannot do with a network, or has no memory for, is a ``RuntimeError``; what it lacks is a ``ValueError``.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:MOST_CHARACTERS]
+        left_out.append(f"{what} cannot be shown: {reason}")
 
 
 def few(images: ImageSet) -> ImageSet:
