@@ -371,6 +371,20 @@ def test_the_exit_code_of_a_scan_is_the_answer(
     assert err == "searching triggers ...\n"
 
 
+@pytest.mark.parametrize("can_draw", [True, False])
+def test_a_terminal_with_colours_shows_the_trigger(
+    can_draw: bool, model: Path, pool: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans_are(monkeypatch, replies("backdoored"))
+    monkeypatch.setattr("lustral.report.figures.half_blocks.can_draw", lambda console: can_draw)
+    assert run("scan", model, "--data", pool) == 1
+    out = capsys.readouterr().out
+    assert ("Recovered trigger towards “cat”: a patch" in out) == can_draw
+    assert out.count("▀") == can_draw * 2 * 32 * 16  # 16 pixels, doubled, and the mask beside
+    assert run("scan", model, "--data", pool, "--quiet") == 1
+    assert "▀" not in capsys.readouterr().out
+
+
 def test_json_is_alone_on_standard_output(
     model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
