@@ -93,7 +93,7 @@ MEASURES: Mapping[str, MeasureWords] = {
     ),
     REFERENCE_RANK: MeasureWords(
         heading="Statistic among references",
-        short="statistic",
+        short="",
         meaning="Minus the logarithm (base 10) of the scan’s least p-value; its own p-value is its rank among benign models.",
         unit="number",
     ),

@@ -76,16 +76,16 @@ def test_time_enough_changes_nothing(view: DefenderView, clock: Clock) -> None:
 
 @pytest.mark.usefixtures("second_per_image")
 def test_labels_that_come_last_are_left_out(view: DefenderView, clock: Clock) -> None:
-    # after two steps of 84 images, 496 are needed for each label that stays: 2692 / 496 is 5
+    # after five steps of 84 images, 460 are needed for each label that stays: 2440 / 460 is 5
     found = search(view, Deadline.after(2860.0, clock))
     assert set(found.left_out) == set(ORDER[5:])
-    assert found.steps.tolist() == [2 if label in ORDER[5:] else 60 for label in range(NUM_CLASSES)]
-    assert clock.now == 100 + 2 * 84 + 5 * 496
+    assert found.steps.tolist() == [5 if label in ORDER[5:] else 60 for label in range(NUM_CLASSES)]
+    assert clock.now == 100 + 5 * 84 + 5 * 460
     assert found.population == 5
 
 
 @pytest.mark.usefixtures("second_per_image")
-@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 1), (100.0, 2), (1800.0, 0)])
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 1), (100.0, 2), (1800.0, 5), (2200.0, 0)])
 def test_a_search_that_does_not_end_in_time_has_searched_nothing(
     seconds: float, steps: int, view: DefenderView, clock: Clock
 ) -> None:

@@ -56,9 +56,10 @@ ODD_RATE, ODD_FACTOR = (
     10.0,
 )  # in a benign model both doubts meet with probability 0.02 x 0.1: a fifth of the false-alarm rate
 PROTECTED = 3  # labels that the first look ranks first are searched to the end
-TIME_SHARE = (
-    0.65  # of the time left that one search may take; the rest is for the next, and for spreading out what was found
-)
+TIME_SHARES = {
+    "area": 0.65,
+    "energy": 0.85,
+}  # of the time left, for a search; the rest is for the next, and for spreading
 MOST_NAMED = 50  # classes in a sentence
 SHOWN = {"area": "a patch or mark", "energy": "a faint change of the whole image"}
 SOUGHT = {"area": "small masks", "energy": "faint changes"}
@@ -158,7 +159,7 @@ class Cascade:
         for detector in (self.patches, self.faint):
             if looks and (looks[-1].suspects or (deadline is not None and deadline.left <= 0)):
                 break
-            until = None if deadline is None else deadline.part(TIME_SHARE)
+            until = None if deadline is None else deadline.part(TIME_SHARES[detector.inverter.search.penalty])
             looks.append(self._search(detector, view, search_set, held_out, norms, generator, on_progress, until))
         outcome, basis = self._judge(looks, norms is not None, view.clean)
         outcome, notes = held_back(outcome, check, view.clean)
@@ -254,10 +255,12 @@ class Cascade:
             f"Null hypothesis: {nulls}. Each p-value is corrected for {count} labels and {SEARCHES} searches{spent}. "
         )
         basis += " ".join(
-            look.trouble or f"{smallest_of(look.evidence)}, least p = {least(look).p_value:.2g}." for look in looks
+            look.trouble or f"{smallest_of(look.evidence)}, least p = {least(look).p_value:.2g}."
+            for look in looks
+            if not all(e.left_out for e in look.evidence)
         )
         if missing := unsearched_sentence(looks, clean):
-            basis += f" {missing}"
+            basis = f"{basis.rstrip()} {missing}"
         if looks[-1].suspects:
             return "backdoored", (
                 f"{basis} That is {SHOWN[looks[-1].kind]}: a model is called backdoored below p = {self.false_alarm_rate}, and a "

@@ -125,7 +125,9 @@ def weigh_labels(
         evidence.append(
             SearchedLabel(
                 label=label,
-                size=sizes[k] if success[k] >= least_success or int(found.steps[k]) < full else math.inf,
+                size=sizes[k]
+                if success[k] >= least_success or int(found.steps[k]) < full or label in missing
+                else math.inf,
                 attack_success_rate=success[k],
                 natural_rate=natural[k],
                 anomaly=anomaly,

@@ -36,6 +36,8 @@ OPENING_WEIGHT = {"area": 1e-3, "energy": 1e-2}  # of the size, per pixel; steer
 LARGEST_WEIGHT = {"area": 1.0, "energy": 100.0}  # ... up to here
 LEAST_WEIGHT = 1e-5
 LEAST_IN_TIME = 5  # labels that a deadline leaves: fewer cannot be compared with each other
+PACED_STEPS = 5  # before which no pace is known
+HOPELESS = 1.5  # times what is left, that so few labels need: then the time is left to others
 
 
 @torch.no_grad()
@@ -141,7 +143,8 @@ class MaskSearch:
         """Search a mask and a pattern for each label.
 
         With a deadline, labels are left out as soon as the pace of the steps so far says that not all of them will be searched
-        in time: the last in order first. Where the deadline passes before the last step, every label is left out.
+        in time: the last in order first. Where not even ``LEAST_IN_TIME`` labels can be, or the deadline passes before the last
+        step, every label is left out.
 
         Args:
             model: classifier, unchanged afterwards.
@@ -241,16 +244,19 @@ class _Ration:
         """Return the candidates that can be searched to the end in time; none once the deadline has passed."""
         now = self.deadline.clock()
         left = self.deadline.at - now
-        if step == self.search.steps:
+        if step == self.search.steps or (left > 0 and step < PACED_STEPS):
             return alive
-        if left <= 0:
+        pace = (now - self.since) / max(self.images, 1)
+        rows = torch.unique(alive // self.search.starts).tolist()
+
+        def seconds(count: int) -> float:
+            return pace * self.search._images_left(count, step)
+
+        least = min(LEAST_IN_TIME, len(rows))
+        if left <= 0 or seconds(least) > HOPELESS * left:
             self.is_in[:] = False
             return alive[:0]
-        pace = (now - self.since) / self.images if self.images else 0.0
-        rows = torch.unique(alive // self.search.starts).tolist()
-        counts = range(1, len(rows) + 1)
-        fits = bisect_right(counts, left, key=lambda count: pace * self.search._images_left(count, step))
-        stay = max(fits, min(LEAST_IN_TIME, len(rows)))
+        stay = max(bisect_right(range(1, len(rows) + 1), left, key=seconds), least)
         if stay == len(rows):
             return alive
         self.share *= stay / len(rows)
