@@ -12,10 +12,11 @@ import torch
 
 from lustral.core.cost import Deadline
 from lustral.core.randomness import child
+from lustral.core.records import Cost
 from lustral.vision.detectors import Cascade, MaskArea, cascade, weighing
 from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.small_areas import log_area, p_values
-from lustral.vision.detectors.weighing import usable_labels, weigh_labels
+from lustral.vision.detectors.weighing import SearchedLabel, usable_labels, weigh_labels
 from lustral.vision.inverters import MaskSearch
 from lustral.vision.inverters.mask_search import FoundMasks, _Candidates, _Ration
 from lustral.vision.models import build_classifier
@@ -206,6 +207,35 @@ def test_an_accusation_needs_the_same_p_value_and_comes_with_its_mask(
     assert "small masks of 2 classes (1, 3)." in verdict.basis
     assert [(trigger.target_label, len(trigger.masks)) for trigger in verdict.triggers] == [(4, 1)]  # not spread out
     assert scanned(view, monkeypatch, clock, least=0.006, left_out=(1, 3)).outcome == "cannot tell"  # two searches
+
+
+def test_triggers_are_spread_out_where_there_is_time(
+    view: DefenderView, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    # 120 steps of 32 images at three levels, and half as many for the places, is 17,280: so many seconds at a pass a second
+    accused = cascade.Cascade(first_look=False)
+    monkeypatch.setattr(SizeSearch, "weigh", lambda *_, **__: (found_masks([9.0] * 7, (), 7), searched_labels()))
+    look = accused._search(accused.patches, view, view.clean, view.clean, None, child(0), None)
+    assert look.suspects == (4,)
+    cost = Cost(seconds=300.0, image_passes=300.0, peak_memory_bytes=0, clean_images=70)
+    assert cascade.may_spread(look, cost, Deadline.after(17_281.0, clock))
+    assert not cascade.may_spread(look, cost, Deadline.after(17_279.0, clock))
+
+
+def searched_labels() -> list[SearchedLabel]:
+    return [
+        SearchedLabel(
+            label=label,
+            size=4.0 if label == 4 else 60.0,
+            attack_success_rate=1.0,
+            natural_rate=0.0,
+            anomaly=0.0,
+            p_value=0.001 if label == 4 else 1.0,
+            entropy=0.0,
+            steps=60,
+        )
+        for label in range(NUM_CLASSES)
+    ]
 
 
 def test_limits_that_cannot_be_kept_are_refused(view: DefenderView) -> None:

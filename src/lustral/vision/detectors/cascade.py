@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 
 from lustral.core.cost import CostMeter, Deadline
 from lustral.core.randomness import fork
-from lustral.core.records import Evidence, OnProgress, Progress
+from lustral.core.records import Cost, Evidence, OnProgress, Progress
 from lustral.vision.detectors.latent_look import error_weights, latent_norms, oddities
 from lustral.vision.detectors.size_search import SizeSearch
 from lustral.vision.detectors.weighing import (
@@ -60,6 +60,7 @@ TIME_SHARES = {
     "area": 0.65,
     "energy": 0.85,
 }  # of the time left, for a search; the rest is for the next, and for spreading
+PLACES_TOO = 1.5  # times the passes of the steps that spread out a trigger: its places are tried as well
 MOST_NAMED = 50  # classes in a sentence
 SHOWN = {"area": "a patch or mark", "energy": "a faint change of the whole image"}
 SOUGHT = {"area": "small masks", "energy": "faint changes"}
@@ -132,7 +133,7 @@ class Cascade:
     ) -> Verdict:
         """Return a verdict with evidence for every label; see ``Detector``. With few classes: as ``mask_area``.
 
-        ``deadline`` ends the searches; spreading out the trigger of an accused label is left out or done to its end.
+        ``deadline`` ends the searches. Triggers of accused labels are spread out only if that will probably end in time as well.
         """
         require_usable(view.clean)
         with CostMeter(view.model, clean_images=len(view.clean)) as meter:
@@ -167,7 +168,7 @@ class Cascade:
         soaked = [e for e in looks[-1].evidence if e.label in named and soaks_up(e, looks[-1].evidence)]
         if outcome == "backdoored" and soaked:
             outcome, notes = "cannot tell", (*notes, soaked_note(soaked[0], check, view.clean))
-        is_late = deadline is not None and deadline.left <= 0
+        is_late = deadline is not None and not may_spread(looks[-1], meter.cost, deadline)
         triggers = self._recover(view.model, looks, search_set, held_out, generator, on_progress, is_late)
         by_label = {trigger.target_label: trigger for trigger in triggers if named}
         weighed = [with_entropy(e, by_label) for look in looks for e in look.evidence]
@@ -271,7 +272,9 @@ class Cascade:
                 f"{basis} Too unusual to pass (p below {self.doubt_rate}), not enough to accuse (p above "
                 f"{self.false_alarm_rate}). More clean images or more search steps may settle it."
             )
-        if missing or any(look.trouble for look in looks):
+        if missing:
+            return "cannot tell", f"{basis} So the model is not called clean; more time may tell."
+        if any(look.trouble for look in looks):
             return "cannot tell", basis
         return "clean", f"{basis} No label is reached with an unusually small mask or faint change."
 
@@ -306,6 +309,13 @@ class Cascade:
         return [as_found(look, least(look).label)]
 
 
+def may_spread(look: Look, cost: Cost, deadline: Deadline) -> bool:
+    """Say whether there is time to spread out the triggers of the accused labels, at the pace of the scan so far."""
+    inverter, left = look.detector.inverter, deadline.left
+    passes = PLACES_TOO * inverter.steps * inverter.batch_size * len(inverter.levels) * len(look.suspects)
+    return left > 0 and left * cost.image_passes >= passes * cost.seconds
+
+
 def as_found(look: Look, label: int) -> RecoveredTrigger:
     """Return the mask and pattern of a label as the search left them, as a trigger with one sample."""
     entry, found = next(e for e in look.evidence if e.label == label), look.found.of([label])
@@ -331,10 +341,7 @@ def unsearched_sentence(looks: Sequence[Look], clean: ImageSet) -> str:
         parts.append(f"{SOUGHT['energy']} of all classes")
     if not parts:
         return ""
-    return (
-        f"The time was up before everything was searched; not searched: {', and '.join(parts)}. More time may tell: without it "
-        "the model is not called clean."
-    )
+    return f"The time was up before everything was searched; not searched: {', and '.join(parts)}."
 
 
 def class_list(labels: Sequence[int], clean: ImageSet) -> str:
