@@ -39,6 +39,7 @@ from lustral.bench.plan import read_plan
 from lustral.bench.sources import Sources
 from lustral.bench.trust import Trust
 from lustral.cli.entry import run
+from lustral.cli.saved.reading import read_result
 from lustral.core.files import canonical
 from lustral.store.store import checksum_of, content_key
 from lustral.vision.models import load_model, save_like
@@ -291,6 +292,19 @@ def open_victim(folder: Path, aside: Path, draw: Random) -> None:
         victim.model(images)
 
 
+# Saved results
+
+
+def open_result(folder: Path, aside: Path, draw: Random) -> None:
+    """Make a page from a result; what is in it stays text."""
+    page = aside / "page.html"
+    read_result(folder / "result.json").write(page)
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert len(text) < 2**23
+
+
 # Plans and stores
 
 
@@ -391,6 +405,7 @@ KINDS: dict[str, Kind] = {
     "images": Kind(rounds=400, few=25, make=specimens.image_folders, damage=damage_image_folder, open=open_data),
     "classes": Kind(rounds=500, few=25, make=specimens.class_files, damage=damage_names, open=open_names),
     "victim": Kind(rounds=1600, few=40, make=specimens.victim_folders, damage=damage_victim, open=open_victim),
+    "result": Kind(rounds=900, few=30, make=specimens.result_files, damage=one_file(edit_json), open=open_result),
     "plan": Kind(rounds=1100, few=30, make=specimens.plan_files, damage=one_file(edit_toml), open=open_plan),
     "store": Kind(rounds=900, few=20, make=specimens.stores, damage=damage_store, open=open_store, ways=6),
 }

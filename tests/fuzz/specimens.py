@@ -30,6 +30,7 @@ from lustral.vision.attacks.steganography import EncoderRecipe
 from lustral.vision.interfaces import Attack
 from lustral.vision.models import Classifier, build_classifier, save_model
 from lustral.vision.victims import implant, save_victim
+from saved_results import erased, scanned
 from toy import toy_images, toy_trainer
 
 SHAPE = (3, 12, 12)
@@ -318,6 +319,11 @@ seed = 1
 [run]
 threads = 1
 """
+
+
+def result_files() -> list[Tree]:
+    """Return saved results of a scan and an erasure."""
+    return [{"result.json": json.dumps(record).encode()} for record in (scanned(), erased())]
 
 
 def plan_files() -> list[Tree]:

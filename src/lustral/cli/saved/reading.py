@@ -90,6 +90,8 @@ def read_result(path: Path) -> SavedResult:
     """
     record = read_record(path)
     kind = next((command for key, command in KINDS.items() if key in record), None)
+    if str(record.get("command")).startswith("lustral molecules "):
+        kind = "molecules"
     if kind is None:
         raise SavedResultError(f"{path} is no result of lustral; {WRITTEN_BY}")
     if kind not in ("scan", "erase"):
