@@ -154,7 +154,9 @@ class Inverter(Protocol):
 
 
 class Detector(Protocol):
-    """Decides whether a model is backdoored.
+    """Decides whether a model is backdoored. ``lustral.vision.scanning`` runs one within a time, and beside benign references.
+
+    A class that can end early says so with ``takes_deadline: ClassVar[bool] = True``; its ``inspect`` takes ``deadline`` too.
 
     Attributes:
         version: counts changes of what the class computes.
