@@ -72,7 +72,16 @@ def test_a_defence_says_what_it_needs_and_costs(name: str) -> None:
 
 
 def test_the_catalog_is_read_from_the_source_as_it_is() -> None:
-    names = ("version", "threat_model", "needs", "cost_passes", "takes_verdict", "takes_untrusted", "scans_by")
+    names = (
+        "version",
+        "threat_model",
+        "needs",
+        "cost_passes",
+        "takes_verdict",
+        "takes_untrusted",
+        "scans_by",
+        "takes_deadline",
+    )
     own = {name: {key: vars(kind)[key] for key in names if key in vars(kind)} for name, kind in METHODS.items()}
     assert listed_methods() == own
 
