@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from real_results import Results
 
-from exchange.real_results import Results
 from lustral.cli import main
 
 
