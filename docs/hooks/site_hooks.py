@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread costs on networks as small as the notebooks'
 sys.path[:0] = [str(ROOT / "docs" / "hooks"), str(ROOT / "benchmarks")]  # scripts, in no package
 
 from checks import broken_links, missed_words  # noqa: E402
