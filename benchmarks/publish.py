@@ -39,6 +39,7 @@ WORKED = 0.5  # attack success rate above which a victim counts in means
 COLUMNS = ("data", "arch", "attack", "poison_rate", "target_label", "seed", "defence", "clean_images")
 SEARCHERS = ("auto", "baeraser", "mesa", "neural_cleanse")  # leave a model as it was where they find no trigger
 MOST_LOSS = 0.03  # accuracy that a recommended eraser may cost on average
+MOST_LEFT = 0.5  # share of the attack success that it may leave on average
 LITTLE_LOSS = 0.015  # the same where accuracy comes first
 LARGE_LOSS = 0.15  # the same where few clean images make every eraser costly
 FIRST = (
@@ -48,10 +49,10 @@ FIRST = (
     "zoo_toy",
 )  # whose rows are a card's "ours": the first that has any
 README_ROWS = (
-    ("erasers_toy", "baeraser"),
+    ("erasers_toy", "auto"),
     ("erasers", "baeraser"),
     ("erasers", "sau"),
-    ("erasers", "tsbd"),
+    ("erasers", "i_bau"),
     ("erasers", "fine_tuning"),
 )
 NOTHING = "not run"
@@ -264,7 +265,7 @@ def means(rows: Sequence[Row]) -> list[Mean]:
 
 
 def best(rows: Sequence[Row], most_loss: float) -> Mean | None:
-    """Return the eraser that leaves least for at most ``most_loss``, of those that search no trigger.
+    """Return the eraser that leaves least for at most ``most_loss``, of those that search no trigger; none that leaves most.
 
     Erasers that met several victims are compared on the victims that all of them met: a plan may be half run.
     """
@@ -278,6 +279,7 @@ def best(rows: Sequence[Row], most_loss: float) -> Mean | None:
     shared = set.intersection(*several.values())
     compared = [row for row in own if victim_of(row) in shared or row["attack"] == BENIGN]
     fitting = [mean for mean in means(compared) if mean.defence in several and mean.loss <= most_loss]
+    fitting = [mean for mean in fitting if mean.asr <= MOST_LEFT * mean.before]
     return min(fitting, key=lambda mean: mean.asr, default=None)
 
 
@@ -483,7 +485,7 @@ def section(kept: Mapping[str, Any]) -> str:
 def choice_line(situation: str, mean: Mean | None, plan: str, note: str = "") -> list[object]:
     """Return a line of the table that helps to choose."""
     if mean is None:
-        return [situation, "not measured yet", "", "", "", "", f"`{plan}`"]
+        return [situation, "none measured yet that does", "", "", "", "", f"`{plan}`"]
     left = f"{percent(mean.before)} → {percent(mean.asr)} (worst {percent(mean.worst)})"
     eraser, lost = f"`{mean.defence}`{note}", (percent(mean.loss), percent(mean.benign))
     return [situation, eraser, mean.victims, left, *lost, f"`{plan}`"]
