@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import tempfile
@@ -104,6 +105,8 @@ def legacy_files() -> list[Tree]:
 
 def hub_folders() -> list[Tree]:
     """Folders of model hubs: timm's form in one file and in three, and the form of transformers."""
+    if importlib.util.find_spec("transformers"):  # importing it loads libraries, which is no file's doing
+        importlib.import_module("transformers.models.vit.modeling_vit")
     torch.manual_seed(0)
     state = timm.create_model("test_resnet", num_classes=4).state_dict()
     recipe = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "fixed_input_size": False}
