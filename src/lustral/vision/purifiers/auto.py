@@ -98,7 +98,7 @@ class Auto:
         grown: a label counts as erased when fresh searches need this many times what the scan's triggers do: pixels of area for
             patches, of energy (the squared change) for faint ones.
         trainer: one round; its rate is the middle of what is tried.
-        rate: "found": the least of four that silences the triggers; or "given": the trainer's.
+        rate: "found": the least of five that silences the triggers, else the highest; or "given": the trainer's.
         least_steps: small clean sets get more epochs, until a round has this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one standard
             error.
@@ -362,7 +362,7 @@ def least_rate(selection: Selection, train: Callable[[float], None]) -> float:
 def rate_notes(rate: float, selection: Selection, accuracy_loss: float) -> tuple[str, ...]:
     """Say which rate it was, and what it cost where that is more than asked for."""
     return (
-        f"The learning rate was {rate:.1e}, the least that silenced the triggers.",
+        f"The learning rate was {rate:.1e}.",
         *retry_notes(selection, 1.0, accuracy_loss),
     )
 
