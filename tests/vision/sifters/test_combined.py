@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lustral.core.randomness import child
 from lustral.core.records import Cost
 from lustral.vision.records import ImageSet, Sifted, TrainingView, Victim
 from lustral.vision.sifters import ActivationClustering, BNLikelihood, Combined
-from lustral.vision.sifters.combined import Mirrored, combine, only_agreed
+from lustral.vision.sifters.combined import Mirrored, combine, lowered, only_agreed
 from toy import clean_images, toy_images
 from vision.sifters.worlds import auroc, training_view
 
@@ -110,3 +110,39 @@ def test_an_image_that_one_way_lists_stays_on_the_line() -> None:
     assert kept.scores.tolist() == [1.0, 9.0, 5.0]
     alone = only_agreed(found, torch.tensor([0, 1, 1]), by_clean=False, ways=1)
     assert alone.flagged.tolist() == [False, True, True]
+
+
+def known(scores: Tensor, threshold: float) -> Sifted:
+    cost = Cost(seconds=0.0, image_passes=0.0, peak_memory_bytes=0, clean_images=0)
+    return Sifted(scores=scores, flagged=scores > threshold, threshold=threshold, basis="Known.", cost=cost)
+
+
+CLEAN = torch.arange(200.0) / 100  # of 200 the 197th, 1.96, is exceeded by 2 %
+
+
+def test_in_a_poisoned_class_the_line_is_lower() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    scores = torch.tensor([9.0, 3.0, 1.98, 1.9, *[0.0] * 6, 1.98, 1.9, *[0.0] * 8])
+    found = lowered(known(scores, 5.0), CLEAN, labels, ("cat", "dog"))
+    assert found.flagged.nonzero().flatten().tolist() == [0, 1, 2]  # a tenth of the cats is listed by the first line
+    assert found.threshold == pytest.approx(1.96)
+    assert torch.equal(found.flagged, found.scores > found.threshold)
+    assert found.scores[10].item() == pytest.approx(1.96)  # between the lines, of another class: on the line
+    assert torch.equal(found.scores[11:], scores[11:])
+    assert "Class cat is shown to be poisoned" in found.basis
+    assert "2 % of clean images" in found.basis
+
+
+@pytest.mark.parametrize(
+    ("scores", "clean"),
+    [
+        ([*[0.0] * 19, 9.0], CLEAN),  # one of 20: no more than 5 %
+        ([*[0.0] * 20], CLEAN),
+        ([9.0, 9.0, *[0.0] * 18], None),
+        ([9.0, 9.0, *[0.0] * 18], CLEAN[:99]),  # too few draw no line
+        ([9.0, 9.0, *[0.0] * 18], CLEAN + 4),  # its line is no lower
+    ],
+)
+def test_elsewhere_there_is_one_line(scores: list[float], clean: Tensor | None) -> None:
+    found = known(torch.tensor(scores), 5.0)
+    assert lowered(found, clean, torch.zeros(20, dtype=torch.int64), ()) is found

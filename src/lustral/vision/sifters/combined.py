@@ -15,7 +15,7 @@ measurement (docs/methods/combined.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ from lustral.vision.sifters.activation_clustering import ActivationClustering
 from lustral.vision.sifters.bn_likelihood import SMALLEST_SPREAD, BNLikelihood, lower_half
 from lustral.vision.sifters.bn_likelihood import combined as together
 from lustral.vision.sifters.fct import logarithm
-from lustral.vision.suspicion.lines import enough_clean
+from lustral.vision.suspicion.lines import IN_POISONED_CLASSES, enough_clean, line_by_clean, poisoned_classes
 from lustral.vision.suspicion.looking import Looked, counted_model, look, look_at_both
 from lustral.vision.suspicion.scores import Scores
 from lustral.vision.suspicion.scoring_model import estimated_passes
@@ -120,7 +120,7 @@ class Combined:
         trainer: trains the model to look at, where the view has none; None is the recipe for a set of that size.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[str] = "nothing; clean images draw the line, where there are some"
     cost_passes: ClassVar[float] = 2.8
 
@@ -149,6 +149,7 @@ class Combined:
         parts = {name: part.sifted(meter.cost) for name, part in scores.items()}
         votes = torch.stack([part.flagged for part in parts.values()]).sum(0)
         found = only_agreed(whole.sifted(meter.cost), votes, by_clean=enough_clean(whole.clean), ways=len(parts))
+        found = lowered(found, whole.clean, view.untrusted.labels, view.untrusted.class_names)
         return replace(found, parts=parts, notes=(*found.notes, *agreement(found, parts)))
 
     def score_parts(self, untrusted: Looked, clean: Looked | None) -> dict[str, Scores]:
@@ -183,6 +184,34 @@ def only_agreed(found: Sifted, votes: Tensor, *, by_clean: bool, ways: int) -> S
     scores = torch.where(agreed, found.scores, found.scores.clamp_max(found.threshold))
     basis = f"{found.basis} An image that {who} counts as one on the line."
     return replace(found, scores=scores, flagged=found.flagged & agreed, basis=basis)
+
+
+def lowered(found: Sifted, clean: Tensor | None, labels: Tensor, names: Sequence[str]) -> Sifted:
+    """Draw a lower line in the classes that the first one shows to be poisoned.
+
+    The first line has to spare clean sets. Where many images of a class lie above it, the class is poisoned, and what counts
+    is to leave none of the poison. An image of another class between the two lines counts as one on the lower.
+
+    Args:
+        found: by the first line.
+        clean: (M,) scores of clean images, or None; too few draw no second line.
+        labels: (N,) int64.
+        names: of the classes, or empty.
+    """
+    classes = poisoned_classes(found.flagged, labels)
+    if clean is None or not enough_clean(clean) or not len(classes):
+        return found
+    line = line_by_clean(clean, IN_POISONED_CLASSES)
+    if line >= found.threshold:
+        return found
+    may_be_listed = found.flagged | torch.isin(labels, classes)
+    scores = torch.where(may_be_listed, found.scores, found.scores.clamp_max(line))
+    who = ", ".join(str(names[label]) if names else str(label) for label in classes.tolist())
+    basis = (
+        f"{found.basis} Class {who} is shown to be poisoned by that: there the line is the one that "
+        f"{100 * IN_POISONED_CLASSES:g} % of clean images lie above."
+    )
+    return replace(found, scores=scores, flagged=scores > line, threshold=line, basis=basis)
 
 
 def agreement(found: Sifted, parts: Mapping[str, Sifted]) -> tuple[str, ...]:

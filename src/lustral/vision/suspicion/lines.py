@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 FALSE_ALARMS = 0.005  # share of clean images above the line
+IN_POISONED_CLASSES = 0.02  # the same of a class that is shown to be poisoned
+POISONED_CLASS = (
+    0.05  # share of a class above the line from which that is shown: ten times what clean images would have there
+)
 LEAST_CLEAN = 100  # clean images from which a line is drawn by them
 NORMAL_QUARTILE = NormalDist().inv_cdf(0.75)
 
@@ -84,3 +88,14 @@ def line_by_bulk(scores: Tensor, false_alarms: float) -> float:
     """
     median, quartile = (float(torch.quantile(scores.float(), q)) for q in (0.5, 0.25))
     return median + NormalDist().inv_cdf(1 - false_alarms) * (median - quartile) / NORMAL_QUARTILE
+
+
+def poisoned_classes(flagged: Tensor, labels: Tensor) -> Tensor:
+    """Return the classes, ascending, of which more than ``POISONED_CLASS`` of the images are listed.
+
+    >>> poisoned_classes(torch.tensor([True, False, False, False]), torch.tensor([2, 2, 0, 0]))
+    tensor([2])
+    """
+    sizes = torch.bincount(labels)
+    listed = torch.bincount(labels, weights=flagged.double(), minlength=len(sizes))
+    return (listed > POISONED_CLASS * sizes).nonzero().flatten()
