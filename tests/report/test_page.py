@@ -19,6 +19,7 @@ from lustral.cli.tables import verdict_table
 from lustral.core.history import HistoryEntry
 from lustral.core.rates import Rate
 from lustral.core.records import Cost, Evidence
+from lustral.report.findings import erase_finding
 from lustral.report.page import ReportData, write_erase_report, write_scan_report
 from lustral.vision.detectors.weighing import SearchedLabel
 from lustral.vision.evaluation import Evaluation
@@ -444,6 +445,21 @@ def test_an_audit_with_measures_of_its_own_gets_a_table(tmp_path: Path) -> None:
         outline = check(tmp_path / "report.html")
         assert said in outline.text
         assert "Activation gap" in outline.text
+
+
+@pytest.mark.parametrize(
+    ("scanned", "said"),
+    [
+        ("backdoored", "The backdoor appears to be erased: a fresh"),
+        ("cannot tell", "A backdoor was in doubt, and what was in doubt appears to be erased: a fresh"),
+        ("clean", "No backdoor found, neither before nor after: a fresh"),
+    ],
+)
+def test_what_was_erased_is_called_what_the_scan_called_it(scanned: str, said: str) -> None:
+    purified = erase_data(10, measured=False).purified
+    assert purified is not None
+    purified = dataclasses.replace(purified, audit=odd_detector("clean"))
+    assert erase_finding(purified, odd_detector(scanned), None, None, CIFAR).headline.startswith(said)
 
 
 def test_missing_parts_are_explained(tmp_path: Path) -> None:

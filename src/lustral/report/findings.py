@@ -11,7 +11,7 @@ from lustral.report.figures.area_bars import is_found, median_area
 from lustral.report.words import chance, number, percent, pixels, points, quoted, quoted_list
 from lustral.vision.evaluation import Evaluation, compare_evaluations, unmet_criteria
 from lustral.vision.measures import MASK_AREA, SUCCESS_RATE
-from lustral.vision.records import Purified, Verdict
+from lustral.vision.records import Answer, Purified, Verdict
 
 KEPT = 0.5  # share of the attack success above which a backdoor is called still there, and not merely not fully erased
 LIMITS = (
@@ -123,7 +123,7 @@ def scan_finding(verdict: Verdict, names: Sequence[str], image_pixels: int) -> F
         details=(*details, LIMITS if of_masks else OTHER_LIMITS),
         next_steps=(
             "Scan again with more clean images, at least several of every class.",
-            "Until then, treat the model as not trusted.",
+            "Until then, treat the model as not trusted. “lustral erase” unlearns the classes in doubt as a precaution.",
         ),
         figures=figures,
     )
@@ -168,7 +168,7 @@ def erase_finding(
             figures=figures,
         )
     if audit is not None and audit.outcome == "clean":
-        return _nothing_found(audit, details, figures, was_clean=was_clean)
+        return _nothing_found(audit, details, figures, before=None if verdict is None else verdict.outcome)
     return Finding(
         tone="unsure",
         badge="Cannot tell",
@@ -239,9 +239,15 @@ def _short_of_it(
     )
 
 
-def _nothing_found(audit: Verdict, details: tuple[str, ...], figures: Figures, *, was_clean: bool) -> Finding:
+GONE = {
+    "clean": "No backdoor found, neither before nor after",
+    "cannot tell": "A backdoor was in doubt, and what was in doubt appears to be erased",
+}
+
+
+def _nothing_found(audit: Verdict, details: tuple[str, ...], figures: Figures, *, before: Answer | None) -> Finding:
     of_masks = bool(audit.by_label(MASK_AREA))
-    gone = "No backdoor found, neither before nor after" if was_clean else "The backdoor appears to be erased"
+    gone = GONE.get(before or "backdoored", "The backdoor appears to be erased")
     how = (
         "search on the new model finds no unusually small pattern." if of_masks else "scan of it finds nothing unusual."
     )
