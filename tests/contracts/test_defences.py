@@ -71,7 +71,11 @@ SMALL: dict[str, Callable[[], Any]] = {
     "mask_area": quick_detector,
     "baeraser": lambda: BaEraser(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=1, rounds=2),
     "auto": lambda: Auto(
-        inverter=quick_inverter(), trainer=gentle_trainer(batch_norm="train"), least_steps=1, rounds=2
+        inverter=quick_inverter(),
+        fainter=0.0,
+        trainer=gentle_trainer(epochs=10, learning_rate=0.03),
+        least_steps=1,
+        rounds=2,
     ),
     "mesa": lambda: Mesa(inverter=quick_inverter(), trainer=gentle_trainer(), least_steps=60, trigger_rate=0.5),
     "fine_tuning": lambda: FineTuning(trainer=gentle_trainer(epochs=2), least_steps=1),

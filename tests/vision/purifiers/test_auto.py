@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,27 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from lustral.core.history import HistoryEntry
 from lustral.core.randomness import child
-from lustral.training import Trainer
+from lustral.training import Trainer, TrainingDiverged
 from lustral.vision.attacks import BadNets
 from lustral.vision.erasing import erase
 from lustral.vision.images import as_float, as_uint8
 from lustral.vision.models import Classifier
-from lustral.vision.purifiers.auto import ANYWAY, Auto, TriggerUnlearning, WithoutLabel, head_of, needed_sizes
-from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, Victim
+from lustral.vision.purifiers.auto import (
+    ANYWAY,
+    RISING,
+    Auto,
+    TriggerUnlearning,
+    WithoutLabel,
+    doubted_labels,
+    least_rate,
+)
+from lustral.vision.records import DefenderView, Evidence, ImageSet, Purified, RecoveredTrigger, Verdict, Victim
+from lustral.vision.repair.heads import head_of
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun
-from lustral.vision.repair.selection import held_out_accuracy, predicted_labels
+from lustral.vision.repair.selection import Selection, held_out_accuracy, needed_sizes, predicted_labels
+from lustral.vision.repair.unused_directions import UnusedDirections
 from toy import (
     KnownAnswer,
     clean_images,
@@ -49,10 +61,22 @@ class Glow:
         return (images + added).clamp(0, 1)
 
 
+class Says:
+    """A search that always finds the same triggers, and keeps what it was asked for."""
+
+    def __init__(self, *triggers: Any) -> None:
+        self.triggers, self.asked = triggers, list[tuple[int, ...]]()
+
+    def invert(self, view: DefenderView, labels: Any, **_: Any) -> list[Any]:
+        self.asked.append(tuple(labels))
+        return [trigger for trigger in self.triggers if trigger.target_label in labels]
+
+
 def quick(**changes: Any) -> Auto:
     settings: dict[str, Any] = {
         "inverter": KnownAnswer(),
-        "trainer": gentle_trainer(batch_norm="train"),
+        "faint": Says(),
+        "trainer": gentle_trainer(batch_norm="train", learning_rate=0.1),
         "generic": WithoutLabel(trainer=gentle_trainer(batch_norm="train", epochs=4)),
         "least_steps": 1,
         "rounds": 1,
@@ -182,6 +206,24 @@ def test_rounds_end_when_a_fresh_search_needs_far_more(toy_view: DefenderView) -
     assert "After round 2 fresh searches needed 4 times" in " ".join(erased.notes)
 
 
+@pytest.mark.parametrize(("area", "dampings"), [(4.0, [0.02, 0.2, 2.0]), (8.0, [0.02])])
+def test_a_round_that_leaves_a_trigger_of_the_size_is_followed_by_a_freer_one(
+    area: float, dampings: list[float], toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    confine = UnusedDirections.confine
+
+    def noted(self: UnusedDirections, loss: Tensor, model: nn.Module) -> Tensor:
+        seen.append(self.damping)
+        return confine(self, loss, model)
+
+    monkeypatch.setattr(UnusedDirections, "confine", noted)
+    search = Says(dataclasses.replace(true_trigger(), area=area))  # again and again; the scan's needs 4 pixels
+    purify(toy_view.model, named(true_trigger()), inverter=search, rounds=3, damping=0.02)
+    assert sorted(set(seen)) == pytest.approx(dampings)
+    assert seen == sorted(seen)
+
+
 def test_the_reactivation_audit_is_said_when_asked_for(toy_view: DefenderView) -> None:
     verdict = named(true_trigger())
     quiet, told = (purify(toy_view.model, verdict, reactivate=asked) for asked in (False, True))
@@ -211,6 +253,72 @@ def test_a_verdict_handed_over_is_used_and_its_labels_alone(toy_view: DefenderVi
 
 def small_set() -> ImageSet:
     return toy_images(21, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "tried", "kept"),
+    [
+        ({16: (0.9, 0.0), 4: (0.9, 0.0)}, [16, 4], 4),  # silent, and once more
+        ({16: (0.9, 0.0), 4: (0.4, 0.0)}, [16, 4], 16),  # once more holds no floor
+        ({16: (0.9, 0.0), 4: (0.6, 0.0)}, [16, 4], 4),  # above the floor all are alike
+        ({16: (0.9, 0.0), 4: (0.9, 0.03)}, [16, 4], 16),  # once more silences less
+        ({16: (0.9, 0.5), 4: (0.9, 0.02), 1: (0.9, 0.0)}, [16, 4, 1], 1),
+        ({16: (0.9, 0.5), 4: (0.9, 0.02), 1: None}, [16, 4, 1], 4),  # diverged
+        ({16: (0.4, 0.0)}, [16], 16),  # no rate holds the accuracy
+        ({16: (0.9, 0.5), 4: (0.4, 0.0)}, [16, 4], 16),
+        (dict.fromkeys(RISING, (0.9, 0.5)), list(RISING), RISING[-1]),  # none silences it
+    ],
+)
+def test_rates_rise_until_the_triggers_are_silent_and_once_more(
+    by_rate: dict[float, tuple[float, float] | None], tried: list[float], kept: float
+) -> None:
+    seen: list[float] = []
+    watcher = Selection(held_out=small_set(), triggers=(), floor=0.5)
+
+    def train(divisor: float) -> None:
+        seen.append(divisor)
+        measured = by_rate[divisor]
+        if measured is None:
+            raise TrainingDiverged("not a number")
+        accuracy, fires = measured
+        parts = tuple(watcher.parts.items())
+        watcher.history.append(HistoryEntry(count=1, clean_accuracy=accuracy, recovered_asr=fires, parts=parts))
+        key = (float(accuracy >= watcher.floor), -fires, float(len(watcher.history)))
+        if watcher.best is None or key > watcher.best:
+            watcher.best, watcher.best_index = key, len(watcher.history) - 1
+
+    assert least_rate(watcher, train) == kept
+    assert seen == tried
+    assert dict(watcher.history[watcher.best_index].parts)["rate_divisor"] == kept
+
+
+def test_a_training_that_diverges_at_the_lowest_rate_is_an_error() -> None:
+    watcher = Selection(held_out=small_set(), triggers=(), floor=0.5)
+
+    def train(divisor: float) -> None:
+        raise TrainingDiverged("not a number")
+
+    with pytest.raises(TrainingDiverged):
+        least_rate(watcher, train)
+
+
+def test_steps_are_confined_to_what_clean_images_do_not_use(toy_view: DefenderView) -> None:
+    view = dataclasses.replace(toy_view, verdict=named(true_trigger()))
+    student = copy.deepcopy(toy_view.model).eval()
+    batch = next(small_set().batches(21))
+    with PurifyRun(view=view, holdout=0.2, generator=child(0)) as repair:
+        losses = [
+            TriggerUnlearning(quick(damping=damping), repair, [true_trigger()])(student, batch, child(5))
+            for damping in (None, 0.01)
+        ]
+        asked = UnusedDirections(view.model, repair.fit, damping=0.01)
+    weights = dict(student.named_parameters())
+    free, confined = (torch.autograd.grad(loss, list(weights.values())) for loss in losses)
+    assert losses[1].item() == pytest.approx(losses[0].item())
+    for name, slope, own in zip(weights, free, confined, strict=True):
+        assert torch.allclose(own, asked.projected({name: slope})[name], atol=1e-5 * float(slope.abs().max()) + 1e-9), (
+            name
+        )
 
 
 def test_the_loss_against_a_plain_formula(toy_view: DefenderView) -> None:
@@ -263,6 +371,58 @@ def test_each_kind_is_searched_again_by_its_own_search(toy_view: DefenderView) -
     assert asked == [("faint", (TARGET,))]
 
 
+@pytest.mark.parametrize(("share", "fires", "is_taken"), [(0.5, 1.0, True), (0.2, 1.0, False), (0.5, 0.4, False)])
+def test_a_patch_that_stands_for_a_faint_change_gets_it_beside_it(
+    share: float, fires: float, is_taken: bool, toy_view: DefenderView
+) -> None:
+    faint = dataclasses.replace(
+        true_trigger(), kind="faint", masks=true_trigger().masks / 2, attack_success_rate=fires
+    )  # a quarter of the patch's energy
+    search: Any = Says(faint)
+    bank = [true_trigger()]
+    view = dataclasses.replace(toy_view, verdict=named(true_trigger()))
+    with PurifyRun(view=view, holdout=0.2, generator=child(0)) as repair:
+        found = quick(faint=search, fainter=share)._fainter(repair, bank)
+        assert found == ([faint] if is_taken else [])
+        assert search.asked == [(TARGET,)]
+        assert quick(faint=search, fainter=share)._fainter(repair, [*bank, faint]) == []  # it has one
+        assert quick(faint=search, fainter=0.0)._fainter(repair, bank) == []
+        assert search.asked == [(TARGET,)]
+
+
+def in_doubt(**p_values: float) -> Verdict:
+    """A scan that cannot tell, with p-values of labels by "label_4" and the like; its trigger is of the first."""
+    labels = {int(name.removeprefix("label_")): p for name, p in p_values.items()}
+    evidence = tuple(
+        Evidence(measure="mask_area", label=label, value=4.0 + label, p_value=p) for label, p in labels.items()
+    )
+    trigger = dataclasses.replace(true_trigger(), target_label=next(iter(labels)))
+    return dataclasses.replace(named(trigger), outcome="cannot tell", suspect_labels=(), evidence=evidence)
+
+
+def test_what_a_scan_doubts_is_unlearnt_as_a_precaution(backdoored: Victim) -> None:
+    doubt = in_doubt(label_4=0.03, label_1=0.5)
+    erased = purify(backdoored.model, doubt)
+    assert success(erased.model) < 0.15
+    assert accuracy(erased.model) > accuracy(backdoored.model) - 0.03
+    assert erased.verdict is doubt
+    assert (
+        erased.notes[0]
+        == "The scan cannot tell, and finds class 4 (p = 0.03) unusual: that was unlearnt as a precaution."
+    )
+    same = purify(backdoored.model, doubt, doubted=False)
+    assert same.selected is None
+    assert same.notes == (f"{NOTHING_TO_ERASE} {ANYWAY}",)
+
+
+def test_who_is_in_doubt() -> None:
+    assert doubted_labels(in_doubt(label_4=0.2, label_1=0.5), ()) == ((), ())
+    assert doubted_labels(dataclasses.replace(in_doubt(label_4=0.03), outcome="clean"), ()) == ((), ())
+    labels, (note,) = doubted_labels(in_doubt(label_3=0.09, label_4=0.002, label_0=0.1, label_1=0.5), list("abcdefg"))
+    assert labels == (4, 3)  # the two most unusual
+    assert "class e (p = 0.002) and d (p = 0.09) unusual" in note
+
+
 def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:
     assert head_of(plain, torch.rand(2, 3, 12, 12)) == "network.7"
     pooled = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -275,6 +435,8 @@ def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:
         {"rounds": 0},
         {"grown": 0.0},
         {"relearn_weight": -1.0},
+        {"damping": 0.0},
+        {"fainter": -1.0},
         {"path_share": 1.5},
         {"back": -0.1},
         {"holdout": 1.0},

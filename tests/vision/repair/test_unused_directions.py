@@ -171,3 +171,14 @@ def test_nothing_stays_on_the_network(net: nn.Module) -> None:
 def test_damping_is_above_zero(damping: float, net: nn.Module) -> None:
     with pytest.raises(ValueError, match="damping > 0"):
         UnusedDirections(net, toy_images(7, seed=3), damping=damping)
+
+
+def test_loosening_frees_more(net: nn.Module) -> None:
+    images = toy_images(21, seed=3)
+    unused, asked = UnusedDirections(net, images, damping=0.01), UnusedDirections(net, images, damping=0.1)
+    before = {name: held.clone() for name, held in unused.projectors.items()}
+    unused.loosen(10.0)
+    assert unused.damping == pytest.approx(0.1)
+    for name, held in unused.projectors.items():
+        assert torch.allclose(held, asked.projectors[name], atol=1e-6)
+        assert held.diagonal(dim1=1, dim2=2).sum() > before[name].diagonal(dim1=1, dim2=2).sum()

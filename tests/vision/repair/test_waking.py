@@ -9,9 +9,8 @@ import torch
 
 from lustral.core.randomness import child
 from lustral.training import Trainer
-from lustral.vision.purifiers.auto import waking_note
 from lustral.vision.records import DefenderView
-from lustral.vision.repair.waking import Waking
+from lustral.vision.repair.waking import Waking, waking_note
 from toy import gentle_trainer, toy_images, true_trigger
 
 

@@ -6,16 +6,21 @@ triggers G_1 .. G_n of the named labels c_i and the received model f_0, minimise
     w_d KL(f_0(x) || f(x)) + w_r KL(f_0(x) || f(G_i(x))),      x in the last term not of class c_i,  i drawn for each batch
 
 and search again, until a fresh search needs a far larger trigger. What the received model says of an image is what it shall say
-of it with a trigger: labels, which a few hundred images overfit, are not learnt. Three things are added:
+of it with a trigger: labels, which a few hundred images overfit, are not learnt. Five things are added:
 
-* the least learning rate that does it: rates rise, each from the received weights, until no recovered trigger fires;
+* steps along directions that clean images do not use (``lustral.vision.repair.unused_directions``): what a few hundred images
+  cannot hold, the accuracy on all the others, is held by the layers themselves;
+* a low learning rate: rates rise, each from the received weights, until no recovered trigger fires, and once more;
 * path-aware steps (PAM: Min, Qin, Zhang, Shen, Cheng, NeurIPS 2024, arXiv 2410.09838, section 5): a share of the steps takes its
   gradient at weights part of the way back to the received ones, theta + s (theta_0 - theta), so that no short way leads back to
   the backdoor;
+* faint changes: an added pattern is found as a patch too, whose unlearning leaves the pattern. So each named label is searched
+  for a faint change, and one that needs far less energy than the label's patch is unlearnt with it;
 * interpolation towards the received weights where the repair costs too much accuracy (``lustral.vision.repair.interpolation``).
 
-Where the scan named nothing there is nothing to unlearn, and the model is returned as it was. ``anyway`` trains it all the same,
-by what needs no label: FT-SAM's steps (Zhu et al., ICCV 2023, arXiv 2304.11823) with FST's fresh head, held away from the
+Where the scan cannot tell, the labels that it finds unusual are unlearnt as a precaution: confined steps cost little. Where it
+names nothing and doubts nothing there is nothing to unlearn, and the model is returned as it was. ``anyway`` trains it all the
+same, by what needs no label: FT-SAM's steps (Zhu et al., ICCV 2023, arXiv 2304.11823) with FST's fresh head, held away from the
 received one (Min et al., NeurIPS 2023, arXiv 2310.01875), at a rate found, with the same way back.
 """
 
@@ -34,29 +39,30 @@ from lustral.core.history import Part
 from lustral.core.randomness import fork
 from lustral.core.records import Batch, OnProgress
 from lustral.training import Trainer, TrainingDiverged, fine_tuning_recipe, frozen
-from lustral.vision.images import as_float, at_most, check_holdout
+from lustral.vision.images import check_holdout
 from lustral.vision.inverters.mask_search import MaskSearch
 from lustral.vision.inverters.max_entropy import MaxEntropy
-from lustral.vision.records import DefenderView, ImageSet, Purified, RecoveredTrigger, TriggerKind
-from lustral.vision.repair.heads import fresh_head, linear_head, rescale
+from lustral.vision.records import DefenderView, Purified, RecoveredTrigger, TriggerKind, Verdict
+from lustral.vision.repair.heads import fresh_head, head_of, rescale
 from lustral.vision.repair.interpolation import SILENT, least_firing_point
 from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun, returned_unchanged
 from lustral.vision.repair.selection import (
     Selection,
+    Sought,
     accuracy_floor,
-    needed_area,
+    needed_energy,
+    needed_sizes,
     retry_at_lower_rates,
     retry_notes,
 )
 from lustral.vision.repair.shifted_weights import adaptive_shift, interpolated_loss, loss_part_of_the_way
-from lustral.vision.repair.waking import Waking
+from lustral.vision.repair.unused_directions import UnusedDirections
+from lustral.vision.repair.waking import Waking, waking_note
 
-Sought = tuple[int, TriggerKind]
-"""A label, and the kind of trigger to search for it."""
-
-ENERGY_IMAGES = 256  # that the energy of a trigger is measured on
-RISING = (64.0, 16.0, 4.0, 1.0, 0.25)  # what the trainer's rate is divided by, try by try
+LOOSER = 10.0  # what the damping of a further round is multiplied by
+DOUBT, MOST_DOUBTED = 0.1, 2  # p-value from which down a label is in doubt; labels that are unlearnt for it
+RISING = (16.0, 4.0, 1.0, 1 / 4, 1 / 16, 1 / 64)  # what the trainer's rate is divided by, try by try
 ANYWAY = "To train it all the same, without a label: `anyway` (`--anyway`)."
 WITHOUT_LABEL = "The scan named no label: the model was trained without one, which erases less surely."
 
@@ -93,16 +99,21 @@ class Auto:
         rounds: most rounds of unlearning and searching.
         relearn_weight: w_r.
         distil_weight: w_d.
+        fainter: a faint change counts beside a patch from this share of the patch's energy down; 0 searches none. Added patterns
+            needed 0.39 and 0.45 of it on networks of the choosing half, blended pictures and patches 1.1 and 1.2.
+        damping: of the projector on directions that clean images do not use, as a share of the mean energy of a direction; ten
+            times higher after each round whose fresh searches need no more than the scan; None: every weight is trained.
         path_share: share of the steps that look back; 0: none.
         back: farthest that they look, as a share of the way to the received weights; each draws its own.
         grown: a label counts as erased when fresh searches need this many times what the scan's triggers do: pixels of area for
             patches, of energy (the squared change) for faint ones.
-        trainer: one round; its rate is the middle of what is tried.
-        rate: "found": the least of five that silences the triggers, else the highest; or "given": the trainer's.
+        trainer: one round; its rate is the third of those that are tried.
+        rate: "found": the one after the least that silences the triggers, where it holds the accuracy; or "given": the trainer's.
         least_steps: small clean sets get more epochs, until a round has this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one standard
             error.
         holdout: share of the clean images kept from training, to choose the rate and the weights on.
+        doubted: where the scan cannot tell, unlearn the labels that it finds unusual (p of at most 10 %), as a precaution.
         anyway: train without a label where the scan named none.
         generic: how.
         reactivate: audit the result: tune a copy on the clean images and five with a recovered trigger, and say how often
@@ -110,9 +121,9 @@ class Auto:
         waking: how.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[str] = "nothing"
-    cost_passes: ClassVar[float] = 61
+    cost_passes: ClassVar[float] = 71
     takes_verdict: ClassVar[bool] = True
     scans_by: ClassVar[str] = "cascade"
 
@@ -123,6 +134,8 @@ class Auto:
     rounds: int = 3
     relearn_weight: float = 1.0
     distil_weight: float = 2.0
+    fainter: float = 0.7
+    damping: float | None = 0.01
     path_share: float = 0.5
     back: float = 0.5
     grown: float = 3.0
@@ -131,6 +144,7 @@ class Auto:
     least_steps: int = 90
     accuracy_loss: float = 0.015
     holdout: float = 0.2
+    doubted: bool = True
     anyway: bool = False
     generic: WithoutLabel = field(default_factory=WithoutLabel)
     reactivate: bool = False
@@ -141,8 +155,10 @@ class Auto:
         check_holdout(self.holdout)
         if self.rounds < 1 or self.grown <= 0:
             raise ValueError(f"expected rounds >= 1 and grown > 0; got {self.rounds} and {self.grown}")
-        if min(self.relearn_weight, self.distil_weight) < 0:
-            raise ValueError("expected weights of at least 0")
+        if self.damping is not None and not self.damping > 0:
+            raise ValueError(f"expected damping > 0, or None to train every weight; got {self.damping}")
+        if min(self.relearn_weight, self.distil_weight, self.fainter) < 0:
+            raise ValueError("expected weights and fainter of at least 0")
         if not (0 <= self.path_share <= 1 and 0 <= self.back <= 1):
             raise ValueError(f"expected path_share and back in [0, 1]; got {self.path_share} and {self.back}")
 
@@ -150,14 +166,19 @@ class Auto:
         """Return a model without the backdoors that ``view.verdict`` names; see ``Purifier``."""
         verdict = view.require_verdict()
         with PurifyRun(view=view, holdout=self.holdout, generator=generator, on_progress=on_progress) as repair:
-            if not verdict.suspect_labels:
+            doubted, precaution = doubted_labels(verdict, view.clean.class_names) if self.doubted else ((), ())
+            labels = verdict.suspect_labels or doubted
+            if not labels:
                 if not self.anyway:
                     return returned_unchanged(view, repair.cost, f"{NOTHING_TO_ERASE} {ANYWAY}")
                 return replace(self._without_label(repair), verdict=verdict)
             floor = accuracy_floor(view.model, repair.held_out, self.accuracy_loss)
-            bank = [trigger for trigger in verdict.triggers if trigger.target_label in verdict.suspect_labels]
-            if missing := set(verdict.suspect_labels) - {trigger.target_label for trigger in bank}:
+            bank = [trigger for trigger in verdict.triggers if trigger.target_label in labels]
+            # A scan that accuses nobody gives the oddest mask as it is; the search gives many like it.
+            ready = {trigger.target_label for trigger in bank} if verdict.suspect_labels else set[int]()
+            if missing := set(labels) - ready:
                 bank += self._search(repair, view.model, [(label, "patch") for label in sorted(missing)])
+            bank += self._fainter(repair, bank)
             model, kept, notes = self._rounds(repair, bank, floor)
             model, kept, notes = self._way_back(repair, model, kept, notes, bank, floor)
             if self.reactivate:
@@ -170,7 +191,24 @@ class Auto:
                     on_progress=on_progress,
                 )
                 notes = (*notes, waking_note(self.waking.poisoned_images, now, woken))
-        return replace(repair.result(model, *notes, kept=kept), verdict=verdict)
+        return replace(repair.result(model, *precaution, *notes, kept=kept), verdict=verdict)
+
+    def _fainter(self, repair: PurifyRun, bank: Sequence[RecoveredTrigger]) -> list[RecoveredTrigger]:
+        """Return faint changes of the labels that have patches alone, where they need far less energy than the patches."""
+        labels = {trigger.target_label for trigger in bank}
+        lone = sorted(labels - {trigger.target_label for trigger in bank if trigger.kind == "faint"})
+        if not self.fainter or not lone:
+            return []
+        patches = dict[int, float]()
+        for trigger in bank:
+            energy = needed_energy(trigger, repair.held_out)
+            patches[trigger.target_label] = min(energy, patches.get(trigger.target_label, math.inf))
+        found = self._search(repair, repair.view.model, [(label, "faint") for label in lone])
+        return [
+            trigger
+            for trigger in found
+            if needed_energy(trigger, repair.held_out) <= self.fainter * patches[trigger.target_label]
+        ]
 
     def _way_back(
         self,
@@ -183,7 +221,12 @@ class Auto:
     ) -> tuple[nn.Module, int, tuple[str, ...]]:
         """Go part of the way back to the given weights if the accuracy asks for it; return (model, its entry, notes)."""
         point = least_firing_point(
-            repair.view.model, model, fit=repair.fit, held_out=repair.held_out, triggers=bank, floor=floor
+            repair.view.model,
+            model,
+            fit=repair.fit,
+            held_out=repair.held_out,
+            triggers=bank,
+            floor=floor,
         )
         if point.share == 1:
             return repair.follow(point.model), kept, notes
@@ -268,6 +311,8 @@ class Auto:
                 )
                 break
             bank += fresh
+            if any(size <= wanted[sought] / self.grown for sought, size in sizes.items()):
+                loss.loosen()
         return model, kept, (*notes, *rate_notes(self.trainer.learning_rate / divisor, selection, self.accuracy_loss))
 
     def _training(
@@ -313,14 +358,28 @@ class TriggerUnlearning:
         self.settings, self.bank = settings, bank
         self._teacher = repair.copy()
         self._origin = {name: parameter.detach() for name, parameter in self._teacher.named_parameters()}
+        self._unused = None
+        if settings.damping is not None:
+            self._unused = UnusedDirections(self._teacher, repair.fit, damping=settings.damping)
+
+    def loosen(self) -> None:
+        """Confine the next round less: what was allowed so far has left a trigger."""
+        if self._unused is not None:
+            self._unused.loosen(LOOSER)
 
     def __call__(self, student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
-        """Return the loss, (). Clean and triggered images share a batch: normalised together, as they will be in use."""
+        """Return the loss, (). Clean and triggered images share a batch: normalised together, as they will be in use.
+
+        Confined steps are taken in evaluation mode. What the layers hold is what they see in use: by running statistics, with
+        nothing dropped.
+        """
         settings, x, y = self.settings, batch.inputs, batch.labels
         trigger = self.bank[int(torch.randint(len(self.bank), (), generator=stream))]
         looks_back, share = torch.rand(2, generator=stream).tolist()
         rows = y != trigger.target_label
         seen = torch.cat([x, trigger(x[rows], generator=stream)])
+        if self._unused is not None:
+            student.eval()
         with torch.no_grad(), frozen(self._teacher):
             answers = self._teacher(x).float().log_softmax(1)
 
@@ -335,15 +394,20 @@ class TriggerUnlearning:
             return loss
 
         if looks_back < settings.path_share:
-            return loss_part_of_the_way(student, loss_of, self._origin, settings.back * share)
-        return loss_of(student)
+            loss = loss_part_of_the_way(student, loss_of, self._origin, settings.back * share)
+        else:
+            loss = loss_of(student)
+        return loss if self._unused is None else self._unused.confine(loss, student)
 
 
 def least_rate(selection: Selection, train: Callable[[float], None]) -> float:
-    """Train at rising rates, each time from the same weights, until the recovered triggers are silent; return the last divisor.
+    """Train at rising rates, each time from the same weights, until the triggers are silent, and once more; return the divisor.
 
-    A rate at which the training diverges, or at which no epoch holds the accuracy, is the last too: higher ones do no better.
+    The true trigger is not the recovered one: what just silences the one may leave the other. So of two rates that silence it
+    the higher one is kept where it holds the floor; accuracies above that are not compared, as a few hundred images cannot rank
+    them. A rate at which the training diverges, or at which no epoch holds the floor, is the last too: higher ones do no better.
     """
+    silenced = False
     for divisor in RISING:
         selection.parts["rate_divisor"] = divisor
         seen = len(selection.history)
@@ -352,11 +416,29 @@ def least_rate(selection: Selection, train: Callable[[float], None]) -> float:
         except TrainingDiverged:
             if selection.best is None:
                 raise
-            return divisor
+            break
         epochs = [entry for entry in selection.history[seen:] if (entry.clean_accuracy or 0.0) >= selection.floor]
-        if not epochs or min(entry.recovered_asr or 0.0 for entry in epochs) <= SILENT:
-            return divisor
-    return divisor
+        if silenced or not epochs:
+            break
+        silenced = min(entry.recovered_asr or 0.0 for entry in epochs) <= SILENT
+    return dict(selection.history[selection.best_index].parts)["rate_divisor"]
+
+
+def doubted_labels(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return (the unusual labels of a scan that cannot tell, most unusual first, and a note on them); nothing of any other scan.
+
+    Args:
+        verdict: the scan.
+        names: of the classes, or empty.
+    """
+    if verdict.suspect_labels or verdict.outcome != "cannot tell":
+        return (), ()
+    least = {label: p for label, p in verdict.p_values().items() if label is not None and p <= DOUBT}
+    labels = tuple(sorted(least, key=lambda label: least[label])[:MOST_DOUBTED])
+    if not labels:
+        return (), ()
+    told = " and ".join(f"{names[label] if names else label} (p = {least[label]:.2g})" for label in labels)
+    return labels, (f"The scan cannot tell, and finds class {told} unusual: that was unlearnt as a precaution.",)
 
 
 def rate_notes(rate: float, selection: Selection, accuracy_loss: float) -> tuple[str, ...]:
@@ -365,42 +447,3 @@ def rate_notes(rate: float, selection: Selection, accuracy_loss: float) -> tuple
         f"The learning rate was {rate:.1e}.",
         *retry_notes(selection, 1.0, accuracy_loss),
     )
-
-
-def head_of(model: nn.Module, images: Tensor) -> str | None:
-    """Return the name of the linear head, or None where there is none."""
-    try:
-        return linear_head(model, images)
-    except ValueError:
-        return None
-
-
-def waking_note(count: int, now: float, woken: float) -> str:
-    """Say what the re-activation audit found.
-
-    >>> waking_note(5, 0.01, 0.253)
-    'Tuned on the clean images and 5 with a recovered trigger, the model obeys it on 25.3 % of the others; before, on 1.0 %.'
-    """
-    if math.isnan(woken):
-        return "The re-activation audit says nothing: tuning on a few poisoned images diverged."
-    return (
-        f"Tuned on the clean images and {count} with a recovered trigger, the model obeys it on {100 * woken:.1f} % of the "
-        f"others; before, on {100 * now:.1f} %."
-    )
-
-
-def needed_sizes(triggers: Sequence[RecoveredTrigger], images: ImageSet) -> dict[Sought, float]:
-    """Return the least that triggers needed, in pixels, by label and kind: area of a patch, energy of a faint change."""
-    sizes: dict[Sought, float] = {}
-    for trigger in triggers:
-        sought = trigger.target_label, trigger.kind
-        size = needed_area(trigger) if trigger.kind == "patch" else needed_energy(trigger, images)
-        sizes[sought] = min(size, sizes.get(sought, math.inf))
-    return sizes
-
-
-def needed_energy(trigger: RecoveredTrigger, images: ImageSet) -> float:
-    """Return the mean of ||x' - x||_2^2 / C over images, in pixels; a trigger that does not fire needed more than it has."""
-    x = as_float(at_most(images, ENERGY_IMAGES).images)
-    energy = (trigger(x) - x).square().flatten(1).sum(1).mean() / x.shape[1]
-    return float(energy) / max(trigger.attack_success_rate, 0.05)

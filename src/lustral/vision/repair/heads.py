@@ -35,3 +35,11 @@ def linear_head(model: nn.Module, images: Tensor) -> str:
     if not isinstance(model.get_submodule(head), nn.Linear):
         raise ValueError(f"expected a network that ends in a linear layer; {head} is {model.get_submodule(head)}")
     return head
+
+
+def head_of(model: nn.Module, images: Tensor) -> str | None:
+    """Return the name of the linear head, or None where there is none."""
+    try:
+        return linear_head(model, images)
+    except ValueError:
+        return None

@@ -1,4 +1,4 @@
-"""Part of the way back: the point between the given and the repaired weights that keeps the accuracy and fires least.
+"""Part of the way back: the point between the given and the repaired weights that holds the accuracy and fires least.
 
 A repair that costs too much accuracy is not all or nothing. Between both ends lie
 
@@ -20,7 +20,7 @@ from lustral.core.cost import CostMeter
 from lustral.core.history import HistoryEntry
 from lustral.vision.evaluation.reactivation import are_alike, interpolated
 from lustral.vision.records import ImageSet, RecoveredTrigger
-from lustral.vision.repair.selection import EXCESS_STEP, Selection, held_out_accuracy
+from lustral.vision.repair.selection import EXCESS_STEP, Selection
 
 SILENT = 0.02  # a recovered trigger that fires no more often on held-out images is silent
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # tried after the repaired weights themselves
@@ -50,8 +50,8 @@ class Point:
         if self.share == 0:
             return ("Every repair cost more clean accuracy than allowed: the given weights were kept.",)
         return (
-            f"The weights are {100 * self.share:.0f} % of the way from the given to the repaired ones: of the points where the "
-            "triggers are silent, the most accurate.",
+            f"The weights are {100 * self.share:.0f} % of the way from the given to the repaired ones: farther on, too much "
+            "clean accuracy was lost.",
         )
 
 
@@ -65,11 +65,11 @@ def least_firing_point(
     floor: float,
     shares: Sequence[float] = SHARES,
 ) -> Point:
-    """Return the point that holds the floor and on which recovered triggers fire least; of silent ones, the most accurate.
+    """Return the point that holds the floor and on which recovered triggers fire least; of equal ones, the most repaired.
 
-    Of equally accurate ones it is the most repaired. Where no trigger fires on the repaired model and it is as accurate as the
-    given one, nothing else is looked at. Networks whose parameters do not correspond have no way between them: the repaired one
-    is returned.
+    Accuracies above the floor are not compared: a few hundred images cannot rank them, and less repair leaves more of the true
+    trigger. Where no trigger fires on the repaired model and it holds the floor, nothing else is looked at. Networks whose
+    parameters do not correspond have no way between them: the repaired one is returned.
 
     Args:
         given: the model before.
@@ -82,7 +82,6 @@ def least_firing_point(
     """
     if list(shares) != sorted(set(shares), reverse=True) or (shares and not 0 <= shares[-1] <= shares[0] < 1):
         raise ValueError(f"expected falling shares in [0, 1); got {tuple(shares)}")
-    before = held_out_accuracy(given, held_out)
     best: tuple[tuple[bool, float, float], Point] | None = None
     for share in (1.0, *shares):
         model = at_share(given, repaired, share, fit)
@@ -91,11 +90,10 @@ def least_firing_point(
         measured = look.history[0]
         fires, accuracy = measured.recovered_asr or 0.0, measured.clean_accuracy or 0.0
         steps = -float(round(max(fires - SILENT, 0.0) / EXCESS_STEP))
-        silent = bool(triggers) and steps == 0
-        key = (True, steps, accuracy if silent else 0.0) if look.admissible else (False, accuracy, steps)
+        key = (True, steps, 0.0) if look.admissible else (False, accuracy, steps)
         if best is None or key > best[0]:
             best = key, Point(model=model, share=share, measured=measured, admissible=look.admissible)
-        enough = best[1].admissible and (not triggers or (best[0][1] == 0 and best[0][2] >= before))
+        enough = best[1].admissible and (not triggers or best[0][1] == 0)
         if enough or not are_alike(given, repaired):
             break
     assert best is not None

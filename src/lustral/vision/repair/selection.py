@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from lustral.core.history import HistoryEntry, Part
 from lustral.training import EpochReport, TrainingDiverged, autocast, frozen
+from lustral.vision.images import as_float, at_most
 from lustral.vision.inverters.max_entropy import firing_rate
-from lustral.vision.records import ImageSet, LabelledImages, RecoveredTrigger
+from lustral.vision.records import ImageSet, LabelledImages, RecoveredTrigger, TriggerKind
 
 SLOWER, SLOWEST = 4.0, 16.0  # what a rate that costs too much accuracy is divided by, again and again, and the most
+Sought = tuple[int, TriggerKind]
+"""A label, and a kind of trigger of it."""
+
+ENERGY_IMAGES = 256  # that the energy of a trigger is measured on
 EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; within a step: a tie
 
 
@@ -77,6 +82,23 @@ def accuracy_floor(model: nn.Module, held_out: ImageSet, allowed_loss: float) ->
 def needed_area(trigger: RecoveredTrigger) -> float:
     """Return the area a search needed; a trigger that does not fire needed more than it has."""
     return trigger.area / max(trigger.attack_success_rate, 0.05)
+
+
+def needed_sizes(triggers: Sequence[RecoveredTrigger], images: ImageSet) -> dict[Sought, float]:
+    """Return the least that triggers needed, in pixels, by label and kind: area of a patch, energy of a faint change."""
+    sizes: dict[Sought, float] = {}
+    for trigger in triggers:
+        sought = trigger.target_label, trigger.kind
+        size = needed_area(trigger) if trigger.kind == "patch" else needed_energy(trigger, images)
+        sizes[sought] = min(size, sizes.get(sought, math.inf))
+    return sizes
+
+
+def needed_energy(trigger: RecoveredTrigger, images: ImageSet) -> float:
+    """Return the mean of ||x' - x||_2^2 / C over images, in pixels; a trigger that does not fire needed more than it has."""
+    x = as_float(at_most(images, ENERGY_IMAGES).images)
+    energy = (trigger(x) - x).square().flatten(1).sum(1).mean() / x.shape[1]
+    return float(energy) / max(trigger.attack_success_rate, 0.05)
 
 
 @dataclass(kw_only=True)

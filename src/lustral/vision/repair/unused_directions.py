@@ -41,6 +41,7 @@ class UnusedDirections:
 
     Attributes:
         projectors: P, (groups, n, n), by the name of the weight that it belongs to.
+        damping: lambda, as a share of the mean energy of a direction.
     """
 
     def __init__(self, model: nn.Module, images: ImageSet, *, damping: float) -> None:
@@ -56,7 +57,14 @@ class UnusedDirections:
         """
         if not damping > 0:
             raise ValueError(f"expected damping > 0; got {damping}")
-        self.projectors = {name: projector(moment, damping) for name, moment in second_moments(model, images).items()}
+        self._moments = second_moments(model, images)
+        self.damping = damping
+        self.projectors = {name: projector(moment, damping) for name, moment in self._moments.items()}
+
+    def loosen(self, factor: float) -> None:
+        """Multiply the damping: directions that clean images use a little are freed too."""
+        self.damping *= factor
+        self.projectors = {name: projector(moment, self.damping) for name, moment in self._moments.items()}
 
     def confine(self, loss: Tensor, model: nn.Module) -> Tensor:
         """Return a loss of the same value whose gradient has unused directions only.
@@ -87,9 +95,8 @@ class UnusedDirections:
 def projector(moment: Tensor, damping: float) -> Tensor:
     """Return lambda (A + lambda I)^-1 of each group's second moment A, (groups, n, n).
 
-    >>> projector(torch.diag(torch.tensor([3.0, 1.0]))[None], damping=0.5)  # lambda = 0.5 * 4 / 2
-    tensor([[[0.2500, 0.0000],
-             [0.0000, 0.5000]]])
+    >>> projector(torch.diag(torch.tensor([3.0, 1.0]))[None], damping=0.5).diagonal(dim1=1, dim2=2)  # lambda = 0.5 * 4 / 2
+    tensor([[0.2500, 0.5000]])
     """
     energy = moment.double()
     identity = torch.eye(moment.shape[-1], dtype=energy.dtype, device=energy.device)

@@ -85,3 +85,17 @@ class Waking:
                 return now, math.nan
             woken = max(woken, *(firing_rate(tuned, held_out, trigger) for trigger in own))
         return now, woken
+
+
+def waking_note(count: int, now: float, woken: float) -> str:
+    """Say what the re-activation audit found.
+
+    >>> waking_note(5, 0.01, 0.253)
+    'Tuned on the clean images and 5 with a recovered trigger, the model obeys it on 25.3 % of the others; before, on 1.0 %.'
+    """
+    if math.isnan(woken):
+        return "The re-activation audit says nothing: tuning on a few poisoned images diverged."
+    return (
+        f"Tuned on the clean images and {count} with a recovered trigger, the model obeys it on {100 * woken:.1f} % of the "
+        f"others; before, on {100 * now:.1f} %."
+    )
