@@ -135,7 +135,7 @@ class Auto:
     relearn_weight: float = 1.0
     distil_weight: float = 2.0
     fainter: float = 0.7
-    damping: float | None = 0.01
+    damping: float | None = 0.1
     path_share: float = 0.5
     back: float = 0.5
     grown: float = 3.0
