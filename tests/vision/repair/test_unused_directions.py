@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_layers_that_are_too_wide_keep_still(net: nn.Module, monkeypatch: pytest
     monkeypatch.setattr(unused_directions, "WIDEST", 12)
     unused = UnusedDirections(net, toy_images(21, seed=3), damping=0.01)
     assert set(unused.projectors) == {"grouped.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_is_made_of_others_keeps_still(wrap: Any, net: nn.Module) -> None:
+    wrap(net.get_submodule("grouped"))
+    unused = UnusedDirections(net.eval(), toy_images(21, seed=3), damping=0.01)
+    assert set(unused.projectors) == {"first.weight", "head.weight"}
+    x = next(toy_images(21, seed=4).batches(21))
+    unused.confine(F.cross_entropy(net(x.inputs), x.labels), net).backward()  # type: ignore[no-untyped-call]
+    moved = {name for name, parameter in net.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert moved == {"first.weight", "head.weight"}
 
 
 def test_without_a_layer_the_loss_comes_back() -> None:

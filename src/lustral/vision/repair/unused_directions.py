@@ -17,7 +17,7 @@ earlier tasks while a network learns a new one; here the earlier task is the cle
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,12 +28,12 @@ from lustral.training import frozen
 from lustral.vision.records import ImageSet
 from lustral.vision.repair.shifted_weights import gradients, trainable, with_gradients
 
-POSITIONS = (
-    256  # of a convolution's output that are looked at in each image, about: every s-th of a row and of a column
-)
+POSITIONS = 256  # of a convolution's output that are looked at in each image, about: every s-th of a row and a column
 WIDEST = 8192  # inputs of a layer; a wider one, whose projector would take more than 256 MiB, keeps still
 
 Layer = nn.Linear | nn.Conv2d
+Note = Callable[[Layer, tuple[Tensor, ...]], None]
+"""Takes a layer and its inputs."""
 
 
 class UnusedDirections:
@@ -109,7 +109,8 @@ def projector(moment: Tensor, damping: float) -> Tensor:
 def second_moments(model: nn.Module, images: ImageSet) -> dict[str, Tensor]:
     """Return the mean of a a^T over clean images, (groups, n, n), by the name of the weight that maps a.
 
-    Layers with more than ``WIDEST`` inputs are left out. A layer that is called several times, or a weight that two layers
+    Layers with more than ``WIDEST`` inputs are left out, and those whose weight is made of other parameters, as weight
+    normalisation does. A layer that is called several times, or a weight that two layers
     share, has one moment, under the weight's first name.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -123,19 +124,21 @@ def second_moments(model: nn.Module, images: ImageSet) -> dict[str, Tensor]:
         counts[name] = counts.get(name, 0) + seen.shape[1]
 
     device = next(model.parameters()).device
-    with torch.no_grad(), frozen(model), noted(model, note):
+    looked_at = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and id(layer.weight) in names and layer.weight[0].numel() <= WIDEST
+    ]
+    with torch.no_grad(), frozen(model), noted(looked_at, note):
         for batch in images.batches(64):
             model(batch.to(device).inputs)
     return {name: moment / counts[name] for name, moment in sums.items()}
 
 
 @contextmanager
-def noted(model: nn.Module, note: object) -> Iterator[None]:
-    """Call ``note(layer, inputs)`` before each layer of a model that is narrow enough."""
-    handles = []
-    for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight[0].numel() <= WIDEST:
-            handles.append(layer.register_forward_pre_hook(note))  # type: ignore[arg-type]
+def noted(layers: Sequence[Layer], note: Note) -> Iterator[None]:
+    """Call ``note`` before each layer while the block lasts."""
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         yield
     finally:
