@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Unit = Literal["epoch", "channels", "passes"]
-Part = Literal["stage", "round", "neuron_ratio", "rate_divisor", "share"]
+Part = Literal["stage", "round", "neuron_ratio", "damping", "rate_divisor", "share"]
 FORMER_NAMES = {"slowed": "rate_divisor", "u": "threshold"}  # in stored records of earlier versions
 UNIT_WORDS: dict[Unit, str] = {"epoch": "epoch {}", "channels": "{} cut", "passes": "{} passes"}
 PART_WORDS: dict[Part, str] = {
     "stage": "stage {:g}",
     "round": "round {:g}",
     "neuron_ratio": "{:.0%} of neurons reset",
+    "damping": "damping {:g}",
     "rate_divisor": "rate / {:g}",
     "share": "{:.0%} of the way from the given weights",
 }

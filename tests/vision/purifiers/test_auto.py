@@ -224,6 +224,46 @@ def test_a_round_that_leaves_a_trigger_of_the_size_is_followed_by_a_freer_one(
     assert seen == sorted(seen)
 
 
+@pytest.mark.parametrize(
+    ("newly_wrong", "fires", "is_taken"), [(0.0, 0.0, True), (0.01, 0.0, True), (0.02, 0.0, False), (0.0, 0.5, False)]
+)
+def test_freer_steps_are_taken_where_they_are_harmless(
+    newly_wrong: float, fires: float, is_taken: bool, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dampings: list[float] = []
+    confine = UnusedDirections.confine
+
+    def noted(self: UnusedDirections, loss: Tensor, model: nn.Module) -> Tensor:
+        dampings.append(self.damping)
+        return confine(self, loss, model)
+
+    def firing(*_: Any) -> float:
+        return fires if dampings and dampings[-1] > 0.5 else 0.0
+
+    monkeypatch.setattr(UnusedDirections, "confine", noted)
+    monkeypatch.setattr("lustral.vision.purifiers.auto.newly_wrong", lambda *_: newly_wrong)
+    monkeypatch.setattr("lustral.vision.repair.selection.firing_rate", firing)
+    erased = purify(toy_view.model, named(true_trigger()), damping=0.1, lost=0.01, rate="found")
+    assert sorted(set(dampings)) == pytest.approx([0.1, 1.0])
+    assert erased.selected is not None
+    assert ("damping" in dict(erased.history[erased.selected].parts)) == is_taken
+
+
+def test_freer_steps_that_diverge_are_not_taken(toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch) -> None:
+    confine = UnusedDirections.confine
+
+    def diverging(self: UnusedDirections, loss: Tensor, model: nn.Module) -> Tensor:
+        if self.damping > 0.5:
+            raise TrainingDiverged("not a number")
+        return confine(self, loss, model)
+
+    monkeypatch.setattr(UnusedDirections, "confine", diverging)
+    erased = purify(toy_view.model, named(true_trigger()), damping=0.1, rate="found")
+    assert erased.selected is not None
+    assert "damping" not in dict(erased.history[erased.selected].parts)
+    assert success(erased.model) < 0.5
+
+
 def test_the_reactivation_audit_is_said_when_asked_for(toy_view: DefenderView) -> None:
     verdict = named(true_trigger())
     quiet, told = (purify(toy_view.model, verdict, reactivate=asked) for asked in (False, True))
@@ -436,6 +476,7 @@ def test_a_network_without_a_linear_head_has_none(plain: nn.Module) -> None:
         {"grown": 0.0},
         {"relearn_weight": -1.0},
         {"damping": 0.0},
+        {"lost": -0.1},
         {"fainter": -1.0},
         {"path_share": 1.5},
         {"back": -0.1},

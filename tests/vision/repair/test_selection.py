@@ -15,6 +15,7 @@ from lustral.vision.repair.selection import (
     accuracy_up_to,
     held_out_accuracy,
     natural_rate,
+    newly_wrong,
     retry_at_lower_rates,
     retry_notes,
 )
@@ -141,6 +142,32 @@ def test_a_training_that_diverges_is_a_try_like_any_other_until_the_slowest() ->
     bearable = 64.0
     with pytest.raises(TrainingDiverged):
         retry_at_lower_rates(Selection(held_out=held_out(), triggers=[], floor=0.9), train)
+
+
+def test_newly_wrong_is_what_gets_lost_whatever_is_gained() -> None:
+    class Says(nn.Module):
+        def __init__(self, *labels: int) -> None:
+            super().__init__()
+            self.labels = torch.tensor(labels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot(self.labels, 2).float()
+
+    given = Says(0, 0, 0, 1)  # of the labels 0 0 1 0: right twice
+    assert newly_wrong(given, Says(0, 1, 1, 0), held_out()) == 0.25
+    assert newly_wrong(given, Says(0, 0, 1, 0), held_out()) == 0.0
+    assert newly_wrong(given, Says(1, 1, 0, 1), held_out()) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("epochs", "silent"), [([(0.95, (0.02,))], True), ([(0.95, (0.03,))], False), ([(0.8, (0.0,))], False)]
+)
+def test_silence_counts_where_the_floor_is_held(epochs: list[tuple[float, tuple[float, ...]]], silent: bool) -> None:
+    watcher = Selection(held_out=held_out(), triggers=[trigger(0)], floor=0.9)
+    assert not watcher.silences
+    for accuracy, rates in epochs:
+        watcher.measure(Scripted(accuracy, rates), HistoryEntry(count=1))
+    assert watcher.silences == silent
 
 
 class ByBrightness(nn.Module):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -44,15 +45,17 @@ from lustral.vision.inverters.mask_search import MaskSearch
 from lustral.vision.inverters.max_entropy import MaxEntropy
 from lustral.vision.records import DefenderView, Purified, RecoveredTrigger, TriggerKind, Verdict
 from lustral.vision.repair.heads import fresh_head, head_of, rescale
-from lustral.vision.repair.interpolation import SILENT, least_firing_point
+from lustral.vision.repair.interpolation import least_firing_point
 from lustral.vision.repair.rates import RateChoice
 from lustral.vision.repair.run import NOTHING_TO_ERASE, PurifyRun, returned_unchanged
 from lustral.vision.repair.selection import (
+    SILENT,
     Selection,
     Sought,
     accuracy_floor,
     needed_energy,
     needed_sizes,
+    newly_wrong,
     retry_at_lower_rates,
     retry_notes,
 )
@@ -60,7 +63,7 @@ from lustral.vision.repair.shifted_weights import adaptive_shift, interpolated_l
 from lustral.vision.repair.unused_directions import UnusedDirections
 from lustral.vision.repair.waking import Waking, waking_note
 
-LOOSER = 10.0  # what the damping of a further round is multiplied by
+LOOSER = 10.0  # what the damping is multiplied by where that is harmless, and in a further round
 DOUBT, MOST_DOUBTED = 0.1, 2  # p-value from which down a label is in doubt; labels that are unlearnt for it
 RISING = (16.0, 4.0, 1.0, 1 / 4, 1 / 16, 1 / 64)  # what the trainer's rate is divided by, try by try
 ANYWAY = "To train it all the same, without a label: `anyway` (`--anyway`)."
@@ -102,7 +105,8 @@ class Auto:
         fainter: a faint change counts beside a patch from this share of the patch's energy down; 0 searches none. Added patterns
             needed 0.39 and 0.45 of it on networks of the choosing half, blended pictures and patches 1.1 and 1.2.
         damping: of the projector on directions that clean images do not use, as a share of the mean energy of a direction; ten
-            times higher after each round whose fresh searches need no more than the scan; None: every weight is trained.
+            times higher where that is harmless, and after each round whose fresh searches need no more than the scan; None:
+            every weight is trained.
         path_share: share of the steps that look back; 0: none.
         back: farthest that they look, as a share of the way to the received weights; each draws its own.
         grown: a label counts as erased when fresh searches need this many times what the scan's triggers do: pixels of area for
@@ -112,6 +116,8 @@ class Auto:
         least_steps: small clean sets get more epochs, until a round has this many steps.
         accuracy_loss: loss of held-out accuracy, as a fraction, beyond which weights are not kept, give or take one standard
             error.
+        lost: ten times the damping is harmless where no more than this share of the held-out images turns from right to wrong,
+            whatever is gained.
         holdout: share of the clean images kept from training, to choose the rate and the weights on.
         doubted: where the scan cannot tell, unlearn the labels that it finds unusual (p of at most 10 %), as a precaution.
         anyway: train without a label where the scan named none.
@@ -121,7 +127,7 @@ class Auto:
         waking: how.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[str] = "nothing"
     cost_passes: ClassVar[float] = 71
     takes_verdict: ClassVar[bool] = True
@@ -143,6 +149,7 @@ class Auto:
     rate: RateChoice = "found"
     least_steps: int = 90
     accuracy_loss: float = 0.015
+    lost: float = 0.01
     holdout: float = 0.2
     doubted: bool = True
     anyway: bool = False
@@ -155,6 +162,8 @@ class Auto:
         check_holdout(self.holdout)
         if self.rounds < 1 or self.grown <= 0:
             raise ValueError(f"expected rounds >= 1 and grown > 0; got {self.rounds} and {self.grown}")
+        if not 0 <= self.lost <= 1:
+            raise ValueError(f"expected lost in [0, 1]; got {self.lost}")
         if self.damping is not None and not self.damping > 0:
             raise ValueError(f"expected damping > 0, or None to train every weight; got {self.damping}")
         if min(self.relearn_weight, self.distil_weight, self.fainter) < 0:
@@ -293,6 +302,7 @@ class Auto:
             train = self._training(repair, model, trainer, loss, selection)
             if number == 1 and self.rate == "found":
                 divisor = least_rate(selection, train)
+                selection = self._freer(repair, model, trainer, loss, selection, divisor)
             else:
                 divisor = retry_at_lower_rates(selection, train, divisor)
             if kept >= 0 and not selection.admissible:
@@ -312,8 +322,36 @@ class Auto:
                 break
             bank += fresh
             if any(size <= wanted[sought] / self.grown for sought, size in sizes.items()):
-                loss.loosen()
+                loss.loosen(LOOSER)
         return model, kept, (*notes, *rate_notes(self.trainer.learning_rate / divisor, selection, self.accuracy_loss))
+
+    def _freer(
+        self,
+        repair: PurifyRun,
+        model: nn.Module,
+        trainer: Trainer,
+        loss: TriggerUnlearning,
+        selection: Selection,
+        divisor: float,
+    ) -> Selection:
+        """Train the round again with a higher damping; return what watched that if it is harmless, else ``selection``.
+
+        The true trigger is not the recovered one: what silences the one may leave the other. Freer steps leave less of it.
+        """
+        if self.damping is None or not selection.silences:
+            return selection
+        freer = replace(selection, parts={"round": 1, "damping": self.damping * LOOSER}, best=None, best_model=None)
+        loss.loosen(LOOSER)
+        with suppress(TrainingDiverged):
+            self._training(repair, model, trainer, loss, freer)(divisor)
+            assert freer.best_model is not None
+            if (
+                freer.silences
+                and newly_wrong(repair.view.model, repair.follow(freer.best_model), repair.held_out) <= self.lost
+            ):
+                return freer
+        loss.loosen(1 / LOOSER)
+        return selection
 
     def _training(
         self, repair: PurifyRun, model: nn.Module, trainer: Trainer, loss: TriggerUnlearning, selection: Selection
@@ -362,10 +400,10 @@ class TriggerUnlearning:
         if settings.damping is not None:
             self._unused = UnusedDirections(self._teacher, repair.fit, damping=settings.damping)
 
-    def loosen(self) -> None:
-        """Confine the next round less: what was allowed so far has left a trigger."""
+    def loosen(self, factor: float) -> None:
+        """Multiply the damping: confine the steps less, or more."""
         if self._unused is not None:
-            self._unused.loosen(LOOSER)
+            self._unused.loosen(factor)
 
     def __call__(self, student: nn.Module, batch: Batch, stream: Generator) -> Tensor:
         """Return the loss, (). Clean and triggered images share a batch: normalised together, as they will be in use.

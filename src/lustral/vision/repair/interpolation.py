@@ -20,9 +20,8 @@ from lustral.core.cost import CostMeter
 from lustral.core.history import HistoryEntry
 from lustral.vision.evaluation.reactivation import are_alike, interpolated
 from lustral.vision.records import ImageSet, RecoveredTrigger
-from lustral.vision.repair.selection import EXCESS_STEP, Selection
+from lustral.vision.repair.selection import EXCESS_STEP, SILENT, Selection
 
-SILENT = 0.02  # a recovered trigger that fires no more often on held-out images is silent
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # tried after the repaired weights themselves
 
 

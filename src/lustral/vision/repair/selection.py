@@ -22,6 +22,7 @@ Sought = tuple[int, TriggerKind]
 """A label, and a kind of trigger of it."""
 
 ENERGY_IMAGES = 256  # that the energy of a trigger is measured on
+SILENT = 0.02  # a recovered trigger that fires no more often on held-out images is silent
 EXCESS_STEP = 0.01  # recovered triggers are counted in steps of this rate; within a step: a tie
 
 
@@ -60,6 +61,12 @@ def accuracy_up_to(model: nn.Module, images: ImageSet, bound: float) -> float | 
             if correct / len(images) > bound:
                 return None
     return correct / len(images)
+
+
+def newly_wrong(received: nn.Module, model: nn.Module, images: ImageSet) -> float:
+    """Return the fraction of images that a received model gets right and another one wrong, whatever that one gains elsewhere."""
+    was_right = predicted_labels(received, images) == images.labels
+    return int((was_right & (predicted_labels(model, images) != images.labels)).sum()) / len(images)
 
 
 def natural_rate(model: nn.Module, held_out: ImageSet, label: int) -> float:
@@ -163,6 +170,11 @@ class Selection:
         if self.best is None or key > self.best:
             self.best, self.best_index = key, len(self.history) - 1
             self.best_model = copy.deepcopy(model).eval()
+
+    @property
+    def silences(self) -> bool:
+        """Whether the weights kept so far hold the floor with every trigger silent."""
+        return self.admissible and (self.history[self.best_index].recovered_asr or 0.0) <= SILENT
 
     @property
     def admissible(self) -> bool:
