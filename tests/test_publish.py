@@ -140,6 +140,7 @@ def test_erasers_are_compared_on_the_victims_that_all_of_them_met(publish: Modul
     once = {**row("badnets", 0, 80), "defence": "clp"}
     found = publish.best([*half, *whole, *searcher, once], 0.03)
     assert (found.defence, found.victims, found.asr) == ("sau", 2, pytest.approx(0.1))
+    assert publish.best([*half, *whole, *searcher, once], 0.03, searching=True).defence == "baeraser"
     assert publish.best([once], 0.03) is None
     useless = [row(attack, 85, 80) for attack in ("badnets", "sig")]
     assert publish.best(useless, 0.03) is None
