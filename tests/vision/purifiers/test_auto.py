@@ -190,6 +190,18 @@ def test_a_costly_repair_is_taken_part_of_the_way_back(toy_view: DefenderView, m
     assert "of the way from the given" in told or "given weights were kept" in told
 
 
+def test_a_further_round_that_costs_too_much_is_not_told_of(
+    toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(Trainer, "fit", scripted_fit(lambda rate: [len(rates) == 1], rates))
+    erased = purify(toy_view.model, named(true_trigger()), inverter=Says(true_trigger()), rounds=2)
+    assert rates == pytest.approx([0.1, 0.1, 0.025, 0.00625])  # the second round at ever lower rates
+    assert erased.selected is not None
+    assert dict(erased.history[erased.selected].parts)["round"] == 1
+    assert erased.notes == ("The learning rate was 1.0e-01.",)
+
+
 def test_rounds_end_when_a_fresh_search_needs_far_more(toy_view: DefenderView) -> None:
     class Growing(KnownAnswer):
         """Needs ten times the area of the first search, then more."""

@@ -57,7 +57,6 @@ from lustral.vision.repair.selection import (
     needed_sizes,
     newly_wrong,
     retry_at_lower_rates,
-    retry_notes,
 )
 from lustral.vision.repair.shifted_weights import adaptive_shift, interpolated_loss, loss_part_of_the_way
 from lustral.vision.repair.unused_directions import UnusedDirections
@@ -301,14 +300,14 @@ class Auto:
                 selection.note_given(given)
             train = self._training(repair, model, trainer, loss, selection)
             if number == 1 and self.rate == "found":
-                divisor = least_rate(selection, train)
-                selection = self._freer(repair, model, trainer, loss, selection, divisor)
+                tried = least_rate(selection, train)
+                selection = self._freer(repair, model, trainer, loss, selection, tried)
             else:
-                divisor = retry_at_lower_rates(selection, train, divisor)
+                tried = retry_at_lower_rates(selection, train, divisor)
             if kept >= 0 and not selection.admissible:
                 break  # a further round costs too much: what there is stays
             assert selection.best_model is not None
-            model, kept = repair.follow(selection.best_model), selection.best_index
+            model, kept, divisor = repair.follow(selection.best_model), selection.best_index, tried
             if number == self.rounds or not selection.admissible:
                 break
             fresh = self._search(repair, model, sorted(wanted))
@@ -323,7 +322,7 @@ class Auto:
             bank += fresh
             if any(size <= wanted[sought] / self.grown for sought, size in sizes.items()):
                 loss.loosen(LOOSER)
-        return model, kept, (*notes, *rate_notes(self.trainer.learning_rate / divisor, selection, self.accuracy_loss))
+        return model, kept, (*notes, f"The learning rate was {self.trainer.learning_rate / divisor:.1e}.")
 
     def _freer(
         self,
@@ -477,11 +476,3 @@ def doubted_labels(verdict: Verdict, names: Sequence[str]) -> tuple[tuple[int, .
         return (), ()
     told = " and ".join(f"{names[label] if names else label} (p = {least[label]:.2g})" for label in labels)
     return labels, (f"The scan cannot tell, and finds class {told} unusual: that was unlearnt as a precaution.",)
-
-
-def rate_notes(rate: float, selection: Selection, accuracy_loss: float) -> tuple[str, ...]:
-    """Say which rate it was, and what it cost where that is more than asked for."""
-    return (
-        f"The learning rate was {rate:.1e}.",
-        *retry_notes(selection, 1.0, accuracy_loss),
-    )
