@@ -29,7 +29,7 @@ def precision() -> Iterator[None]:
         raise ValueError(f"expected LUSTRAL_TEST_PRECISION to be auto, float32 or bfloat16; got {PRECISION!r}")
     with pytest.MonkeyPatch.context() as patch:
         if PRECISION != "auto":
-            patch.setattr("lustral.training.loop.has_fast_bfloat16", lambda _: PRECISION == "bfloat16")
+            patch.setattr("lustral.training.modes.has_fast_bfloat16", lambda _: PRECISION == "bfloat16")
         yield
 
 
