@@ -218,18 +218,24 @@ def test_rounds_end_when_a_fresh_search_needs_far_more(toy_view: DefenderView) -
     assert "After round 2 fresh searches needed 4 times" in " ".join(erased.notes)
 
 
-@pytest.mark.parametrize(("area", "dampings"), [(4.0, [0.02, 0.2, 2.0]), (8.0, [0.02])])
-def test_a_round_that_leaves_a_trigger_of_the_size_is_followed_by_a_freer_one(
-    area: float, dampings: list[float], toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[float] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The damping of every confined step that is taken from now on."""
+    dampings: list[float] = []
     confine = UnusedDirections.confine
 
     def noted(self: UnusedDirections, loss: Tensor, model: nn.Module) -> Tensor:
-        seen.append(self.damping)
+        dampings.append(self.damping)
         return confine(self, loss, model)
 
     monkeypatch.setattr(UnusedDirections, "confine", noted)
+    return dampings
+
+
+@pytest.mark.parametrize(("area", "dampings"), [(4.0, [0.02, 0.2, 2.0]), (8.0, [0.02])])
+def test_a_round_that_leaves_a_trigger_of_the_size_is_followed_by_a_freer_one(
+    area: float, dampings: list[float], toy_view: DefenderView, seen: list[float]
+) -> None:
     search = Says(dataclasses.replace(true_trigger(), area=area))  # again and again; the scan's needs 4 pixels
     purify(toy_view.model, named(true_trigger()), inverter=search, rounds=3, damping=0.02)
     assert sorted(set(seen)) == pytest.approx(dampings)
@@ -240,25 +246,24 @@ def test_a_round_that_leaves_a_trigger_of_the_size_is_followed_by_a_freer_one(
     ("newly_wrong", "fires", "is_taken"), [(0.0, 0.0, True), (0.01, 0.0, True), (0.02, 0.0, False), (0.0, 0.5, False)]
 )
 def test_freer_steps_are_taken_where_they_are_harmless(
-    newly_wrong: float, fires: float, is_taken: bool, toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch
+    newly_wrong: float,
+    fires: float,
+    is_taken: bool,
+    toy_view: DefenderView,
+    seen: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dampings: list[float] = []
-    confine = UnusedDirections.confine
-
-    def noted(self: UnusedDirections, loss: Tensor, model: nn.Module) -> Tensor:
-        dampings.append(self.damping)
-        return confine(self, loss, model)
-
     def firing(*_: Any) -> float:
-        return fires if dampings and dampings[-1] > 0.5 else 0.0
+        return fires if seen and seen[-1] > 0.5 else 0.0
 
-    monkeypatch.setattr(UnusedDirections, "confine", noted)
     monkeypatch.setattr("lustral.vision.purifiers.auto.newly_wrong", lambda *_: newly_wrong)
     monkeypatch.setattr("lustral.vision.repair.selection.firing_rate", firing)
     erased = purify(toy_view.model, named(true_trigger()), damping=0.1, lost=0.01, rate="found")
-    assert sorted(set(dampings)) == pytest.approx([0.1, 1.0])
+    assert sorted(set(seen)) == pytest.approx([0.1, 1.0])
     assert erased.selected is not None
-    assert ("damping" in dict(erased.history[erased.selected].parts)) == is_taken
+    kept = dict(erased.history[erased.selected].parts)
+    assert ("damping" in kept) == is_taken
+    assert kept["rate_divisor"] in RISING
 
 
 def test_freer_steps_that_diverge_are_not_taken(toy_view: DefenderView, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ and search again, until a fresh search needs a far larger trigger. What the rece
 of it with a trigger: labels, which a few hundred images overfit, are not learnt. Five things are added:
 
 * steps along directions that clean images do not use (``lustral.vision.repair.unused_directions``): what a few hundred images
-  cannot hold, the accuracy on all the others, is held by the layers themselves;
+  cannot hold, the accuracy on all the others, is held by the layers themselves; freer steps where held-out images call them
+  harmless, as what silences a recovered trigger may leave the true one;
 * a low learning rate: rates rise, each from the received weights, until no recovered trigger fires, and once more;
 * path-aware steps (PAM: Min, Qin, Zhang, Shen, Cheng, NeurIPS 2024, arXiv 2410.09838, section 5): a share of the steps takes its
   gradient at weights part of the way back to the received ones, theta + s (theta_0 - theta), so that no short way leads back to
@@ -18,7 +19,7 @@ of it with a trigger: labels, which a few hundred images overfit, are not learnt
   for a faint change, and one that needs far less energy than the label's patch is unlearnt with it;
 * interpolation towards the received weights where the repair costs too much accuracy (``lustral.vision.repair.interpolation``).
 
-Where the scan cannot tell, the labels that it finds unusual are unlearnt as a precaution: confined steps cost little. Where it
+Where the scan cannot tell, the labels that it finds unusual are unlearnt as a precaution. Where it
 names nothing and doubts nothing there is nothing to unlearn, and the model is returned as it was. ``anyway`` trains it all the
 same, by what needs no label: FT-SAM's steps (Zhu et al., ICCV 2023, arXiv 2304.11823) with FST's fresh head, held away from the
 received one (Min et al., NeurIPS 2023, arXiv 2310.01875), at a rate found, with the same way back.
@@ -339,7 +340,8 @@ class Auto:
         """
         if self.damping is None or not selection.silences:
             return selection
-        freer = replace(selection, parts={"round": 1, "damping": self.damping * LOOSER}, best=None, best_model=None)
+        parts: dict[Part, float] = {"round": 1, "damping": self.damping * LOOSER, "rate_divisor": divisor}
+        freer = replace(selection, parts=parts, best=None, best_model=None)
         loss.loosen(LOOSER)
         with suppress(TrainingDiverged):
             self._training(repair, model, trainer, loss, freer)(divisor)
